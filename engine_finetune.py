@@ -1,0 +1,82 @@
+"""One epoch of fine-tuning, and evaluation that counts every image once over the ranks. Knows no method by name."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from util import dist, rng
+from util.datasets import to_device, to_float
+from util.log import MetricLogger
+from util.optim import update_ema
+from util.run import Run
+
+
+def train_one_epoch(
+    run: Run,
+    batches: DataLoader,
+    epoch: int,
+    logger: MetricLogger,
+    augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, float]:
+    """Train from step `logger.start` to the end of the epoch; returns its averages over all ranks.
+
+    `augment(imgs, labels)` is what happens to a normalised batch on the device (random erasing, mixup, cutmix); it may
+    turn labels into soft targets, which `criterion(logits, targets)` then takes.
+    """
+    run.model.train()
+    seed, rank, sampler = run.args.seed, dist.rank(), run.sampler
+    sampler.start(epoch, logger.start)
+    data = iter(batches)
+    for step in range(logger.start, sampler.steps):
+        global_step = epoch * sampler.steps + step
+        lr = run.schedule(epoch + step / sampler.steps)
+        run.guard.set_lr(lr)
+        for micro in range(sampler.accum_iter):
+            began = time.perf_counter()
+            imgs, labels = next(data)
+            logger.waited += time.perf_counter() - began
+
+            imgs, labels = to_device((imgs, labels), run.device)
+            rng.seed_all(seed, rng.STEP, global_step, micro, rank)
+            imgs, targets = augment(to_float(imgs, *run.statistics), labels)
+            with dist.no_sync(run.model, last=micro + 1 == sampler.accum_iter):
+                with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+                    logits = run.model(imgs)
+                loss = criterion(logits.float(), targets)
+                run.guard.backward(loss / sampler.accum_iter)
+            logger.update(loss=loss)
+        logger.update(grad_norm=run.guard.step())
+        if run.ema:
+            update_ema(run.ema, run.core, global_step)
+        run.after_step(epoch, step, lr, logger)
+    return {'lr': lr, **logger.averages()}
+
+
+@torch.inference_mode()
+def evaluate(
+    core: nn.Module, batches: Iterable, statistics: tuple[Tensor, Tensor], amp_dtype: torch.dtype | None
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent, and mean cross-entropy, over every image of all ranks exactly once.
+
+    Shares of ranks may differ in length, so nothing is exchanged before the sums at the end. `core` is the bare model.
+    """
+    was_training = core.training
+    core.eval()
+    device = statistics[0].device
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
+    for imgs, labels in batches:
+        imgs, labels = to_device((imgs, labels), device)
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            logits = core(to_float(imgs, *statistics))
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
+        loss = F.cross_entropy(logits, labels, reduction='sum')
+        totals += torch.stack([torch.full_like(loss, len(labels)), hits[:, 0].sum(), hits.sum(), loss]).double()
+    core.train(was_training)
+    count, top1, top5, loss = dist.all_reduce_sum(totals).tolist()
+    return {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count, 'images': int(count)}

@@ -1,0 +1,106 @@
+"""Self-supervised pretraining.
+
+python main_pretrain.py --config scripts/recipes/NAME.yaml --data_path /data/imagenet --output_dir runs/NAME
+torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --batch_size 64 --data_path ...
+"""
+
+import argparse
+
+import torch
+from PIL import Image
+from torch import nn
+
+import models_mirl
+from engine_pretrain import train_one_epoch
+from util import config, datasets, dist, rng
+from util.errors import UserError, run_main
+from util.log import info
+from util.pictures import grid
+from util.run import Run
+
+METHODS = (models_mirl,)  # a method is one file; a new one is added here
+
+
+def find_method(name: str):
+    """The models_*.py module whose `__all__` holds this name. Raises UserError with the closest ones."""
+    for module in METHODS:
+        if name in module.__all__:
+            return module
+    known = [n for module in METHODS for n in module.__all__]
+    raise UserError(f'unknown --model {name}{config.closest(name, known) or "; known: " + ", ".join(known)}')
+
+
+def construct(make, *args, **kwargs) -> nn.Module:
+    """Call a model function; what it refuses becomes a UserError."""
+    try:
+        return make(*args, **kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{make.__module__}.{make.__name__}: {error}') from error
+
+
+def create_model(args: argparse.Namespace) -> nn.Module:
+    """The pretraining model that the arguments describe, with weights that depend on the seed alone."""
+    rng.seed_all(args.seed, rng.INIT)
+    make = getattr(find_method(args.model), args.model)
+    given = {'mask_ratio': args.mask_ratio, 'norm_pix_loss': args.norm_pix_loss}
+    options = {name: value for name, value in given.items() if value is not None}
+    return construct(make, img_size=args.input_size, **{**options, **args.model_kwargs})
+
+
+def get_args_parser() -> config.Parser:
+    parser = config.Parser(__doc__.partition('\n')[0])
+    config.add_common_args(
+        parser, model='mirl_vit_base_depth48', batch_size=64, epochs=400, blr=1.5e-4, warmup_epochs=40, min_lr=0.0
+    )
+    add = parser.add_argument
+    add('--mask_ratio', type=float, help="share of patches that is hidden; default: the model's")
+    add(
+        '--norm_pix_loss',
+        action=argparse.BooleanOptionalAction,
+        help="per-patch normalised target; default: the model's",
+    )
+    add('--crop_scale', type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
+    add('--betas', type=float, nargs=2, default=[0.9, 0.95], help="AdamW's")
+    add('--vis_freq', type=int, default=0, help='epochs between pictures of the same images, in PNG and TensorBoard')
+    return parser
+
+
+class Pictures:
+    """The same few images, reconstructed under the same masks every time."""
+
+    def __init__(self, core: nn.Module, files: list[str], args: argparse.Namespace, count: int = 6):
+        chosen = files[:: max(1, len(files) // count)][:count]
+        images = datasets.ImageFiles(chosen, None, datasets.eval_transform(args.input_size, crop_pct=1.0), args.seed)
+        self.imgs = torch.stack([images[0, i][0] for i in range(len(chosen))])
+        self.plan = core.draw_plan(len(chosen), rng.generator(args.seed, rng.PICTURE))
+
+    def write(self, run: Run, epoch: int) -> None:
+        """`pictures-EPOCH.png` in the output folder, and the same in TensorBoard."""
+        imgs, plan = datasets.to_device((self.imgs, self.plan), run.device)
+        panels = run.core.reconstruct(datasets.to_float(imgs, *run.statistics), plan)
+        picture = grid(panels, run.args.mean, run.args.std)
+        Image.fromarray(picture).save(run.args.output_dir / f'pictures-{epoch}.png')
+        run.log.image('reconstruction', picture, run.axis(epoch + 1, 0))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Pretrain as the arguments say."""
+    method = find_method(args.model)
+    files = datasets.pretraining_files(args.data_path)
+    run = Run(args, 'pretrain', len(files))
+    core = create_model(args)
+    run.start(core, method.param_rules(core))
+
+    batches = run.loader(files, None, datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip))
+    pictures = Pictures(core, files, args) if args.vis_freq and dist.is_main() else None
+    for epoch, logger in run.epochs():
+        stats = train_one_epoch(run, batches, epoch, logger)
+        if pictures and ((epoch + 1) % args.vis_freq == 0 or epoch + 1 == args.epochs):
+            pictures.write(run, epoch)
+        run.after_epoch(epoch, logger, **{f'train_{name}': value for name, value in stats.items()})
+    info(f'done; checkpoints, log.txt and TensorBoard events are in {args.output_dir}')
+    dist.cleanup()
+
+
+if __name__ == '__main__':
+    run_main(lambda: main(get_args_parser().parse(stage='pretrain')))

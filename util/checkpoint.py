@@ -1,0 +1,94 @@
+"""Checkpoint files: plain data, written so that a kill at any instant leaves the old file or the new one.
+
+A checkpoint is a dict: model, optimizer, scaler, epoch, step (optimiser steps done in that epoch), logger (running
+averages), run (what must not change when it is resumed), args; in pretraining also encoder, the weights that
+fine-tuning loads (it shares the model's storage, so the file holds them once).
+"""
+
+import os
+import pickle
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+from util.errors import CheckpointError, UserError
+
+LAST, BEST = 'checkpoint-last.pth', 'checkpoint-best.pth'
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` to a temporary file beside `path`, flush it to the disk, and rename it."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Load a checkpoint without running anything in it. Raises CheckpointError in one line for whatever is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'{path}: ' + ('is a folder, not a checkpoint' if path.is_dir() else 'no such file'))
+    if not path.stat().st_size:
+        raise CheckpointError(f'{path}: is empty')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'(?:GLOBAL|global|class) ([\w.]+)', str(error))
+        what = f'holds {found[1]}, which is not plain data' if found else 'not a checkpoint, or not plain data'
+        raise CheckpointError(f'{path}: {what}') from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f'{path}: not a checkpoint, or a damaged one') from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f'{path}: holds a {type(state).__name__}, not a checkpoint')
+    return state
+
+
+def find_resume(resume: str, output_dir: Path) -> Path | None:
+    """`auto` is the last checkpoint of `output_dir`, if there is one; anything else is a path."""
+    if resume != 'auto':
+        return Path(resume) if resume else None
+    if (output_dir / LAST).is_file():
+        return output_dir / LAST
+    numbered = [
+        (int(m[1]), f) for f in output_dir.glob('checkpoint-*.pth') if (m := re.search(r'-(\d+)\.pth$', f.name))
+    ]
+    return max(numbered)[1] if numbered else None
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder. Raises UserError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f'cannot write to the output folder {folder}: {error.strerror}') from error
+
+
+def check_same_run(state: dict, current: dict, path: Path) -> None:
+    """Raise CheckpointError naming what differs between the run that wrote a checkpoint and the one that resumes it."""
+    saved = state.get('run')
+    if not isinstance(saved, dict):
+        raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
+    differing = [k for k in current if saved.get(k) != current[k]]
+    if differing:
+        listed = '; '.join(f'{k}: {saved.get(k)} then, {current[k]} now' for k in differing)
+        raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}')

@@ -1,0 +1,280 @@
+"""Command lines: argparse with `_` and `-` alike, recipes under the flags, and mistakes told in one line."""
+
+import argparse
+import ast
+import difflib
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from util import dist
+from util.errors import UserError
+
+RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError and takes `--some-flag` for `--some_flag`."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse(self, argv: list[str] | None = None, stage: str = '') -> argparse.Namespace:
+        """Flags over recipe over defaults. Raises UserError naming the closest flag or key for one that is unknown."""
+        argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+        path = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        path.add_argument('--config', default='')
+        config = path.parse_known_args(argv)[0].config
+        if config:
+            self.set_defaults(**self.recipe(Path(config), stage))
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise UserError(f'unknown argument {unknown[0]}{closest(unknown[0], self._option_string_actions)}')
+        return args
+
+    def recipe(self, path: Path, stage: str) -> dict:
+        """The flags that a recipe sets, checked and converted as the command line's would be."""
+        known = {action.dest: action for action in self._actions if action.dest != 'help'}
+        values = {}
+        for key, value in read_recipe(path, stage).items():
+            if key not in known or key == 'config':
+                raise UserError(f'{path}: unknown key {key!r}{closest(key, known)}')
+            values[key] = self.converted(known[key], value, f'{path}: {key}')
+        return values
+
+    @staticmethod
+    def converted(action: argparse.Action, value, where: str):
+        """A YAML value as this action's flag would have it."""
+        if action.dest == 'model_kwargs' and isinstance(value, dict):
+            return value
+        many = action.nargs in ('+', '*') or (isinstance(action.nargs, int) and action.nargs > 0)
+        if many != isinstance(value, list):
+            raise UserError(f'{where}: expected {"a list" if many else "one value"}, got {value!r}')
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f'{where}: expected true or false, got {value!r}')
+            return value
+        if value is None:
+            return None
+        try:
+            items = [(action.type or str)(str(item)) for item in (value if many else [value])]
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f'{where}: invalid value {value!r}') from error
+        if action.choices and not set(items) <= set(action.choices):
+            raise UserError(f'{where}: {value!r} is not one of {", ".join(map(str, action.choices))}')
+        return items if many else items[0]
+
+
+def underscored(word: str) -> str:
+    """`--some-flag=a-b` -> `--some_flag=a-b`"""
+    if not word.startswith('--'):
+        return word
+    flag, equals, value = word.partition('=')
+    return '--' + flag[2:].replace('-', '_') + equals + value
+
+
+def closest(word: str, known) -> str:
+    """'; did you mean --epochs?' or nothing."""
+    found = difflib.get_close_matches(word.partition('=')[0], list(known), n=3)
+    return f'; did you mean {" or ".join(found)}?' if found else ''
+
+
+def read_recipe(path: Path, stage: str = '') -> dict:
+    """The flags of a recipe file, less its `recipe` entry of provenance. Raises UserError for what is not a recipe."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'cannot read the recipe {path}: {error.strerror}') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} is not YAML: {error}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path} is not a recipe: it should hold flag: value lines')
+    about = content.pop('recipe', {})
+    if stage and about and about.get('stage') != stage:
+        raise UserError(f'{path} is a recipe for main_{about.get("stage")}.py, not for main_{stage}.py')
+    return content
+
+
+def recipes_for(model: str, stage: str) -> list[str]:
+    """Paths of the recipes of a model, relative to the repository."""
+    found = []
+    for path in sorted(RECIPES.glob('*.yaml')):
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        if content.get('model') == model and content['recipe']['stage'] == stage:
+            found.append(str(path.relative_to(RECIPES.parent.parent)))
+    return found
+
+
+class KeyValues(argparse.Action):
+    """`key=value ...` -> {key: literal}"""
+
+    def __call__(self, parser, namespace, words, option_string=None):
+        pairs = {}
+        for word in words:
+            key, equals, text = word.partition('=')
+            if not equals or not key.isidentifier():
+                raise UserError(f'{option_string} expects key=value, got {word!r}')
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+# --------------------------------------------------------------------------
+# arguments of both mains
+
+
+def add_common_args(
+    parser: Parser, *, model: str, batch_size: int, epochs: int, blr: float, warmup_epochs: float, min_lr: float
+) -> None:
+    """Everything that pretraining and fine-tuning share; the defaults that differ are the parameters."""
+    add = parser.add_argument
+    add('--config', default='', metavar='YAML', help='recipe that sets defaults; flags override it')
+    add('--model', default=model, help='name of a function in a models_*.py')
+    add('--model_kwargs', nargs='+', action=KeyValues, default={}, metavar='KEY=VALUE', help='more of its arguments')
+    add('--input_size', type=int, default=224, help='image side in pixels')
+
+    add('--batch_size', type=int, default=batch_size, help='images per process and forward')
+    add('--epochs', type=int, default=epochs, help='passes over the data')
+    add('--accum_iter', type=int, default=1, help='forwards per optimiser step')
+    add('--effective_batch_size', type=int, help='images per optimiser step; solves for accum_iter')
+
+    add('--lr', type=float, help='absolute learning rate; default: from --blr')
+    add('--blr', type=float, default=blr, help='base learning rate: lr = blr * effective batch / 256')
+    add('--min_lr', type=float, default=min_lr, help='where the cosine ends')
+    add('--warmup_epochs', type=float, default=warmup_epochs, help='epochs of linear warm-up, per iteration')
+    add('--lr_sched', choices=('cosine', 'step'), default='cosine', help='schedule after the warm-up')
+    add('--lr_decay_epochs', type=int, nargs='+', default=[], help='boundaries of --lr_sched step')
+    add('--lr_decay_rate', type=float, default=0.1, help='factor at each boundary')
+    add('--sched_per_epoch', action='store_true', help='change the learning rate at epochs only, after the warm-up')
+    add('--weight_decay', type=float, default=0.05, help="AdamW's")
+    add('--clip_grad', type=float, help='largest gradient norm; default: not clipped')
+
+    add(
+        '--data_path', type=Path, default=Path('data'), help='folder with train/ and val/, one folder per class in each'
+    )
+    add('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
+    add('--mean', type=float, nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
+    add('--std', type=float, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
+    add('--num_workers', type=int, default=10, help='loader processes per process')
+    add('--pin_mem', action='store_true', default=True, help='pinned batches, for faster copies to a GPU')
+    add('--no_pin_mem', action='store_false', dest='pin_mem', help='no pinned batches')
+
+    add('--output_dir', type=Path, default=Path('output_dir'), help='checkpoints, log.txt, args.json')
+    add('--log_dir', type=Path, help='TensorBoard events; default: output_dir')
+    add('--print_freq', type=int, default=20, help='optimiser steps between progress lines')
+    add(
+        '--save_freq',
+        type=int,
+        default=20,
+        help='epochs between numbered checkpoints; the last one is written every epoch',
+    )
+    add(
+        '--save_freq_steps',
+        type=int,
+        default=0,
+        help='optimiser steps between writes of the last one; 0: at epochs only',
+    )
+    add('--resume', default='', metavar='PATH', help="checkpoint to go on from; 'auto': the last of output_dir, if any")
+    add('--start_epoch', type=int, default=0, help='first epoch of a run that is not resumed')
+
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda, cuda:N or cpu')
+    add('--amp_dtype', choices=('bf16', 'fp16', 'none'), help='autocast; default: bf16 on a GPU that has it, else none')
+    add('--compile', action='store_true', help='torch.compile the model')
+    add('--deterministic', action='store_true', help='only deterministic kernels, for bit-exact repeats on a GPU')
+    add('--seed', type=int, default=0, help='of everything random')
+    add('--dist_url', default='env://', help='rendezvous of the processes')
+    add('--dist_timeout', type=float, default=600, help='seconds until a silent rank ends the run')
+    add('--world_size', type=int, help='checked against the processes that were launched')
+    # old launch scripts pass these; ranks come from the environment
+    add('--local_rank', type=int, help=argparse.SUPPRESS)
+    add('--dist_on_itp', action='store_true', help=argparse.SUPPRESS)
+
+
+def check_common_args(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers that cannot be, before anything is started."""
+    for name in ('batch_size', 'epochs', 'accum_iter', 'input_size', 'print_freq', 'save_freq'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name} must be at least 1, got {getattr(args, name)}')
+    for name in (
+        'warmup_epochs',
+        'weight_decay',
+        'min_lr',
+        'blr',
+        'num_workers',
+        'save_freq_steps',
+        'seed',
+        'start_epoch',
+    ):
+        if getattr(args, name) < 0:
+            raise UserError(f'--{name} must not be negative, got {getattr(args, name)}')
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}')
+    if args.lr_sched == 'step' and not args.lr_decay_epochs:
+        raise UserError('--lr_sched step needs --lr_decay_epochs')
+    if not 0 <= args.hflip <= 1:
+        raise UserError(f'--hflip is a probability, got {args.hflip}')
+    if min(args.std) <= 0:
+        raise UserError(f'--std must be positive, got {args.std}')
+    check_device(args.device)
+    world_size = dist.place().world_size
+    if args.world_size not in (None, world_size):
+        raise UserError(
+            f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'
+        )
+
+
+def check_device(device: str) -> None:
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f'--device {device}: not a device; cuda, cuda:N or cpu') from error
+    if kind.type == 'cuda' and not torch.cuda.is_available():
+        raise UserError(f'--device {device}: no GPU is visible; use --device cpu')
+    if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():
+        raise UserError(f'--device {device}: only {torch.cuda.device_count()} GPU(s) are visible')
+
+
+def accumulation(args: argparse.Namespace) -> int:
+    """Forwards per optimiser step, from --accum_iter or solved from --effective_batch_size."""
+    per_forward = args.batch_size * dist.place().world_size
+    if args.effective_batch_size is None:
+        return args.accum_iter
+    if args.effective_batch_size < 1 or args.effective_batch_size % per_forward:
+        raise UserError(
+            f'--effective_batch_size {args.effective_batch_size} is not a multiple of '
+            f'batch {args.batch_size} x ranks {dist.place().world_size} = {per_forward}'
+        )
+    return args.effective_batch_size // per_forward
+
+
+def scaled_lr(args: argparse.Namespace, accum_iter: int) -> tuple[float, str]:
+    """The learning rate, and the line that says where it comes from."""
+    ranks = dist.place().world_size
+    batch = args.batch_size * accum_iter * ranks
+    batches = f'batch {args.batch_size} x accum {accum_iter} x ranks {ranks} = {batch}'
+    if args.lr is not None:
+        return args.lr, f'{batches}, lr = {args.lr:g} as given'
+    lr = args.blr * batch / 256
+    return lr, f'{batches}, lr = blr {args.blr:g} x {batch} / 256 = {lr:g}'
+
+
+def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """The autocast type, or None for float32."""
+    if args.amp_dtype is None:
+        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else None
+    return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'none': None}[args.amp_dtype]
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """`vars(args)` with paths as strings: what is saved with a run."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

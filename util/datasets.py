@@ -1,0 +1,206 @@
+"""Images from folders to uint8 batches: listing, decoding, cropping, and which rank gets which sample when.
+
+Workers hand over uint8 [N, 3, H, W]; `to_float` converts and normalises a whole batch on the device.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+from torchvision.transforms import InterpolationMode
+
+from util import rng
+from util.errors import UserError
+
+
+class ImageFiles(Dataset):
+    """Image files, with or without labels; item (epoch, index) is (uint8 [3, H, W], label).
+
+    Before a sample is augmented, all random generators are seeded from (seed, epoch, index): its augmentation depends
+    on nothing else, whichever worker of whichever rank makes it.
+    """
+
+    def __init__(self, files: list[str], labels: list[int] | None, transform: Callable, seed: int):
+        # one block of bytes: a Python list of a million strings would be copied, page by page, into every worker
+        self.files = np.array([os.fsencode(file) for file in files])
+        self.labels = np.zeros(len(files), np.int64) if labels is None else np.array(labels, np.int64)
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> str:
+        return os.fsdecode(self.files[index])
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = place
+        try:
+            with Image.open(self.path(index)) as image:
+                image = image.convert('RGB')
+        except OSError as error:
+            raise RuntimeError(f'cannot read the image {self.path(index)}: {error}') from error
+        rng.seed_all(self.seed, rng.SAMPLE, epoch, index)
+        return self.transform(image), int(self.labels[index])
+
+
+class EpochBatches:
+    """A batch sampler: this rank's micro-batches of one epoch, each a list of (epoch, index).
+
+    Optimiser step s takes places [s G, (s + 1) G) of the epoch's seeded order, G = batch size B * ranks W * accum_iter;
+    micro-step m of rank r takes places m W B + r B and following of those. The incomplete last G is left out.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, accum_iter: int, rank: int, world_size: int, seed: int):
+        self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.global_batch = batch_size * accum_iter * world_size
+        self.steps = num_samples // self.global_batch  # optimiser steps of an epoch
+        self.start(0)
+
+    def start(self, epoch: int, step: int = 0) -> None:
+        """The next iteration is over this epoch, from this optimiser step on."""
+        self.epoch, self.first_step = epoch, step
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = rng.generator(self.seed, rng.ORDER, self.epoch).permutation(self.num_samples)
+        for step in range(self.first_step, self.steps):
+            for micro in range(self.accum_iter):
+                first = step * self.global_batch + (micro * self.world_size + self.rank) * self.batch_size
+                yield [(self.epoch, i) for i in order[first : first + self.batch_size].tolist()]
+
+
+def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+    """Every sample exactly once over the ranks, in order; the last batches may be shorter."""
+    mine = [(0, i) for i in range(rank, num_samples, world_size)]
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+
+def loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A DataLoader whose workers live as long as it does."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def to_device(item, device: torch.device):
+    """A tensor, or (named) tuples of them, on the device; from pinned memory, so that the host does not wait."""
+    if isinstance(item, Tensor):
+        if device.type == 'cuda' and not item.is_pinned():
+            item = item.pin_memory()
+        return item.to(device, non_blocking=True)
+    moved = [to_device(part, device) for part in item]
+    return type(item)(*moved) if hasattr(item, '_fields') else type(item)(moved)
+
+
+def to_float(imgs: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] -> float32, normalised by the statistics [3, 1, 1] of values in 0..1."""
+    return (imgs.float() / 255 - mean) / std
+
+
+# --------------------------------------------------------------------------
+# folders
+
+
+def list_images(folder: Path) -> list[str]:
+    """All image files below `folder`, sorted; class folders or a flat one. Raises UserError if there are none."""
+    if not folder.is_dir():
+        raise UserError(f'no such folder: {folder}')
+    files = [
+        os.path.join(where, name)
+        for where, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+    if not files:
+        raise UserError(f'no images in {folder} (looked for {", ".join(IMG_EXTENSIONS)})')
+    return sorted(files)
+
+
+def pretraining_files(data_path: Path) -> list[str]:
+    """The images of `data_path/train` if there is such a folder, else of `data_path`; labels are not needed."""
+    if not data_path.is_dir():
+        raise UserError(f'no such folder: {data_path}')
+    return list_images(data_path / 'train' if (data_path / 'train').is_dir() else data_path)
+
+
+def labelled_files(data_path: Path, split: str) -> tuple[list[str], list[int], list[str]]:
+    """Files, labels and class names of `data_path/split/<class>/`. Raises UserError for an empty class."""
+    folder = data_path / split
+    if not folder.is_dir():
+        raise UserError(
+            f'no such folder: {folder}; {data_path} should hold train/ and val/, one folder per class in each'
+        )
+    try:
+        classes, _ = find_classes(str(folder))
+    except FileNotFoundError as error:
+        raise UserError(f'{folder} has no class folders in it') from error
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        of_class = list_images(folder / name)
+        files += of_class
+        labels += [label] * len(of_class)
+    return files, labels, classes
+
+
+# --------------------------------------------------------------------------
+# transforms: PIL image -> uint8 tensor
+
+
+def pretrain_transform(input_size: int, crop_scale: tuple[float, float], hflip: float) -> Callable:
+    """MAE's: a random crop of this share of the area, resized bicubically, and a flip."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(hflip),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def finetune_transform(
+    input_size: int, crop_scale: tuple[float, float], hflip: float, color_jitter: float | None, aa: str | None, mean
+) -> Callable:
+    """timm's: random crop, flip, RandAugment (or colour jitter). Random erasing follows on the normalised batch."""
+    return create_transform(
+        input_size,
+        is_training=True,
+        scale=crop_scale,
+        hflip=hflip,
+        color_jitter=color_jitter,
+        auto_augment=aa,
+        interpolation='bicubic',
+        mean=mean,
+        normalize=False,
+    )
+
+
+def eval_transform(input_size: int, crop_pct: float) -> Callable:
+    """Resize the shorter side to input_size / crop_pct, bicubic, and crop the centre."""
+    return transforms.Compose(
+        [
+            transforms.Resize(int(input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
+            transforms.CenterCrop(input_size),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two [3, 1, 1] tensors for `to_float`."""
+    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)

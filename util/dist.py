@@ -1,0 +1,116 @@
+"""The one door to `torch.distributed`: one process, torchrun, or SLURM; gloo on CPU, NCCL on GPU."""
+
+import contextlib
+import os
+import subprocess
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Place(NamedTuple):
+    """This process among all of them."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def place() -> Place:
+    """Read torchrun's, SLURM's or Open MPI's environment; one process where there is none of them."""
+    env = os.environ
+    for needed, names in (
+        ('RANK', ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')),
+        ('SLURM_STEP_ID', ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID')),
+        ('OMPI_COMM_WORLD_RANK', ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')),
+    ):
+        if needed in env and all(name in env for name in names):
+            return Place(*(int(env[name]) for name in names))
+    return Place()
+
+
+def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
+    """Join the process group if there are several processes, and return this process's device."""
+    here = place()
+    if torch.device(device).type == 'cuda':
+        device = f'cuda:{here.local_rank}' if here.world_size > 1 else device
+        torch.cuda.set_device(device)
+    if here.world_size > 1:
+        if 'MASTER_ADDR' not in os.environ and dist_url == 'env://':
+            dist_url = slurm_url()
+        backend = 'nccl' if torch.device(device).type == 'cuda' else 'gloo'
+        torch_dist.init_process_group(
+            backend, dist_url, timedelta(seconds=timeout_s), world_size=here.world_size, rank=here.rank
+        )
+    return torch.device(device)
+
+
+def slurm_url() -> str:
+    """The rendezvous of a plain `srun`: the job's first node, and a port that its number gives."""
+    nodes = subprocess.run(
+        ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']], capture_output=True, text=True, check=True
+    )
+    return f'tcp://{nodes.stdout.split()[0]}:{20000 + int(os.environ["SLURM_JOB_ID"]) % 20000}'
+
+
+def active() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if active():
+        torch_dist.barrier()
+
+
+def cleanup() -> None:
+    if active():
+        torch_dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if active():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
+    """`core`, compiled if asked, in DistributedDataParallel if there are several processes."""
+    model = torch.compile(core, fullgraph=True) if compiled else core
+    if active():
+        model = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == 'cuda' else None,
+            broadcast_buffers=any(isinstance(module, _BatchNorm) for module in core.modules()),
+            gradient_as_bucket_view=True,
+        )
+    return model
+
+
+def sync_batchnorm(core: nn.Module, device: torch.device) -> nn.Module:
+    """SyncBatchNorm for BatchNorm where several GPUs train; on CPU torch has none, and BatchNorm stays per process."""
+    if active() and device.type == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(core)
+    return core
+
+
+def no_sync(model: nn.Module, last: bool):
+    """Leave out the gradient reduction of all but the last micro-step."""
+    return contextlib.nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync()

@@ -1,0 +1,148 @@
+"""Running averages that never make the host wait, progress lines, `log.txt` and TensorBoard."""
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from util import dist
+
+
+def info(text: str) -> None:
+    """Print on rank 0."""
+    if dist.is_main():
+        print(text, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """'1:02:03'"""
+    seconds = int(seconds)
+    return f'{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}'
+
+
+class MetricLogger:
+    """Averages over an epoch and over the steps since the last line.
+
+    `update` only keeps references to device tensors; `read` fetches them all in one transfer, when a line is printed.
+    """
+
+    def __init__(
+        self, header: str, start: int, steps: int, images_per_step: int, print_freq: int, device: torch.device
+    ):
+        self.header, self.start, self.steps = header, start, steps
+        self.images_per_step, self.print_freq, self.device = images_per_step, print_freq, device
+        self.pending: dict[str, list[Tensor]] = defaultdict(list)
+        self.total: dict[str, float] = defaultdict(float)  # over the epoch, across resumes
+        self.count: dict[str, int] = defaultdict(int)
+        self.window: dict[str, list[float]] = defaultdict(list)  # since the last line
+        self.began = self.last_line = time.perf_counter()
+        self.last_step = start
+        self.waited = 0.0  # seconds spent waiting for data since the last line
+
+    def update(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.pending[name].append(value.detach())
+
+    def due(self, step: int) -> bool:
+        """Whether a line follows optimiser step `step` (counted from 0)."""
+        return (step + 1) % self.print_freq == 0 or step + 1 == self.steps
+
+    def read(self) -> None:
+        """Fetch what is pending, in one transfer. Syncs with the device."""
+        if not self.pending:
+            return
+        values = iter(torch.cat([torch.stack(tensors).double() for tensors in self.pending.values()]).tolist())
+        for name, tensors in self.pending.items():
+            for value in itertools.islice(values, len(tensors)):
+                self.window[name].append(value)
+                self.total[name] += value
+                self.count[name] += 1
+        self.pending.clear()
+
+    def line(self, step: int, lr: float) -> dict[str, float]:
+        """Print the progress after optimiser step `step`; returns the averages since the last line."""
+        self.read()
+        averages = {name: sum(values) / len(values) for name, values in self.window.items()}
+        self.window.clear()
+        now = time.perf_counter()
+        done = step + 1 - self.last_step
+        per_step = (now - self.last_line) / done
+        averages['images_per_s'] = self.images_per_step / per_step
+        parts = [
+            f'{self.header} [{step + 1:>{len(str(self.steps))}}/{self.steps}]',
+            f'eta: {clock((self.steps - step - 1) * (now - self.began) / (step + 1 - self.start))}',
+            f'lr: {lr:.3g}',
+            *(f'{name}: {self._format(value)}' for name, value in averages.items() if name != 'images_per_s'),
+            f'images/s: {averages["images_per_s"]:.0f}',
+            f'data: {100 * self.waited / (now - self.last_line):.0f}%',
+        ]
+        if self.device.type == 'cuda':
+            parts.append(f'max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB')
+        self._print('  '.join(parts), last=step + 1 == self.steps)
+        self.last_line, self.last_step, self.waited = now, step + 1, 0.0
+        return averages
+
+    def averages(self) -> dict[str, float]:
+        """The epoch's averages over all ranks."""
+        self.read()
+        names = sorted(self.total)
+        table = torch.tensor([[self.total[n], self.count[n]] for n in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce_sum(table)
+        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True)}
+
+    def state_dict(self) -> dict[str, dict]:
+        self.read()
+        return {'total': dict(self.total), 'count': dict(self.count)}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        self.total.update(state['total'])
+        self.count.update(state['count'])
+
+    @staticmethod
+    def _format(value: float) -> str:
+        return f'{value:.4f}' if 1e-3 <= abs(value) < 1e5 else f'{value:.3g}'
+
+    @staticmethod
+    def _print(text: str, last: bool) -> None:
+        """A line of its own, or on a terminal one that the next overwrites."""
+        if dist.is_main():
+            live = sys.stdout.isatty()
+            print(f'\r\x1b[K{text}' if live else text, end='\n' if last or not live else '', flush=True)
+
+
+class RunLog:
+    """What rank 0 leaves to read: `log.txt`, one JSON object per epoch, and TensorBoard events."""
+
+    def __init__(self, output_dir: Path, log_dir: Path, first_step_1000x: int = 0):
+        self.writer = None
+        if dist.is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.file = output_dir / 'log.txt'
+            self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x or None)
+
+    def scalars(self, epoch_1000x: int, **values: float) -> None:
+        """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch_1000x)
+
+    def image(self, name: str, picture, epoch_1000x: int) -> None:
+        """A [H, W, 3] uint8 picture."""
+        if self.writer is not None:
+            self.writer.add_image(name, picture, epoch_1000x, dataformats='HWC')
+
+    def epoch(self, **values) -> None:
+        """A line of `log.txt`; not-a-number and infinity are written as null, which JSON has."""
+        if self.writer is not None:
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            with open(self.file, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(clean) + os.linesep)
+            self.writer.flush()

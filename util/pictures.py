@@ -1,0 +1,33 @@
+"""Panels of pictures as one labelled image."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN, FONT_SIZE = 4, 14
+
+
+def grid(panels: dict[str, Tensor], mean, std, tile: int = 112) -> np.ndarray:
+    """{name: [N, 3, H, W]} in normalised space -> [height, width, 3] uint8: a column per panel, a row per image.
+
+    `mean` and `std` are the normalisation's; small images are enlarged to at least `tile` pixels without smoothing.
+    """
+    mean, std = (torch.as_tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (mean, std))
+    rows = len(next(iter(panels.values())))
+    side = next(iter(panels.values())).shape[-1]
+    side *= max(1, -(-tile // side))
+    font = ImageFont.load_default(FONT_SIZE)
+    widest = max(side, *(int(font.getlength(name)) for name in panels))
+    header = FONT_SIZE + 2 * MARGIN
+    size = ((widest + MARGIN) * len(panels) + MARGIN, header + (side + MARGIN) * rows)
+    canvas = Image.new('RGB', size, 'white')
+    draw = ImageDraw.Draw(canvas)
+    for column, (name, images) in enumerate(panels.items()):
+        left = MARGIN + column * (widest + MARGIN)
+        draw.text((left, MARGIN), name, fill='black', font=font)
+        pixels = (images.detach().float().cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
+        for row, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+            enlarged = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left, header + row * (side + MARGIN)))
+    return np.asarray(canvas)

@@ -1,0 +1,29 @@
+"""Position embeddings: the fixed 2-D sin-cos table of MAE, and the resizing of learned or fixed ones."""
+
+import numpy as np
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+
+def sincos_2d(dim: int, grid_size: int, cls_token: bool = True) -> Tensor:
+    """[1, grid*grid (+ 1), dim] float32, computed in float64; the class token's row, if any, comes first and is zero.
+
+    The first half of the channels encodes the column, the second half the row; each half is sin, then cos, of the
+    position times 10000^(-i / (dim / 4)).
+    """
+    if dim % 4:
+        raise ValueError(f'a 2-D sin-cos position embedding needs a width divisible by 4, got {dim}')
+    omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    row, col = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing='ij')
+    angles = [position.reshape(-1, 1) * omega for position in (col, row)]  # 2 x [L, dim / 4]
+    table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+    if cls_token:
+        table = np.concatenate([np.zeros((1, dim)), table])
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+def resize_pos_embed(pos_embed: Tensor, length: int, num_prefix_tokens: int = 1) -> Tensor:
+    """[1, L0, D] -> [1, length, D], bicubic on the (square) grid; the prefix rows are kept as they are."""
+    side = round((length - num_prefix_tokens) ** 0.5)
+    return resample_abs_pos_embed(pos_embed, [side, side], num_prefix_tokens=num_prefix_tokens, antialias=False)

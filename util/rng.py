@@ -1,0 +1,54 @@
+"""Randomness as a function of (seed, position), not of history: nothing of it is saved, any split of the work agrees.
+
+Four streams: the epoch's order, each sample's augmentation, each micro-step (drop path, mixup), and the masks.
+"""
+
+import math
+import os
+import random
+
+import numpy as np
+import torch
+
+INIT, ORDER, SAMPLE, STEP, MASK, PICTURE = range(6)
+
+
+def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
+    """A counter-based generator for one place of one stream."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, *position))))
+
+
+def seed_all(seed: int, stream: int, *position: int) -> None:
+    """Seed torch (all devices), numpy and `random` for one place of one stream."""
+    a, b = np.random.SeedSequence((seed, stream, *position)).generate_state(2).tolist()
+    torch.manual_seed((a << 32) | b)
+    np.random.seed(a)
+    random.seed(b)
+
+
+def mask_generator(core, seed: int, step: int, micro: int, rank: int, batch_size: int, world_size: int):
+    """What `core.draw_plan(batch_size, ...)` draws from at optimiser step `step`, micro-step `micro`, on this rank.
+
+    With `mask_scope == 'sample'`, sample j of the global batch gets row j of the step's noise, however it is split
+    over ranks and micro-steps. With 'batch', every forward has its own noise.
+    """
+    if core.mask_scope == 'batch':
+        return generator(seed, MASK, step, micro, rank)
+    rng = generator(seed, MASK, step)
+    first_row = (micro * world_size + rank) * batch_size
+    skip_float32(rng, first_row * math.prod(core.noise_shape(1)))
+    return rng
+
+
+def skip_float32(rng: np.random.Generator, count: int) -> None:
+    """Jump over `count` float32 draws of a fresh Philox generator; 8 of them come from one 256-bit block."""
+    rng.bit_generator.advance(count // 8)
+    rng.random(count % 8, dtype=np.float32)
+
+
+def settle_kernels(deterministic: bool) -> None:
+    """Let cuDNN pick its fastest kernels, or allow only those that repeat to the bit."""
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic

@@ -1,0 +1,200 @@
+"""What pretraining and fine-tuning do alike around their epochs: set up, resume, save, log."""
+
+import argparse
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from util import checkpoint, config, datasets, dist, rng
+from util.errors import UserError
+from util.log import MetricLogger, RunLog, info
+from util.optim import GuardedStep, Rules, adamw, learning_rate, param_groups
+
+
+class Run:
+    """A training run: made from its arguments, started with a model, resumed and saved by the optimiser step.
+
+    `Run(...)` finds the user's mistakes and starts nothing; `start` joins the process group and builds the optimiser.
+    """
+
+    def __init__(self, args: argparse.Namespace, stage: str, num_images: int):
+        config.check_common_args(args)
+        here = dist.place()
+        self.args, self.stage, self.num_images = args, stage, num_images
+        accum_iter = config.accumulation(args)
+        self.lr, self.arithmetic = config.scaled_lr(args, accum_iter)
+        self.sampler = datasets.EpochBatches(
+            num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed
+        )
+        if not self.sampler.steps:
+            raise UserError(
+                f'{num_images} training images in {args.data_path} are fewer than one step takes: {self.arithmetic}'
+            )
+        checkpoint.prepare_folder(args.output_dir)
+        resume_from = checkpoint.find_resume(args.resume, args.output_dir)
+        self.saved = checkpoint.read_checkpoint(resume_from) if resume_from else None
+        if self.saved:
+            checkpoint.check_same_run(self.saved, self.identity(), resume_from)
+        self.resumed_from = resume_from
+        self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
+        self.ema: nn.Module | None = None
+
+    def identity(self) -> dict:
+        """What decides which sample and which mask comes when; it must not change between saving and resuming."""
+        args = self.args
+        names = ('model', 'input_size', 'seed')
+        return {
+            **{name: getattr(args, name) for name in names},
+            'stage': self.stage,
+            'images': self.num_images,
+            'effective_batch': self.sampler.global_batch,
+        }
+
+    def start(self, core: nn.Module, rules: Rules, layer_decay: float = 1.0, ema: nn.Module | None = None) -> None:
+        """Join the process group, move the model, build its optimiser, and load the checkpoint that is resumed."""
+        args = self.args
+        self.device = dist.init(args.device, args.dist_url, args.dist_timeout)
+        rng.settle_kernels(args.deterministic)
+        self.amp_dtype = config.amp_dtype(args, self.device)
+        self.statistics = datasets.statistics(args.mean, args.std, self.device)
+        self.core = dist.sync_batchnorm(core.to(self.device), self.device)
+        self.ema = ema.to(self.device) if ema else None
+        groups = param_groups(self.core, rules, args.weight_decay, layer_decay)
+        fp16 = self.amp_dtype is torch.float16
+        self.guard = GuardedStep(self.core, adamw(groups, self.lr, args.betas), self.device, fp16, args.clip_grad)
+        self.first_epoch, self.first_step, self.averages = args.start_epoch, 0, None
+        if self.saved:
+            self.restore(self.saved)
+        self.model = dist.parallel(self.core, self.device, args.compile)
+        first = self.axis(self.first_epoch, self.first_step)
+        self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, first)
+        self.announce()
+
+    def announce(self) -> None:
+        """Say what is about to run, and keep it beside the checkpoints."""
+        args, steps = self.args, self.sampler.steps
+        left_out = self.num_images % self.sampler.global_batch
+        params = sum(p.numel() for p in self.core.parameters() if p.requires_grad)
+        dtype = str(self.amp_dtype or torch.float32).removeprefix('torch.')
+        info(f'{args.model}: {params:,} trainable parameters, {dtype} on {dist.world_size()} x {self.device.type}')
+        info(self.arithmetic)
+        info(f'{self.num_images} training images, {steps} steps an epoch; {left_out} images are left out of each epoch')
+        if not args.config and (recipes := config.recipes_for(args.model, self.stage)):
+            info(f'no --config given; recipes for this model: {", ".join(recipes)}')
+        if self.resumed_from:
+            info(f'resumed from {self.resumed_from} at epoch {self.first_epoch}, step {self.first_step} of {steps}')
+        if dist.is_main():
+            resolved = config.plain(args) | {'lr': self.lr, 'accum_iter': self.sampler.accum_iter}
+            (args.output_dir / 'args.json').write_text(json.dumps(resolved, indent=2) + '\n', encoding='utf-8')
+
+    # --------------------------------------------------------------------------
+    # what the engines ask for
+
+    def loader(self, files: list[str], labels: list[int] | None, transform) -> DataLoader:
+        """Training batches in the run's order."""
+        images = datasets.ImageFiles(files, labels, transform, self.args.seed)
+        return datasets.loader(images, self.sampler, self.args.num_workers, self.pin_memory)
+
+    @property
+    def pin_memory(self) -> bool:
+        return self.args.pin_mem and self.device.type == 'cuda'
+
+    def schedule(self, epoch: float) -> float:
+        """The learning rate at a fractional epoch."""
+        args = self.args
+        return learning_rate(
+            epoch,
+            lr=self.lr,
+            epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            min_lr=args.min_lr,
+            sched=args.lr_sched,
+            decay_epochs=tuple(args.lr_decay_epochs),
+            decay_rate=args.lr_decay_rate,
+            per_epoch=args.sched_per_epoch,
+        )
+
+    def epochs(self) -> Iterator[tuple[int, MetricLogger]]:
+        """The epochs that are left, each with its logger; the first may begin in its middle."""
+        for epoch in range(self.first_epoch, self.args.epochs):
+            logger = MetricLogger(
+                f'Epoch: [{epoch}]',
+                self.first_step,
+                self.sampler.steps,
+                self.sampler.global_batch,
+                self.args.print_freq,
+                self.device,
+            )
+            if self.averages:
+                logger.load_state_dict(self.averages)
+            self.first_step, self.averages = 0, None
+            yield epoch, logger
+
+    def after_step(self, epoch: int, step: int, lr: float, logger: MetricLogger) -> None:
+        """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
+        if logger.due(step):
+            values = logger.line(step, lr)
+            self.log.scalars(self.axis(epoch, step + 1), **values)
+            self.guard.check(f'epoch {epoch}, step {step + 1} of {logger.steps}')
+        every = self.args.save_freq_steps
+        if every and (step + 1) % every == 0 and step + 1 < logger.steps:
+            self.save(checkpoint.LAST, epoch, step + 1, logger)
+
+    def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
+        """The epoch's line in log.txt and its checkpoints."""
+        self.log.epoch(**values, epoch=epoch)
+        names = [checkpoint.LAST]
+        if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
+            names.append(f'checkpoint-{epoch}.pth')
+        for name in names:
+            self.save(name, epoch, logger.steps, logger)
+
+    def axis(self, epoch: int, step: int) -> int:
+        """MAE's TensorBoard axis, `epoch_1000x`: thousandths of an epoch."""
+        return int(1000 * (epoch + step / self.sampler.steps))
+
+    # --------------------------------------------------------------------------
+    # checkpoints
+
+    def save(self, name: str, epoch: int, step: int, logger: MetricLogger) -> None:
+        """Write the state after `step` optimiser steps of `epoch`. Only rank 0 writes."""
+        if not dist.is_main():
+            return
+        state = {
+            'model': self.core.state_dict(),
+            'optimizer': self.guard.optimizer.state_dict(),
+            'scaler': self.guard.scaler.state_dict(),
+            'epoch': epoch,
+            'step': step,
+            'steps': self.sampler.steps,
+            'logger': logger.state_dict(),
+            'record': self.record,
+            'run': self.identity(),
+            'args': config.plain(self.args),
+        }
+        if hasattr(self.core, 'encoder_state_dict'):
+            state['encoder'] = self.core.encoder_state_dict()
+        if self.ema:
+            state['ema'] = self.ema.module.state_dict()
+        checkpoint.save(self.args.output_dir / name, state)
+
+    def restore(self, saved: dict) -> None:
+        """Take up where a checkpoint was written. Learning rates, decay, betas are this run's own."""
+        self.core.load_state_dict(saved['model'])
+        optimizer = self.guard.optimizer
+        options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved['optimizer'])
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
+        self.guard.scaler.load_state_dict(saved['scaler'])
+        self.record = saved['record']
+        if self.ema:
+            self.ema.module.load_state_dict(saved['ema'])
+        if saved['step'] == saved['steps']:
+            self.first_epoch = saved['epoch'] + 1
+        else:
+            self.first_epoch, self.first_step, self.averages = saved['epoch'], saved['step'], saved['logger']
+        self.saved = None
