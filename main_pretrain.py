@@ -6,7 +6,6 @@ torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --bat
 
 import argparse
 
-import torch
 from PIL import Image
 from torch import nn
 
@@ -15,7 +14,7 @@ from engine_pretrain import train_one_epoch
 from util import config, datasets, dist, rng
 from util.errors import UserError, run_main
 from util.log import info
-from util.pictures import grid
+from util.pictures import Pictures
 from util.run import Run
 
 METHODS = (models_mirl,)  # a method is one file; a new one is added here
@@ -47,11 +46,8 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     return construct(make, img_size=args.input_size, **{**options, **args.model_kwargs})
 
 
-def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0])
-    config.add_common_args(
-        parser, model='mirl_vit_base_depth48', batch_size=64, epochs=400, blr=1.5e-4, warmup_epochs=40, min_lr=0.0
-    )
+def add_target_args(parser: config.Parser) -> None:
+    """The model options that have flags of their own, in MAE's names."""
     add = parser.add_argument
     add('--mask_ratio', type=float, help="share of patches that is hidden; default: the model's")
     add(
@@ -59,28 +55,19 @@ def get_args_parser() -> config.Parser:
         action=argparse.BooleanOptionalAction,
         help="per-patch normalised target; default: the model's",
     )
+
+
+def get_args_parser() -> config.Parser:
+    parser = config.Parser(__doc__.partition('\n')[0])
+    config.add_common_args(
+        parser, model='mirl_vit_base_depth48', batch_size=64, epochs=400, blr=1.5e-4, warmup_epochs=40, min_lr=0.0
+    )
+    add_target_args(parser)
+    add = parser.add_argument
     add('--crop_scale', type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
     add('--betas', type=float, nargs=2, default=[0.9, 0.95], help="AdamW's")
     add('--vis_freq', type=int, default=0, help='epochs between pictures of the same images, in PNG and TensorBoard')
     return parser
-
-
-class Pictures:
-    """The same few images, reconstructed under the same masks every time."""
-
-    def __init__(self, core: nn.Module, files: list[str], args: argparse.Namespace, count: int = 6):
-        chosen = files[:: max(1, len(files) // count)][:count]
-        images = datasets.ImageFiles(chosen, None, datasets.eval_transform(args.input_size, crop_pct=1.0), args.seed)
-        self.imgs = torch.stack([images[0, i][0] for i in range(len(chosen))])
-        self.plan = core.draw_plan(len(chosen), rng.generator(args.seed, rng.PICTURE))
-
-    def write(self, run: Run, epoch: int) -> None:
-        """`pictures-EPOCH.png` in the output folder, and the same in TensorBoard."""
-        imgs, plan = datasets.to_device((self.imgs, self.plan), run.device)
-        panels = run.core.reconstruct(datasets.to_float(imgs, *run.statistics), plan)
-        picture = grid(panels, run.args.mean, run.args.std)
-        Image.fromarray(picture).save(run.args.output_dir / f'pictures-{epoch}.png')
-        run.log.image('reconstruction', picture, run.axis(epoch + 1, 0))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -96,7 +83,9 @@ def main(args: argparse.Namespace) -> None:
     for epoch, logger in run.epochs():
         stats = train_one_epoch(run, batches, epoch, logger)
         if pictures and ((epoch + 1) % args.vis_freq == 0 or epoch + 1 == args.epochs):
-            pictures.write(run, epoch)
+            picture = pictures.draw(run.core, run.device)
+            Image.fromarray(picture).save(args.output_dir / f'pictures-{epoch}.png')
+            run.log.image('reconstruction', picture, run.axis(epoch + 1, 0))
         run.after_epoch(epoch, logger, **{f'train_{name}': value for name, value in stats.items()})
     info(f'done; checkpoints, log.txt and TensorBoard events are in {args.output_dir}')
     dist.cleanup()

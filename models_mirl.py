@@ -256,8 +256,10 @@ class MIRL(nn.Module):
     def reconstruct(self, imgs: Tensor, plan: MaskPlan) -> dict[str, Tensor]:
         """Panels [N, 3, H, W] in the input's normalised space: original, masked, and each pair's sum and two parts.
 
-        Predictions are drawn for all patches and brought back to pixels by each patch's own mean and deviation
-        (the true ones). The mean is added to main and residual alike, so a residual is detail on a mid-tone.
+        Predictions are per-patch normalised and need a mean and a deviation to become pixels. `oracle` takes each
+        patch's own, which leaks the answer's brightness and contrast; `honest` takes the visible patches' average. Main
+        and residual are drawn with the oracle's, the mean added to both, so a residual is detail on a mid-tone. All
+        patches are drawn; visible ones enter no loss, and what is predicted there means nothing.
         """
         was_training = self.training
         self.eval()
@@ -265,16 +267,21 @@ class MIRL(nn.Module):
         self.train(was_training)
 
         restore = torch.cat([plan.ids_keep, plan.ids_hidden], dim=1).argsort(dim=1)
-        mean, std = patch_stats(patchify(imgs, self.patch_size)) if self.norm_pix_loss else (0.0, 1.0)
+        mean, std = patch_stats(patchify(imgs, self.patch_size))  # [N, L, 1]
+        if not self.norm_pix_loss:
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        visible = 1 - plan.mask.unsqueeze(-1)
+        honest = [(stat * visible).sum(dim=1, keepdim=True) / visible.sum(dim=1, keepdim=True) for stat in (mean, std)]
 
-        def picture(pred: Tensor) -> Tensor:
+        def picture(pred: Tensor, mean: Tensor = mean, std: Tensor = std) -> Tensor:
             return unpatchify(gather_tokens(pred.float(), restore) * std + mean, self.patch_size)
 
         hidden = patch_mask_to_pixels(plan.mask, self.patch_size)
         panels = {'original': imgs, 'masked': imgs * (1 - hidden)}
         for i, (main, residual) in enumerate(pairs(preds)):
             panels |= {
-                f'prediction {i}': picture(main + residual),
+                f'prediction {i} (honest)': picture(main + residual, *honest),
+                f'prediction {i} (oracle)': picture(main + residual),
                 f'main {i}': picture(main),
                 f'residual {i}': picture(residual),
             }

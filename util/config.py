@@ -139,9 +139,7 @@ def add_common_args(
     """Everything that pretraining and fine-tuning share; the defaults that differ are the parameters."""
     add = parser.add_argument
     add('--config', default='', metavar='YAML', help='recipe that sets defaults; flags override it')
-    add('--model', default=model, help='name of a function in a models_*.py')
-    add('--model_kwargs', nargs='+', action=KeyValues, default={}, metavar='KEY=VALUE', help='more of its arguments')
-    add('--input_size', type=int, default=224, help='image side in pixels')
+    add_model_args(parser, model)
 
     add('--batch_size', type=int, default=batch_size, help='images per process and forward')
     add('--epochs', type=int, default=epochs, help='passes over the data')
@@ -163,8 +161,6 @@ def add_common_args(
         '--data_path', type=Path, default=Path('data'), help='folder with train/ and val/, one folder per class in each'
     )
     add('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
-    add('--mean', type=float, nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
-    add('--std', type=float, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
     add('--num_workers', type=int, default=10, help='loader processes per process')
     add('--pin_mem', action='store_true', default=True, help='pinned batches, for faster copies to a GPU')
     add('--no_pin_mem', action='store_false', dest='pin_mem', help='no pinned batches')
@@ -187,17 +183,27 @@ def add_common_args(
     add('--resume', default='', metavar='PATH', help="checkpoint to go on from; 'auto': the last of output_dir, if any")
     add('--start_epoch', type=int, default=0, help='first epoch of a run that is not resumed')
 
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda, cuda:N or cpu')
     add('--amp_dtype', choices=('bf16', 'fp16', 'none'), help='autocast; default: bf16 on a GPU that has it, else none')
     add('--compile', action='store_true', help='torch.compile the model')
     add('--deterministic', action='store_true', help='only deterministic kernels, for bit-exact repeats on a GPU')
-    add('--seed', type=int, default=0, help='of everything random')
     add('--dist_url', default='env://', help='rendezvous of the processes')
     add('--dist_timeout', type=float, default=600, help='seconds until a silent rank ends the run')
     add('--world_size', type=int, help='checked against the processes that were launched')
     # old launch scripts pass these; ranks come from the environment
     add('--local_rank', type=int, help=argparse.SUPPRESS)
     add('--dist_on_itp', action='store_true', help=argparse.SUPPRESS)
+
+
+def add_model_args(parser: Parser, model: str) -> None:
+    """The model, its input, and where it runs."""
+    add = parser.add_argument
+    add('--model', default=model, help='name of a function in a models_*.py')
+    add('--model_kwargs', nargs='+', action=KeyValues, default={}, metavar='KEY=VALUE', help='more of its arguments')
+    add('--input_size', type=int, default=224, help='image side in pixels')
+    add('--mean', type=float, nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
+    add('--std', type=float, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda, cuda:N or cpu')
+    add('--seed', type=int, default=0, help='of everything random')
 
 
 def check_common_args(args: argparse.Namespace) -> None:

@@ -1,11 +1,34 @@
-"""Panels of pictures as one labelled image."""
+"""What a model reconstructs, drawn as one labelled picture."""
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
+
+from util import datasets, rng
 
 MARGIN, FONT_SIZE = 4, 14
+
+
+class Pictures:
+    """A few images, reconstructed under masks that depend on the seed alone: the same every time.
+
+    At most `count` images are taken, evenly from all `files`.
+    """
+
+    def __init__(self, core: nn.Module, files: list[str], args, count: int = 6):
+        count = min(count, len(files))
+        chosen = [files[i * len(files) // count] for i in range(count)]
+        images = datasets.ImageFiles(chosen, None, datasets.eval_transform(args.input_size, crop_pct=1.0), args.seed)
+        self.imgs = torch.stack([images[0, i][0] for i in range(count)])
+        self.plan = core.draw_plan(count, rng.generator(args.seed, rng.PICTURE))
+        self.mean, self.std = args.mean, args.std
+
+    def draw(self, core: nn.Module, device: torch.device) -> np.ndarray:
+        """[height, width, 3] uint8."""
+        imgs, plan = datasets.to_device((self.imgs, self.plan), device)
+        imgs = datasets.to_float(imgs, *datasets.statistics(self.mean, self.std, device))
+        return grid(core.reconstruct(imgs, plan), self.mean, self.std)
 
 
 def grid(panels: dict[str, Tensor], mean, std, tile: int = 112) -> np.ndarray:

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Runs the tests, making .venv first if needed.
+#
+#   scripts/test.sh              the default tests, at most eight minutes on two cores
+#   scripts/test.sh --oldest     the same with the lower bounds of requirements.txt, in .venv-oldest
+#   scripts/test.sh --slurm      the tests on a one-node SLURM that they bring up (Debian, root)
+#   scripts/test.sh ...          anything else goes to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+
+export OMP_NUM_THREADS=1
+case "${1:-}" in
+  --oldest)
+    shift
+    mkdir -p .venv-oldest
+    sed 's/>=/==/' requirements.txt > .venv-oldest/requirements.txt
+    use_venv .venv-oldest .venv-oldest/requirements.txt tests/requirements.txt
+    ;;
+  --slurm)
+    shift
+    use_venv .venv requirements.txt tests/requirements.txt
+    set -- -m slurm "$@"
+    ;;
+  *)
+    use_venv .venv requirements.txt tests/requirements.txt
+    ruff check .
+    ruff format --check .
+    ;;
+esac
+python -m pytest "$@"

@@ -1,0 +1,51 @@
+"""Draw what a pretraining model reconstructs, as one labelled PNG.
+
+Examples:
+    python scripts/visualize.py --model mirl_vit_base --checkpoint runs/NAME/checkpoint-last.pth photo.jpg
+    python scripts/visualize.py --model mirl_vit_tiny --input_size 32 --checkpoint ... --count 8 runs/digits/val
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from main_pretrain import add_target_args, create_model
+from util import config, datasets
+from util.errors import UserError, run_main
+from util.pictures import Pictures
+from util.published import load_published
+
+
+def get_args_parser() -> config.Parser:
+    parser = config.Parser(__doc__.partition('\n')[0])
+    config.add_model_args(parser, model='mirl_vit_base_depth48')
+    add_target_args(parser)
+    add = parser.add_argument
+    add('images', nargs='+', type=Path, help='image files, or folders of them')
+    add('--checkpoint', required=True, help='own or published pretraining checkpoint, with its decoders')
+    add('--output', type=Path, default=Path('reconstruction.png'), help='the PNG to write')
+    add('--count', type=int, default=6, help='most images to draw, taken evenly from all')
+    return parser
+
+
+def main(args) -> None:
+    """Load, reconstruct, draw."""
+    config.check_device(args.device)
+    files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
+    core = create_model(args)
+    print(load_published(core, args.checkpoint))
+    device = torch.device(args.device)
+    picture = Pictures(core, files, args, args.count).draw(core.to(device), device)
+    try:
+        Image.fromarray(picture).save(args.output)
+    except (OSError, ValueError) as error:
+        raise UserError(f'cannot write {args.output}: {error}') from error
+    print(f'{min(len(files), args.count)} of {len(files)} images drawn in {args.output}')
+
+
+if __name__ == '__main__':
+    run_main(lambda: main(get_args_parser().parse()))
