@@ -311,7 +311,8 @@ def segment_ends(depth: int, num_segments: int, out_indices: tuple[int, ...] | N
 
 def pairs(preds: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """(main, residual) predictions: first with last, second with second-last, ..."""
-    return list(zip(preds[: len(preds) // 2], reversed(preds), strict=False))
+    half = len(preds) // 2
+    return list(zip(preds[:half], preds[::-1][:half], strict=True))
 
 
 # --------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_heads_are_unit_per_input_feature(model):
 def test_published_sizes(name, trainable, classifier):
     with torch.device('meta'):
         model = getattr(models_mirl, name)()
-        network = models_mirl.create_classifier(name)
+    network = models_mirl.create_classifier(name)
     if trainable:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
     assert sum(p.numel() for p in network.parameters()) == classifier

@@ -89,21 +89,22 @@ class MetricLogger:
         self.last_line, self.last_step, self.waited = now, step + 1, 0.0
         return averages
 
-    def averages(self) -> dict[str, float]:
-        """The epoch's averages over all ranks."""
+    def sums(self) -> dict[str, list[float]]:
+        """{name: [total, count]} of the epoch over all ranks; every rank must call it."""
         self.read()
         names = sorted(self.total)
         table = torch.tensor([[self.total[n], self.count[n]] for n in names], dtype=torch.float64, device=self.device)
-        dist.all_reduce_sum(table)
-        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True)}
+        return dict(zip(names, dist.all_reduce_sum(table).tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, dict]:
-        self.read()
-        return {'total': dict(self.total), 'count': dict(self.count)}
+    def averages(self) -> dict[str, float]:
+        """The epoch's averages over all ranks; every rank must call it."""
+        return {name: total / count for name, (total, count) in self.sums().items()}
 
-    def load_state_dict(self, state: dict[str, dict]) -> None:
-        self.total.update(state['total'])
-        self.count.update(state['count'])
+    def load_sums(self, sums: dict[str, list[float]]) -> None:
+        """Go on from the `sums` of a checkpoint. They are of all ranks, so rank 0 alone takes them."""
+        if dist.is_main():
+            for name, (total, count) in sums.items():
+                self.total[name], self.count[name] = total, count
 
     @staticmethod
     def _format(value: float) -> str:
@@ -138,6 +139,11 @@ class RunLog:
         """A [H, W, 3] uint8 picture."""
         if self.writer is not None:
             self.writer.add_image(name, picture, epoch_1000x, dataformats='HWC')
+
+    def flush(self) -> None:
+        """Bring the events to the disk: a checkpoint must not be ahead of them."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def epoch(self, **values) -> None:
         """A line of `log.txt`; not-a-number and infinity are written as null, which JSON has."""

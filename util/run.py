@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import signal
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from util import checkpoint, config, datasets, dist, rng
+from util import checkpoint, config, datasets, dist, rng, signals
 from util.errors import UserError
 from util.log import MetricLogger, RunLog, info
 from util.optim import GuardedStep, Rules, adamw, learning_rate, param_groups
@@ -118,7 +119,11 @@ class Run:
         )
 
     def epochs(self) -> Iterator[tuple[int, MetricLogger]]:
-        """The epochs that are left, each with its logger; the first may begin in its middle."""
+        """The epochs that are left, each with its logger; the first may begin in its middle.
+
+        A request to stop ends the process after the step, or else before the epoch, that it falls into.
+        """
+        signals.install()
         for epoch in range(self.first_epoch, self.args.epochs):
             logger = MetricLogger(
                 f'Epoch: [{epoch}]',
@@ -131,7 +136,9 @@ class Run:
             if self.averages:
                 logger.load_state_dict(self.averages)
             self.first_step, self.averages = 0, None
+            self.stop_if_asked(epoch, logger.start, logger)
             yield epoch, logger
+        signals.restore()
 
     def after_step(self, epoch: int, step: int, lr: float, logger: MetricLogger) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
@@ -142,6 +149,8 @@ class Run:
         every = self.args.save_freq_steps
         if every and (step + 1) % every == 0 and step + 1 < logger.steps:
             self.save(checkpoint.LAST, epoch, step + 1, logger)
+        if step + 1 < logger.steps:  # else the epoch is to be closed first: evaluation, log.txt, numbered checkpoint
+            self.stop_if_asked(epoch, step + 1, logger)
 
     def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
         """The epoch's line in log.txt and its checkpoints."""
@@ -151,6 +160,25 @@ class Run:
             names.append(f'checkpoint-{epoch}.pth')
         for name in names:
             self.save(name, epoch, logger.steps, logger)
+
+    def stop_if_asked(self, epoch: int, step: int, logger: MetricLogger) -> None:
+        """Where any rank was asked to stop, save after `step` steps of `epoch` and end all of them at this place."""
+        request = dist.largest(signals.requested())
+        if not request:
+            return
+        self.save(checkpoint.LAST, epoch, step, logger)
+        dist.barrier()  # a rank that ends makes launchers end the others
+        where = f'epoch {epoch}, step {step} of {logger.steps}'
+        info(f'stopped on request at {where}; state saved: resume with --resume auto')
+        signals.end_workers()
+        requeue = signals.requeue_handler()
+        if request == signals.REQUEUE and requeue:
+            if dist.is_main():
+                requeue(signal.SIGUSR2, None)  # does not return
+            dist.wait_for_main_to_end()
+        else:
+            dist.cleanup()
+        raise SystemExit(signals.EXIT_STOPPED)
 
     def axis(self, epoch: int, step: int) -> int:
         """MAE's TensorBoard axis, `epoch_1000x`: thousandths of an epoch."""
@@ -163,6 +191,7 @@ class Run:
         """Write the state after `step` optimiser steps of `epoch`. Only rank 0 writes."""
         if not dist.is_main():
             return
+        self.log.flush()
         state = {
             'model': self.core.state_dict(),
             'optimizer': self.guard.optimizer.state_dict(),

@@ -1,0 +1,130 @@
+"""A run that is stopped anywhere and resumed ends with the same bytes as one that was not; any split of a batch agrees."""
+
+import json
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+from runs import command, environment, load, make_images, run, same, train
+
+from util import checkpoint
+from util.run import Run
+
+PRETRAIN = ['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3']
+FINETUNE = [
+    *['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3'],
+    *['--mixup', '0.8', '--cutmix', '1.0', '--use_ema', '--drop_path', '0.2'],
+]
+KEPT = ('model', 'ema', 'optimizer', 'scaler', 'record', 'epoch', 'step', 'logger')
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'))
+
+
+def equal_states(a: dict, b: dict) -> bool:
+    return all(same(a.get(key), b.get(key)) for key in KEPT)
+
+
+@pytest.mark.parametrize(('stage', 'flags'), [('pretrain', PRETRAIN), ('finetune', FINETUNE)])
+def test_resumed_equals_uninterrupted(stage, flags, data, tmp_path, monkeypatch):
+    """Resume from every checkpoint of a run: inside an epoch, at its end, and twice in a row."""
+    flags = [*flags, '--save_freq_steps', '1', '--save_freq', '1']
+    moments = []
+
+    def save_and_copy(self, name, epoch, step, logger, save=Run.save):
+        save(self, name, epoch, step, logger)
+        if name == checkpoint.LAST and tmp_path / 'whole' == self.args.output_dir:
+            moments.append(tmp_path / f'{epoch}-{step}.pth')
+            shutil.copy(self.args.output_dir / name, moments[-1])
+
+    monkeypatch.setattr(Run, 'save', save_and_copy)
+    whole = train(stage, data, tmp_path / 'whole', *flags)
+    assert len(moments) == 12  # 66 images, 16 a step: 4 steps an epoch, 3 epochs
+    for moment in (moments[0], moments[5], moments[7]):
+        resumed = train(stage, data, tmp_path / moment.stem, *flags, '--resume', moment)
+        assert equal_states(resumed, whole)
+
+    folder = tmp_path / 'twice'
+    folder.mkdir()
+    for moment in (moments[1], moments[6]):  # the second was written by the whole run: replace what the first left
+        shutil.copy(moment, folder / checkpoint.LAST)
+        resumed = train(stage, data, folder, *flags, '--resume', 'auto')
+    assert equal_states(resumed, whole)
+    lines = (tmp_path / 'whole' / 'log.txt').read_text().splitlines()
+    assert json.loads((folder / 'log.txt').read_text().splitlines()[-1]) == json.loads(lines[-1])
+
+
+def test_workers_change_nothing(data, tmp_path):
+    alone = train('pretrain', data, tmp_path / 'a', *PRETRAIN, '--epochs', '2')
+    helped = train('pretrain', data, tmp_path / 'b', *PRETRAIN, '--epochs', '2', '--num_workers', '2')
+    assert equal_states(alone, helped)
+
+
+def test_killed_in_mid_epoch(data, tmp_path):
+    """SIGKILL, `--resume auto`, and the same bytes."""
+    flags = [*PRETRAIN, '--batch_size', '4', '--save_freq_steps', '1', '--epochs', '2']  # 8 steps an epoch
+    whole = train('pretrain', data, tmp_path / 'whole', *flags)
+    line = command('pretrain', data, tmp_path / 'killed', *flags)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment())
+    for text in process.stdout:
+        if '[5/8]' in text:  # step 4 is on the disk, step 5 may be
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(30)
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    killed = load(tmp_path / 'killed')
+    assert killed['epoch'] == 0
+    assert 4 <= killed['step'] <= 6
+    assert equal_states(train('pretrain', data, tmp_path / 'killed', *flags, '--resume', 'auto'), whole)
+
+
+def losses(folder) -> torch.Tensor:
+    return torch.tensor([json.loads(line)['train_loss'] for line in (folder / 'log.txt').read_text().splitlines()])
+
+
+def test_any_split_of_the_batch_agrees(data, tmp_path, measured):
+    """50 steps of 16 images: one forward, two, and two ranks of one forward each."""
+    flags = ['--epochs', '13', '--warmup_epochs', '2', '--lr', '1e-3']  # 4 steps an epoch
+    train('pretrain', data, tmp_path / 'one', *flags, '--batch_size', '16')
+    train('pretrain', data, tmp_path / 'accum', *flags, '--batch_size', '8', '--accum_iter', '2')
+    done = run('pretrain', data, tmp_path / 'ranks', *flags, '--batch_size', '8', ranks=2)
+    assert done.returncode == 0, done.stderr
+    reference = losses(tmp_path / 'one')
+    assert len(reference) * 4 >= 50
+    for name in ('accum', 'ranks'):
+        difference = ((losses(tmp_path / name) - reference).abs() / reference).max()
+        measured(f'split of the global batch, {name} against one: loss differs by {difference:.1e} over 52 steps')
+        assert difference < 1e-5
+
+
+def test_two_ranks_resume_to_the_bit(data, tmp_path):
+    flags = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3', '--save_freq_steps', '1']
+    assert run('pretrain', data, tmp_path / 'whole', *flags, ranks=2).returncode == 0
+    assert run('pretrain', data, tmp_path / 'part', *flags, ranks=2, fault='exit:0:2').returncode == 1
+    assert load(tmp_path / 'part')['step'] == 2
+    resumed = run('pretrain', data, tmp_path / 'part', *flags, '--resume', 'auto', ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert equal_states(load(tmp_path / 'part'), load(tmp_path / 'whole'))
+
+    # and on from there with one process, at the same global batch
+    (tmp_path / 'fewer').mkdir()
+    assert run('pretrain', data, tmp_path / 'fewer', *flags, ranks=2, fault='exit:0:2').returncode == 1
+    train('pretrain', data, tmp_path / 'fewer', *flags, '--accum_iter', '2', '--resume', 'auto')
+    assert ((losses(tmp_path / 'fewer') - losses(tmp_path / 'whole')).abs() < 1e-5 * losses(tmp_path / 'whole')).all()
+
+
+def test_not_a_number_on_one_rank(data, tmp_path):
+    """Every rank leaves out the step and names it; no weight is spoilt; the checkpoint goes on."""
+    flags = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3', '--save_freq_steps', '1']
+    stopped = run('pretrain', data, tmp_path, *flags, ranks=2, fault='nan:1:2')
+    assert stopped.returncode == 1
+    assert stopped.stderr.count('FloatingPointError: epoch 0, step 3 of 4: loss or gradient was not finite') == 2
+    saved = load(tmp_path)
+    assert saved['step'] == 2
+    assert all(value.isfinite().all() for value in saved['model'].values())
+    train('pretrain', data, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
