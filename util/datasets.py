@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import InterpolationMode
 
-from util import rng
+from util import rng, signals
 from util.errors import UserError
 
 
@@ -95,6 +95,7 @@ def loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool) -> Dat
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=signals.ignore_in_worker,
     )
 
 

@@ -1,6 +1,7 @@
 """The one door to `torch.distributed`: one process, torchrun, or SLURM; gloo on CPU, NCCL on GPU."""
 
 import contextlib
+import inspect
 import os
 import subprocess
 from datetime import timedelta
@@ -11,6 +12,10 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from util import signals
+
+HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts settle among themselves; None: the default group
 
 
 class Place(NamedTuple):
@@ -36,7 +41,10 @@ def place() -> Place:
 
 def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
     """Join the process group if there are several processes, and return this process's device."""
-    here = place()
+    global HOST_GROUP
+    here, timeout = place(), timedelta(seconds=timeout_s)
+    if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun
+        signals.end_with_parent()
     if torch.device(device).type == 'cuda':
         device = f'cuda:{here.local_rank}' if here.world_size > 1 else device
         torch.cuda.set_device(device)
@@ -44,9 +52,8 @@ def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch
         if 'MASTER_ADDR' not in os.environ and dist_url == 'env://':
             dist_url = slurm_url()
         backend = 'nccl' if torch.device(device).type == 'cuda' else 'gloo'
-        torch_dist.init_process_group(
-            backend, dist_url, timedelta(seconds=timeout_s), world_size=here.world_size, rank=here.rank
-        )
+        torch_dist.init_process_group(backend, dist_url, timeout, world_size=here.world_size, rank=here.rank)
+        HOST_GROUP = torch_dist.new_group(timeout=timeout, backend='gloo') if backend == 'nccl' else None
     return torch.device(device)
 
 
@@ -75,8 +82,9 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
+    """Wait until every process is here; the work that a GPU still has is not waited for."""
     if active():
-        torch_dist.barrier()
+        torch_dist.barrier(HOST_GROUP)
 
 
 def cleanup() -> None:
@@ -91,15 +99,32 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(number: int) -> int:
+    """The largest over the ranks of a number that hosts know. GPUs take no part, so hosts stay ahead of them."""
+    if not active():
+        return number
+    tensor = torch.tensor(number)
+    torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, HOST_GROUP)
+    return int(tensor)
+
+
+def wait_for_main_to_end() -> None:
+    """Return when rank 0's process is gone, for which it must not be waiting itself."""
+    with contextlib.suppress(RuntimeError):  # its end breaks the connections that the barrier stands on
+        barrier()
+
+
 def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
     """`core`, compiled if asked, in DistributedDataParallel if there are several processes."""
     model = torch.compile(core, fullgraph=True) if compiled else core
     if active():
+        new_name = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+        running_statistics = any(isinstance(module, _BatchNorm) for module in core.modules())
         model = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == 'cuda' else None,
-            broadcast_buffers=any(isinstance(module, _BatchNorm) for module in core.modules()),
             gradient_as_bucket_view=True,
+            **{'forward_sync_buffers' if new_name else 'broadcast_buffers': running_statistics},
         )
     return model
 

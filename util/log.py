@@ -101,10 +101,9 @@ class MetricLogger:
         return {name: total / count for name, (total, count) in self.sums().items()}
 
     def load_sums(self, sums: dict[str, list[float]]) -> None:
-        """Go on from the `sums` of a checkpoint. They are of all ranks, so rank 0 alone takes them."""
-        if dist.is_main():
-            for name, (total, count) in sums.items():
-                self.total[name], self.count[name] = total, count
+        """Go on from the `sums` of a checkpoint. They are of all ranks: rank 0 takes them, the others start at zero."""
+        for name, (total, count) in sums.items():
+            self.total[name], self.count[name] = (total, count) if dist.is_main() else (0.0, 0)
 
     @staticmethod
     def _format(value: float) -> str:

@@ -1,0 +1,81 @@
+"""Requests to stop: SIGTERM, SIGUSR2 and Ctrl-C only set a flag, which the training loop reads between two steps.
+
+SIGUSR2 is what SLURM sends, through submitit, ahead of a time limit or a preemption: the job is to be queued again.
+"""
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+STOP, REQUEUE = 1, 2  # what is asked for, 0 is nothing; of several requests the largest holds
+EXIT_STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
+MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGUSR2: REQUEUE}
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+asked = 0
+before: dict[int, object] = {}  # the handlers that ours stand in for
+
+
+def install() -> None:
+    """From now on a signal is a request, and loader workers are ended when the process exits."""
+    global asked
+    asked = 0
+    for number in MEANING:
+        if signal.getsignal(number) is not note:
+            before[number] = signal.signal(number, note)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)
+
+
+def restore() -> None:
+    """Put the handlers back that were there before `install`."""
+    while before:
+        number, handler = before.popitem()
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def note(number: int, frame) -> None:
+    """The handler. Who presses Ctrl-C a second time does not want to wait for the step to end."""
+    global asked
+    if number == signal.SIGINT:
+        if asked:
+            raise KeyboardInterrupt
+        os.write(2, b'\nstopping after this step; once more Ctrl-C stops at once, saving nothing\n')
+    asked = max(asked, MEANING[number])
+
+
+def requested() -> int:
+    """0, STOP or REQUEUE: what this process has been asked for since `install`."""
+    return asked
+
+
+def requeue_handler() -> Callable[[int, object], None] | None:
+    """submitit's handler of SIGUSR2, which puts the job back into the queue; None outside of its jobs."""
+    handler = before.get(signal.SIGUSR2)
+    return handler if callable(handler) else None
+
+
+def ignore_in_worker(worker_id: int) -> None:
+    """For loader workers: launchers signal whole process groups, and a batch that is on its way is still needed."""
+    for number in MEANING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill the loader workers; being deaf, they would outlast multiprocessing's own SIGTERM, and it waits for them."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+
+def end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when its launcher is killed: nobody else would end it."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
