@@ -66,7 +66,8 @@ def test_a_decoder_sees_shallower_segments_only(model, inputs):
     preds = model.forward_decoders(low, features, plan, 48)
     for changed in range(4):
         others = [f + 1.0 * (k == changed) * torch.randn_like(f) for k, f in enumerate(features)]
-        differs = [not torch.equal(a, b) for a, b in zip(preds, model.forward_decoders(low, others, plan, 48))]
+        changes = zip(preds, model.forward_decoders(low, others, plan, 48), strict=True)
+        differs = [not torch.equal(a, b) for a, b in changes]
         assert differs == [k >= changed for k in range(4)]
 
 

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed ends with the same bytes as one that was not; any split of a batch agrees."""
+"""A run that is stopped anywhere and resumed ends with the same bytes as one that was not; splits of a batch agree."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ FINETUNE = [
     *['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3'],
     *['--mixup', '0.8', '--cutmix', '1.0', '--use_ema', '--drop_path', '0.2'],
 ]
-KEPT = ('model', 'ema', 'optimizer', 'scaler', 'record', 'epoch', 'step', 'logger')
+KEPT = ('model', 'ema', 'optimizer', 'scaler', 'record', 'epoch', 'step')
 
 
 @pytest.fixture(scope='session')
@@ -84,7 +84,8 @@ def test_killed_in_mid_epoch(data, tmp_path):
 
 
 def losses(folder) -> torch.Tensor:
-    return torch.tensor([json.loads(line)['train_loss'] for line in (folder / 'log.txt').read_text().splitlines()])
+    lines = (folder / 'log.txt').read_text().splitlines()
+    return torch.tensor([json.loads(line)['train_loss'] for line in lines], dtype=torch.float64)
 
 
 def test_any_split_of_the_batch_agrees(data, tmp_path, measured):
@@ -110,12 +111,13 @@ def test_two_ranks_resume_to_the_bit(data, tmp_path):
     resumed = run('pretrain', data, tmp_path / 'part', *flags, '--resume', 'auto', ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert equal_states(load(tmp_path / 'part'), load(tmp_path / 'whole'))
+    assert torch.allclose(losses(tmp_path / 'part'), losses(tmp_path / 'whole'), rtol=1e-12)
 
     # and on from there with one process, at the same global batch
     (tmp_path / 'fewer').mkdir()
     assert run('pretrain', data, tmp_path / 'fewer', *flags, ranks=2, fault='exit:0:2').returncode == 1
     train('pretrain', data, tmp_path / 'fewer', *flags, '--accum_iter', '2', '--resume', 'auto')
-    assert ((losses(tmp_path / 'fewer') - losses(tmp_path / 'whole')).abs() < 1e-5 * losses(tmp_path / 'whole')).all()
+    assert torch.allclose(losses(tmp_path / 'fewer'), losses(tmp_path / 'whole'), rtol=1e-5, atol=0)
 
 
 def test_not_a_number_on_one_rank(data, tmp_path):
