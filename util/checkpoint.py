@@ -6,7 +6,6 @@ fine-tuning loads (it shares the model's storage, so the file holds them once).
 """
 
 import os
-import pickle
 import re
 import tempfile
 from pathlib import Path
@@ -39,26 +38,6 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """Load a checkpoint without running anything in it. Raises CheckpointError in one line for whatever is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'{path}: ' + ('is a folder, not a checkpoint' if path.is_dir() else 'no such file'))
-    if not path.stat().st_size:
-        raise CheckpointError(f'{path}: is empty')
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r'(?:GLOBAL|global|class) ([\w.]+)', str(error))
-        what = f'holds {found[1]}, which is not plain data' if found else 'not a checkpoint, or not plain data'
-        raise CheckpointError(f'{path}: {what}') from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f'{path}: not a checkpoint, or a damaged one') from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f'{path}: holds a {type(state).__name__}, not a checkpoint')
-    return state
 
 
 def find_resume(resume: str, output_dir: Path) -> Path | None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from util.checkpoint import read_checkpoint
 from util.errors import CheckpointError
 from util.pos_embed import resize_pos_embed
+from util.weight_files import read_checkpoint
 
 State = dict[str, Tensor]
 

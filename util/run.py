@@ -13,6 +13,7 @@ from util import checkpoint, config, datasets, dist, rng, signals
 from util.errors import UserError
 from util.log import MetricLogger, RunLog, info
 from util.optim import GuardedStep, Rules, adamw, learning_rate, param_groups
+from util.weight_files import read_checkpoint
 
 
 class Run:
@@ -36,7 +37,7 @@ class Run:
             )
         checkpoint.prepare_folder(args.output_dir)
         resume_from = checkpoint.find_resume(args.resume, args.output_dir)
-        self.saved = checkpoint.read_checkpoint(resume_from) if resume_from else None
+        self.saved = read_checkpoint(resume_from) if resume_from else None
         if self.saved:
             checkpoint.check_same_run(self.saved, self.identity(), resume_from)
         self.resumed_from = resume_from
@@ -134,7 +135,7 @@ class Run:
                 self.device,
             )
             if self.averages:
-                logger.load_state_dict(self.averages)
+                logger.load_sums(self.averages)
             self.first_step, self.averages = 0, None
             self.stop_if_asked(epoch, logger.start, logger)
             yield epoch, logger
@@ -188,7 +189,8 @@ class Run:
     # checkpoints
 
     def save(self, name: str, epoch: int, step: int, logger: MetricLogger) -> None:
-        """Write the state after `step` optimiser steps of `epoch`. Only rank 0 writes."""
+        """Write the state after `step` optimiser steps of `epoch`. Every rank must call it; rank 0 writes."""
+        sums = logger.sums()
         if not dist.is_main():
             return
         self.log.flush()
@@ -199,7 +201,7 @@ class Run:
             'epoch': epoch,
             'step': step,
             'steps': self.sampler.steps,
-            'logger': logger.state_dict(),
+            'logger': sums,
             'record': self.record,
             'run': self.identity(),
             'args': config.plain(self.args),

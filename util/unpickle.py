@@ -1,0 +1,203 @@
+"""Pickles of plain data, read without running anything in them.
+
+A pickle is a program for a small machine, and its opcodes may call any Python function. `run` is that machine for the
+opcodes of plain data; all it can call is in `ALLOWED`, functions of ours that do nothing but build data. A size that a
+file declares is believed only as far as there are bytes for it.
+"""
+
+import math
+import pickletools
+import re
+from collections.abc import Callable
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Refused(Exception):
+    """What a file is, or asks for, that no checkpoint should. The message completes 'FILE ...'."""
+
+
+def printable(text: object, most: int = 80) -> str:
+    """Text out of a file, fit for a line on a terminal."""
+    return repr(str(text)[:most])[1:-1]
+
+
+# --------------------------------------------------------------------------
+# what a pickle may call
+
+
+class Dropped:
+    """Stands for an object that no weight depends on (the arguments of a run, a path); what it held is dropped."""
+
+    def __init__(self, *args):
+        pass
+
+
+class Dtype:
+    """numpy.dtype, of plain numbers only."""
+
+    def __init__(self, code: str, *flags):
+        if not re.fullmatch('[fiub][1248]', code):
+            raise Refused(f'holds an array of dtype {printable(code)}, which is not plain data')
+        self.code, self.order = code, '='
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+def new_array(*args) -> np.ndarray:
+    """numpy's _reconstruct: an array that its BUILD opcode fills."""
+    return np.empty(0, 'u1')
+
+
+def numpy_scalar(dtype: Dtype, data: bytes) -> int | float | bool:
+    return np.frombuffer(data, dtype.numpy(), count=1)[0].item()
+
+
+def rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *flags) -> Tensor:
+    if math.prod(size) > storage.numel():  # with strides of 0, as_strided takes any size
+        raise ValueError(f'a tensor of size {size} in a storage of {storage.numel()}')
+    return storage.as_strided(size, stride, offset)
+
+
+STORAGES = {
+    'Double': torch.float64,
+    'Float': torch.float32,
+    'Half': torch.float16,
+    'BFloat16': torch.bfloat16,
+    'Long': torch.int64,
+    'Int': torch.int32,
+    'Short': torch.int16,
+    'Char': torch.int8,
+    'Byte': torch.uint8,
+    'Bool': torch.bool,
+}
+ALLOWED = {
+    'builtins.tuple': lambda items: items,  # of a tuple
+    'collections.OrderedDict': lambda: {},
+    '_codecs.encode': lambda text, encoding: text.encode('latin1'),  # how protocol 2 spells bytes
+    'numpy.ndarray': 'ndarray',
+    'numpy.dtype': Dtype,
+    'numpy.core.multiarray._reconstruct': new_array,
+    'numpy.core.multiarray.scalar': numpy_scalar,
+    'numpy._core.multiarray._reconstruct': new_array,  # since numpy 2
+    'numpy._core.multiarray.scalar': numpy_scalar,
+    'torch._utils._rebuild_tensor_v2': rebuild_tensor,
+    'torch._utils._rebuild_parameter': lambda data, *flags: data,
+    **{f'torch.{name}Storage': dtype for name, dtype in STORAGES.items()},
+    'torch.Size': Dropped,
+    'torch.device': Dropped,
+    'argparse.Namespace': Dropped,
+    'pathlib.PosixPath': Dropped,
+    'pathlib._local.PosixPath': Dropped,  # Python 3.13
+}
+
+
+def look_up(name: str):
+    name = re.sub(r'^__builtin__\.', 'builtins.', name)  # protocol 2 keeps Python 2's name
+    if name not in ALLOWED:
+        raise Refused(f'asks for {printable(name)}, which is not plain data; nothing in it was run')
+    return ALLOWED[name]
+
+
+# --------------------------------------------------------------------------
+# the machine
+
+NUMBERS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT'}
+TEXTS = {'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8'}
+CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
+
+
+def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
+    """The object that the pickle at the file's position builds. `find_storage` answers torch's persistent ids.
+
+    Raises Refused if it asks for anything that is not plain data, and whatever comes of it if it is malformed.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, value, _ in pickletools.genops(file):
+        match opcode.name:
+            case 'PROTO' | 'FRAME':
+                pass
+            case 'STOP':
+                return stack.pop()
+            case name if name in NUMBERS or name in TEXTS:
+                stack.append(value)
+            case name if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case 'EMPTY_DICT':
+                stack.append({})
+            case 'EMPTY_LIST':
+                stack.append([])
+            case 'MARK':
+                marks.append(stack)
+                stack = []
+            case 'TUPLE':
+                items, stack = stack, marks.pop()
+                stack.append(tuple(items))
+            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case 'APPEND':
+                item = stack.pop()
+                extend(stack[-1], [item])
+            case 'APPENDS':
+                items, stack = stack, marks.pop()
+                extend(stack[-1], items)
+            case 'SETITEM':
+                item, key = stack.pop(), stack.pop()
+                update(stack[-1], [key, item])
+            case 'SETITEMS':
+                items, stack = stack, marks.pop()
+                update(stack[-1], items)
+            case 'BINPUT' | 'LONG_BINPUT':
+                memo[value] = stack[-1]
+            case 'MEMOIZE':
+                memo[len(memo)] = stack[-1]
+            case 'BINGET' | 'LONG_BINGET':
+                stack.append(memo[value])
+            case 'GLOBAL' | 'INST' if re.fullmatch(r'[\w.]+ [\w.]+', value):
+                stack.append(look_up(value.replace(' ', '.')))
+            case 'STACK_GLOBAL':
+                name, module = stack.pop(), stack.pop()
+                stack.append(look_up(f'{module}.{name}'))
+            case 'REDUCE' | 'NEWOBJ' if isinstance(stack[-1], tuple):
+                args, function = stack.pop(), stack.pop()
+                stack.append(function(*args))  # nothing callable is on the stack but what look_up gave
+            case 'BUILD':
+                state = stack.pop()
+                build(stack[-1], state)
+            case 'BINPERSID':
+                stack.append(find_storage(*stack.pop()))
+            case name:
+                raise ValueError(f'{name} is not for plain data')
+    raise EOFError
+
+
+def extend(target: list, items: list) -> None:
+    if not isinstance(target, list):
+        raise TypeError(f'APPEND to a {type(target).__name__}')
+    target.extend(items)
+
+
+def update(target: dict, items: list) -> None:
+    if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in items[::2]):
+        raise TypeError('not a dict with plain keys')  # hashing a tuple of tuples of ... can take for ever
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+def build(target, state) -> None:
+    """Give an object its state: an array its data, a dtype its byte order. That of other objects is dropped."""
+    if isinstance(target, np.ndarray):
+        _, shape, dtype, fortran, data = state
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.numpy().itemsize != len(data):
+            raise ValueError(f'an array of shape {shape} in {len(data)} bytes')
+        target.__setstate__((1, shape, dtype.numpy(), fortran, bytes(data)))
+    elif isinstance(target, Dtype):
+        if state[1] not in ('<', '>', '=', '|'):
+            raise ValueError('not a byte order')
+        target.order = state[1]
+    elif not isinstance(target, Dropped | dict):
+        raise TypeError(f'BUILD of a {type(target).__name__}')

@@ -1,0 +1,117 @@
+"""Checkpoint files of any origin as plain data, read without running anything in them.
+
+What torch.save writes (a zip, every record held against its checksum; or the format before torch 1.6), what paddle.save
+writes (its arrays stay numpy arrays), and safetensors.
+"""
+
+import mmap
+import re
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from util.errors import CheckpointError
+from util.unpickle import Refused, printable, run
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# what a reader may raise for a malformed file
+DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A file's dict of plain data, tensors and numpy arrays. Raises CheckpointError, one line for whatever is wrong."""
+    path, kind = Path(path), None
+    try:
+        if not path.is_file():
+            raise Refused('is a folder, not a checkpoint' if path.is_dir() else 'does not exist')
+        kind, read = recognise(path)
+        state = read(path)
+        if not isinstance(state, dict):
+            raise Refused(f'holds a {type(state).__name__}, not a dict of weights')
+        return state
+    except Refused as error:
+        raise CheckpointError(f'{path} {error}') from error
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from error
+    except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
+        raise CheckpointError(f'{path} {what}') from error
+
+
+def recognise(path: Path) -> tuple[str | None, Callable]:
+    """The kind of a file, None if it is probably no checkpoint, and the function that reads it."""
+    with open(path, 'rb') as file:
+        head = file.read(64)
+    if not head:
+        raise Refused('is empty')
+    if re.match(rb'\s*<(!doctype|html|head|\?xml)', head, re.IGNORECASE):
+        raise Refused('is a web page, not a checkpoint: the download went wrong')
+    if head[8:9] == b'{' or path.suffix == '.safetensors':
+        return 'safetensors', safetensors.torch.load_file
+    if head.startswith(b'PK'):
+        return 'torch', read_zip
+    return 'pickle' if head.startswith(b'\x80') else None, read_pickle
+
+
+def read_zip(path: Path):
+    """torch.save's format: `ROOT/data.pkl`, and a record `ROOT/data/KEY` for every storage."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        roots = [r.filename.split('/')[0] for r in records if re.fullmatch(r'[^/]+/data\.pkl', r.filename)]
+        if len(roots) != 1:
+            raise Refused('is a zip archive, but not one that torch.save wrote')
+        for record in records:
+            folders = record.filename.split('/')
+            if folders[0] != roots[0] or '..' in folders:
+                raise Refused(f'holds {printable(record.filename)}, which torch.save never writes')
+        if any(r.compress_type for r in records) or sum(r.file_size for r in records) > path.stat().st_size:
+            raise Refused('holds compressed or overlapping records, which torch.save never writes')
+        storages: dict[str, Tensor] = {}
+
+        def find_storage(kind: str, dtype: torch.dtype, key: str, location: str, numel: int) -> Tensor:
+            if key not in storages:
+                record = archive.getinfo(f'{roots[0]}/data/{key}')
+                storages[key] = byte_tensor(archive.read(record), record.file_size)
+            return storages[key].view(dtype)
+
+        return run(BytesIO(archive.read(f'{roots[0]}/data.pkl')), find_storage)
+
+
+def read_pickle(path: Path):
+    """One pickle, as Paddle writes it, or the series of pickles and storages that torch wrote before 1.6."""
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        state = run(data)
+        return read_legacy_torch(data) if state == LEGACY_MAGIC else state
+
+
+def read_legacy_torch(data: mmap.mmap):
+    """What follows the magic number: version, system, object, the storages' keys, and of each its length and bytes."""
+    storages: dict[str, Tensor] = {}
+
+    def find_storage(kind: str, dtype: torch.dtype, key: str, location: str, numel: int, view: None) -> Tensor:
+        if key not in storages:
+            if view is not None or numel * dtype.itemsize + sum(s.nbytes for s in storages.values()) > len(data):
+                raise ValueError(f'a storage of {numel} numbers in a file of {len(data)} bytes')
+            storages[key] = torch.empty(numel, dtype=dtype)
+        return storages[key]
+
+    _version, _system, state, keys = run(data), run(data), run(data, find_storage), run(data)
+    if set(keys) != storages.keys():
+        raise ValueError('storages are missing')
+    for key in keys:
+        data.read(8)  # the length, which the object has told
+        storage = storages[key].view(torch.uint8)
+        storage.copy_(byte_tensor(data.read(len(storage)), len(storage)))
+    return state
+
+
+def byte_tensor(data: bytes, size: int) -> Tensor:
+    """`size` bytes as uint8."""
+    if len(data) != size:
+        raise EOFError
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
