@@ -119,11 +119,15 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
     model = torch.compile(core, fullgraph=True) if compiled else core
     if active():
         new_name = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+        # DDP reorders its buckets after a process's first step, and so the rounding of sums of more than two numbers: a
+        # resumed run would not repeat to the bit. This setting keeps the order; torch's warning about it is expected.
+        to_the_bit = device.type == 'cpu' or torch.are_deterministic_algorithms_enabled()
         running_statistics = any(isinstance(module, _BatchNorm) for module in core.modules())
         model = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == 'cuda' else None,
             gradient_as_bucket_view=True,
+            find_unused_parameters=to_the_bit and world_size() > 2,
             **{'forward_sync_buffers' if new_name else 'broadcast_buffers': running_statistics},
         )
     return model
