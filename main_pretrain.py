@@ -50,11 +50,9 @@ def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
     add = parser.add_argument
     add('--mask_ratio', type=float, help="share of patches that is hidden; default: the model's")
-    add(
-        '--norm_pix_loss',
-        action=argparse.BooleanOptionalAction,
-        help="per-patch normalised target; default: the model's",
-    )
+    normalise = dict(dest='norm_pix_loss', default=None)
+    add('--norm_pix_loss', action='store_true', help="per-patch normalised target; default: the model's", **normalise)
+    add('--no_norm_pix_loss', action='store_false', help='plain pixels as the target', **normalise)
 
 
 def get_args_parser() -> config.Parser:

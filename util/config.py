@@ -13,6 +13,7 @@ from util import dist
 from util.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
+INSTEAD_OF = {'accum_iter': 'effective_batch_size', 'blr': 'lr'}  # given as a flag, the first drops a recipe's second
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -31,10 +32,14 @@ class Parser(argparse.ArgumentParser):
         """Flags over recipe over defaults. Raises UserError naming the closest flag or key for one that is unknown."""
         argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
         path = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        path.add_argument('--config', default='')
+        path.add_argument('--config', nargs='?', default='')
         config = path.parse_known_args(argv)[0].config
-        if config:
-            self.set_defaults(**self.recipe(Path(config), stage))
+        if config and '--config' in self._option_string_actions:
+            values = self.recipe(find_recipe(config), stage)
+            for flag, other in INSTEAD_OF.items():
+                if any(word.partition('=')[0] == f'--{flag}' for word in argv):
+                    values.pop(other, None)
+            self.set_defaults(**values)
         args, unknown = self.parse_known_args(argv)
         if unknown:
             raise UserError(f'unknown argument {unknown[0]}{closest(unknown[0], self._option_string_actions)}')
@@ -42,30 +47,39 @@ class Parser(argparse.ArgumentParser):
 
     def recipe(self, path: Path, stage: str) -> dict:
         """The flags that a recipe sets, checked and converted as the command line's would be."""
-        known = {action.dest: action for action in self._actions if action.dest != 'help'}
+        flags = {name[2:]: action for name, action in self._option_string_actions.items() if name.startswith('--')}
+        known = {name: action for name, action in flags.items() if name not in ('help', 'config')}
         values = {}
         for key, value in read_recipe(path, stage).items():
-            if key not in known or key == 'config':
-                raise UserError(f'{path}: unknown key {key!r}{closest(key, known)}')
-            values[key] = self.converted(known[key], value, f'{path}: {key}')
+            name = str(key).replace('-', '_')
+            if name not in known:
+                raise UserError(f'{path}: unknown key {key!r}{closest(name, known)}')
+            values[known[name].dest] = self.converted(known[name], value, f'{path}: {key}')
         return values
 
     @staticmethod
     def converted(action: argparse.Action, value, where: str):
         """A YAML value as this action's flag would have it."""
-        if action.dest == 'model_kwargs' and isinstance(value, dict):
+        if isinstance(action, KeyValues):
+            if not isinstance(value, dict):
+                raise UserError(f'{where}: expected key: value pairs, got {value!r}')
             return value
-        many = action.nargs in ('+', '*') or (isinstance(action.nargs, int) and action.nargs > 0)
-        if many != isinstance(value, list):
-            raise UserError(f'{where}: expected {"a list" if many else "one value"}, got {value!r}')
+        if value is None and action.default is None:
+            return None
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f'{where}: expected true or false, got {value!r}')
-            return value
-        if value is None:
-            return None
+            return value == action.const  # `cls_token: true` is `global_pool: false`
+        count = action.nargs if isinstance(action.nargs, int) else None
+        many = count is not None or action.nargs in ('+', '*')
+        items = value if isinstance(value, list) else [value]
+        if many != isinstance(value, list) or count not in (None, len(items)):
+            expected = f'a list of {count}' if count else 'a list' if many else 'one value'
+            raise UserError(f'{where}: expected {expected}, got {value!r}')
         try:
-            items = [(action.type or str)(str(item)) for item in (value if many else [value])]
+            if any(item is None or isinstance(item, bool | list | dict) for item in items):
+                raise ValueError(value)
+            items = [(action.type or str)(str(item)) for item in items]
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f'{where}: invalid value {value!r}') from error
         if action.choices and not set(items) <= set(action.choices):
@@ -87,28 +101,45 @@ def closest(word: str, known) -> str:
     return f'; did you mean {" or ".join(found)}?' if found else ''
 
 
+def find_recipe(name: str) -> Path:
+    """The file at a path, or the one in scripts/recipes of that bare name. Raises UserError with the closest names."""
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    ours = {file.stem: file for file in sorted(RECIPES.glob('*.yaml'))}
+    stem = path.name.removesuffix('.yaml')
+    if stem in ours and path.parent == Path('.'):
+        return ours[stem]
+    raise UserError(f'there is no recipe {name}{closest(stem, ours) or f"; those in {RECIPES} go by their names"}')
+
+
 def read_recipe(path: Path, stage: str = '') -> dict:
     """The flags of a recipe file, less its `recipe` entry of provenance. Raises UserError for what is not a recipe."""
+    about, flags = load_recipe(path)
+    if stage and about and about.get('stage') != stage:
+        raise UserError(f'{path} is a recipe for main_{about.get("stage")}.py, not for main_{stage}.py')
+    return flags
+
+
+def load_recipe(path: Path) -> tuple[dict, dict]:
+    """The `recipe` entry of a file, and the rest."""
     try:
         content = yaml.safe_load(path.read_text(encoding='utf-8'))
     except OSError as error:
         raise UserError(f'cannot read the recipe {path}: {error.strerror}') from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f'{path} is not YAML: {error}') from error
-    if not isinstance(content, dict):
-        raise UserError(f'{path} is not a recipe: it should hold flag: value lines')
-    about = content.pop('recipe', {})
-    if stage and about and about.get('stage') != stage:
-        raise UserError(f'{path} is a recipe for main_{about.get("stage")}.py, not for main_{stage}.py')
-    return content
+    if not isinstance(content, dict) or not isinstance(content.get('recipe', {}), dict):
+        raise UserError(f'{path} is not a recipe: it should hold flag: value lines, and recipe: its stage, source, ...')
+    return content.pop('recipe', {}), content
 
 
 def recipes_for(model: str, stage: str) -> list[str]:
     """Paths of the recipes of a model, relative to the repository."""
     found = []
     for path in sorted(RECIPES.glob('*.yaml')):
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
-        if content.get('model') == model and content['recipe']['stage'] == stage:
+        about, flags = load_recipe(path)
+        if flags.get('model') == model and about.get('stage') == stage:
             found.append(str(path.relative_to(RECIPES.parent.parent)))
     return found
 
@@ -138,7 +169,7 @@ def add_common_args(
 ) -> None:
     """Everything that pretraining and fine-tuning share; the defaults that differ are the parameters."""
     add = parser.add_argument
-    add('--config', default='', metavar='YAML', help='recipe that sets defaults; flags override it')
+    add('--config', default='', metavar='YAML', help='recipe that sets defaults, or its name; flags override it')
     add_model_args(parser, model)
 
     add('--batch_size', type=int, default=batch_size, help='images per process and forward')
@@ -277,7 +308,7 @@ def scaled_lr(args: argparse.Namespace, accum_iter: int) -> tuple[float, str]:
 def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
     """The autocast type, or None for float32."""
     if args.amp_dtype is None:
-        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported(False) else None
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'none': None}[args.amp_dtype]
 
 
