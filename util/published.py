@@ -1,19 +1,25 @@
 """Checkpoints of any origin into our models: recognise the format, rename, resize, and account for every key.
 
-This is the one file of `util` that knows the methods by name. A format is a row of `FORMATS`: how to tell it by its
-keys, and what its keys are called here. Whatever is neither loaded nor listed as ignorable is an error, and so is
-whatever the model needs and neither the file nor the list of keys that may be missing provides.
+This is the one file of `util` that knows the methods by name. A format is a row of a table: the keys that tell it, what
+its keys are called here, which of them nothing here has use for, and a function where names alone do not do. `INTAKES`
+says which formats a model takes and what a file may lack. Whatever is neither loaded nor allowed for is an error.
+
+What no file can tell: the number of attention heads (12 in MIRL's small models, not timm's 6), and where segments of
+unequal length end. Both are the model's to get right.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from util.errors import CheckpointError
 from util.pos_embed import resize_pos_embed
+from util.unpickle import printable
 from util.weight_files import read_checkpoint
 
 State = dict[str, Tensor]
@@ -32,8 +38,7 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f'{len(self.loaded)} loaded']
-        for what in ('resized', 'ignored', 'missing'):
-            keys = getattr(self, what)
+        for keys, what in ((self.resized, 'resized'), (self.ignored, 'ignored'), (self.missing, 'missing, start anew')):
             if keys:
                 parts.append(f'{len(keys)} {what} ({shortened(keys)})')
         return f'{self.source}: {self.format}: ' + ', '.join(parts)
@@ -44,9 +49,11 @@ class Format:
     """A published layout. `renames` and `ignorable` are regular expressions, tried in order on the whole key."""
 
     name: str
-    recognise: Callable[[State], bool]
+    marks: set[str]  # keys that together tell the format
     renames: tuple[tuple[str, str], ...] = ()
     ignorable: tuple[str, ...] = ()
+    adapt: Callable[[State, nn.Module], State] = lambda state, model: state  # after renaming: what depends on the model
+    refusal: str = ''  # why a format that is known cannot be loaded into this model
 
     def rename(self, key: str) -> str | None:
         """The key's name here, or None if the format's files may hold it and nothing here has use for it."""
@@ -58,18 +65,47 @@ class Format:
         return key
 
 
-# --------------------------------------------------------------------------
-# formats, by the model that is to be filled
+@dataclass(frozen=True)
+class Intake:
+    """What a class of models takes: formats, first match first, and patterns of its own keys."""
 
-MIRL_KEYS = {'decoder_embed0_1.weight'}
-MAE_KEYS = {'mask_token', 'decoder_embed.weight', 'decoder_pred.weight'}
-VIT_KEYS = {'cls_token', 'patch_embed.proj.weight', 'blocks.0.attn.qkv.weight'}
+    wrappers: tuple[str, ...]  # where a file may keep the weights, besides COMMON_WRAPPERS
+    formats: tuple[Format, ...]
+    may_lack: tuple[str, ...] = ()  # keys that a file may lack
+    may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
+
+
+COMMON_WRAPPERS = ('model', 'state_dict', 'module')
+
+# --------------------------------------------------------------------------
+# MIRL
+
+
+def mirl_decoders(state: State, model: nn.Module) -> State:
+    """Check the number of segments, number the deepest one's norm, and give fixed gains torch's shape [1, E]."""
+    found = 1 + max((int(m[1]) for key in state if (m := re.match(r'decoders\.(\d+)\.', key))), default=-1)
+    own = len(model.decoders)
+    if found != own:
+        raise CheckpointError(f'has {found} segments, the model {own}: pass --model_kwargs num_segments={found}')
+    return unique(
+        (
+            re.sub(r'^norms\.-1\.', f'norms.{own - 1}.', key),
+            value.reshape(1, -1) if key.endswith('.original0') else value,
+        )
+        for key, value in state.items()
+    )
+
+
+VIT_MARKS = {'cls_token', 'patch_embed.proj.weight', 'blocks.0.attn.qkv.weight'}
+MIRL_MARKS = {'decoder_embed0_1.weight'}
+OUR_MIRL_MARKS = {'memory_embed.weight'}
+MAE_MARKS = {'mask_token', 'decoder_embed.weight', 'decoder_pred.weight'}
 
 INTO_MIRL = (
-    Format('our MIRL pretraining', lambda state: 'memory_embed.weight' in state),
+    Format('our MIRL pretraining', OUR_MIRL_MARKS, adapt=mirl_decoders),
     Format(
         'published MIRL pretraining',
-        lambda state: state.keys() >= MIRL_KEYS,
+        MIRL_MARKS,
         renames=(
             (r'decoder_embed0_1\.(.*)', r'memory_embed.\1'),
             (r'mask_token(\d+)', r'decoders.\1.mask_token'),
@@ -83,136 +119,198 @@ INTO_MIRL = (
             (r'norm\.(.*)', r'norms.-1.\1'),
         ),
         ignorable=(r'decoder_pos_embed\d+',),
+        adapt=mirl_decoders,
+    ),
+    Format('MAE pretraining', MAE_MARKS, refusal="holds MAE's decoder, not MIRL's"),
+    Format(
+        'ViT',
+        VIT_MARKS,
+        refusal='holds no decoders: main_finetune.py --finetune takes it, pretraining cannot go on from it',
     ),
 )
 
 INTO_VIT = (
     Format(
-        'published MIRL pretraining',
-        lambda state: state.keys() >= MIRL_KEYS,
-        ignorable=(r'mask_token\d+', r'decoder_.*', r'norm_low\..*', r'norm\d+\..*'),
+        'our MIRL pretraining', OUR_MIRL_MARKS, ignorable=(r'(memory_embed|decoders|norm_low)\..*', r'norms\.\d+\..*')
     ),
     Format(
-        'MAE pretraining, with its decoder',
-        lambda state: state.keys() >= MAE_KEYS,
-        ignorable=('mask_token', 'decoder_.*'),
+        'published MIRL pretraining',
+        MIRL_MARKS,
+        ignorable=(r'mask_token\d+', r'decoder_.*', r'norm_low\..*', r'norm\d+\..*'),
     ),
-    Format('ViT', lambda state: state.keys() >= VIT_KEYS),
+    Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*')),
+    Format('ViT', VIT_MARKS),  # MAE's and MIRL's encoders, fine-tuned ones, timm's, our own
 )
 
-# the model's keys that a file may lack: computed tables, fixed gains, and what fine-tuning starts anew
-MAY_BE_MISSING = {
-    'MIRL': (r'pos_embed', r'decoders\.\d+\.pred\.parametrizations\.weight\.original0'),
-    'VisionTransformer': (r'(head|fc_norm|norm)\..*',),
+INTAKES = {
+    'MIRL': Intake(
+        wrappers=(),
+        formats=INTO_MIRL,
+        may_lack=('pos_embed', r'decoders\.\d+\.pred\.parametrizations\.weight\.original0'),  # a table, fixed gains
+    ),
+    'VisionTransformer': Intake(
+        wrappers=('encoder',),
+        formats=INTO_VIT,
+        # a head for other classes starts anew, as does the norm that the pooling asks for
+        may_lack=(r'(head|fc_norm|norm)\..*',),
+        may_drop=(r'(head|fc_norm|norm)\..*',),
+    ),
 }
-# a classifier's head for another number of classes starts anew, and a pretraining norm that it has no place for goes
-MAY_BE_DROPPED = {'MIRL': (), 'VisionTransformer': (r'(head|fc_norm|norm)\..*',)}
-
 
 # --------------------------------------------------------------------------
+# loading
 
 
-def load_published(model: nn.Module, source: str | Path | State, *, ema: bool = False) -> Report:
+def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = False) -> Report:
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
-    `source` is a path, or a state dict of torch tensors in the paper's own names and torch's layout. Position
-    embeddings of another size are resized bicubically. `ema` takes the averaged weights of our own checkpoint. Raises
-    CheckpointError when the source is not for this model, naming the first five keys that differ with both shapes; the
-    model is then unchanged.
+    `source` is a path, or a state dict in the paper's own names: torch tensors in torch's layout, or numpy arrays in
+    Paddle's. Position embeddings of another size are resized bicubically. `ema` takes the averaged weights of our own
+    checkpoint. Raises CheckpointError when the source is not for this model, naming the first five keys that differ
+    with both shapes; the model is then unchanged.
     """
-    kind = type(model).__name__
-    if kind not in MAY_BE_MISSING:
-        raise CheckpointError(f'no checkpoint format is known for a {kind}')
-    pretraining = hasattr(model, 'encoder_state_dict')
     label = 'state dict' if isinstance(source, dict) else str(source)
     container = source if isinstance(source, dict) else read_checkpoint(source)
-    state = plain_state(container, ('ema',) if ema else ('model',) if pretraining else ('encoder', 'model'), label)
-    layout = recognise(state, INTO_MIRL if pretraining else INTO_VIT, label)
+    try:
+        return load(model, container, label, ema)
+    except CheckpointError as error:
+        raise CheckpointError(f'{label}: {error}') from error
 
-    report = Report(label, layout.name)
-    target = model.state_dict()
-    renamed: State = {}
-    for key, value in state.items():
-        name = layout.rename(key)
-        if name is None:
-            report.ignored.append(key)
-        else:
-            renamed[last_norm(name, model)] = value
-    fit(renamed, target, kind, report)
-    complain(renamed, target, kind, report)
+
+def load(model: nn.Module, container: dict, label: str, ema: bool) -> Report:
+    if type(model).__name__ not in INTAKES:
+        raise CheckpointError(f'no checkpoint format is known for a {type(model).__name__}')
+    intake = INTAKES[type(model).__name__]
+    wrappers = ('ema',) if ema else (*intake.wrappers, *COMMON_WRAPPERS)
+    weights = join_parts(find_weights(container, wrappers, ema))
+    from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
+    state = torch_state(weights)
+    layout = recognise(state, intake.formats)
+
+    report = Report(label, layout.name + ' (Paddle)' * from_paddle)
+    report.ignored = [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
+    report.ignored += [key for key in state if layout.rename(key) is None]
+    renamed = unique((name, value) for key, value in state.items() if (name := layout.rename(key)))
+    renamed, target = layout.adapt(renamed, model), model.state_dict()
+    fit(renamed, target, intake, report)
+    check(renamed, target, intake, report)
 
     model.load_state_dict(renamed, strict=False)
     report.loaded = sorted(renamed)
-    report.missing = sorted(target.keys() - renamed.keys())
+    report.missing = [name for name in target if name not in renamed]
     return report
 
 
-def plain_state(container: dict, names: tuple[str, ...], label: str) -> State:
-    """The first state dict of these names, or of those that others use, or the container itself."""
-    if names == ('ema',) and 'ema' not in container:
-        raise CheckpointError(f'{label}: has no averaged weights (it was trained without --use_ema)')
-    for name in (*names, 'state_dict', 'module'):
+def find_weights(container: dict, wrappers: tuple[str, ...], ema: bool) -> dict:
+    """The first dict under one of these names, or else the container itself."""
+    for name in wrappers:
         if isinstance(container.get(name), dict):
-            container = container[name]
-            break
-    state = {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k, v in container.items() if isinstance(v, Tensor)}
-    if not state:
-        raise CheckpointError(f'{label}: no weights in it (its keys: {shortened(list(container))})')
+            return container[name]
+    if ema:
+        raise CheckpointError('has no averaged weights (it was trained without --use_ema)')
+    return container
+
+
+def join_parts(weights: dict) -> dict:
+    """Paddle cuts arrays beyond 1 GiB into flat `NAME@@.0`, `NAME@@.1`, ..."""
+    weights = dict(weights)
+    try:
+        for name, parts in weights.pop('UnpackBigParamInfor@@', {}).items():
+            pieces = [weights.pop(piece) for piece in parts['slices']]
+            weights[name] = np.concatenate(pieces).reshape(parts['OriginShape'])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError('damaged: the parts of its large arrays do not fit together') from error
+    return weights
+
+
+def torch_state(weights: dict) -> State:
+    """The tensors, without the prefixes of DDP and torch.compile; Paddle's linear layers are transposed."""
+    tensors = {str(key): as_tensor(str(key), value) for key, value in weights.items()}
+    tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f'no weights in it; its keys are {shortened(list(weights))}')
+    return unique((re.sub(r'^(module\.|_orig_mod\.)+', '', key), value) for key, value in tensors.items())
+
+
+def as_tensor(key: str, value):
+    if isinstance(value, tuple) and value:  # paddle.save of a whole run: (a name inside Paddle, array)
+        value = value[-1]
+    if not isinstance(value, np.ndarray):
+        return value
+    value = torch.from_numpy(value.astype(value.dtype.newbyteorder('='), copy=False))
+    # linear layers are told by their names, never by their shapes: many are square
+    return value.t() if value.ndim == 2 and key.endswith(('.weight', '.weight_v')) else value
+
+
+def unique(items: Iterable[tuple[str, Tensor]]) -> State:
+    state = {}
+    for name, value in items:
+        if name in state:
+            raise CheckpointError(f'two of its keys stand for {printable(name)}')
+        state[name] = value
     return state
 
 
-def recognise(state: State, formats: tuple[Format, ...], label: str) -> Format:
+def recognise(state: State, formats: tuple[Format, ...]) -> Format:
     """The first of the formats that the keys fit."""
     for layout in formats:
-        if layout.recognise(state):
+        if state.keys() >= layout.marks:
+            if layout.refusal:
+                raise CheckpointError(f'{layout.name}: {layout.refusal}')
             return layout
-    known = ', '.join(layout.name for layout in formats)
-    raise CheckpointError(
-        f'{label}: not a checkpoint for this model; its keys begin {shortened(list(state))}, known: {known}'
-    )
+    known = ', '.join(dict.fromkeys(layout.name for layout in formats if not layout.refusal))
+    raise CheckpointError(f'not a checkpoint for this model: its keys are {shortened(list(state))}; known are {known}')
 
 
-def last_norm(name: str, model: nn.Module) -> str:
-    """MIRL's `norm` belongs to the deepest segment, whose number only the model knows."""
-    return name.replace('norms.-1.', f'norms.{len(model.norms) - 1}.') if name.startswith('norms.-1.') else name
-
-
-def fit(renamed: State, target: State, kind: str, report: Report) -> None:
-    """Resize position embeddings, give fixed gains torch's shape, drop what may be dropped. Changes `renamed`."""
-    for name in list(renamed):
-        if name not in target or renamed[name].shape != target[name].shape:
-            value, wanted = renamed[name], target.get(name)
-            if name == 'pos_embed' and value.ndim == 3 and wanted is not None and value.shape[-1] == wanted.shape[-1]:
+def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
+    """Resize position embeddings and drop what may be dropped. Changes `renamed`."""
+    for name, value in list(renamed.items()):
+        if not same(name, renamed, target):
+            wanted = target.get(name)
+            if name == 'pos_embed' and wanted is not None and resizable(value, wanted):
                 renamed[name] = resize_pos_embed(value, wanted.shape[1])
                 report.resized.append(f'{name} {list(value.shape)} -> {list(wanted.shape)}')
-            elif wanted is not None and name.endswith('original0') and value.numel() == wanted.numel():
-                renamed[name] = value.reshape(wanted.shape)
-            elif any(re.fullmatch(pattern, name) for pattern in MAY_BE_DROPPED[kind]):
+            elif any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
                 del renamed[name]
                 report.ignored.append(f'{name} {list(value.shape)}')
 
 
-def complain(renamed: State, target: State, kind: str, report: Report) -> None:
+def resizable(value: Tensor, wanted: Tensor) -> bool:
+    """Both [1, 1 + side * side, D]."""
+    squares = all(t.ndim == 3 and round((t.shape[1] - 1) ** 0.5) ** 2 == t.shape[1] - 1 > 0 for t in (value, wanted))
+    return squares and value.shape[::2] == wanted.shape[::2] and value.is_floating_point()
+
+
+def same(name: str, renamed: State, target: State) -> bool:
+    """Whether both have the key, in one shape, and as the same kind of number."""
+    if name not in renamed or name not in target:
+        return False
+    value, wanted = renamed[name], target[name]
+    return value.shape == wanted.shape and value.is_floating_point() == wanted.is_floating_point()
+
+
+def check(renamed: State, target: State, intake: Intake, report: Report) -> None:
     """Raise CheckpointError if a key is left over, lacking, or of another shape."""
-    lacking = [
+
+    def shape(state: State, name: str) -> str:
+        if name not in state:
+            return 'absent'
+        return f'{list(state[name].shape)}' + ('' if state[name].is_floating_point() else f' {state[name].dtype}')
+
+    differing = [
         name
-        for name in target.keys() - renamed.keys()
-        if not any(re.fullmatch(pattern, name) for pattern in MAY_BE_MISSING[kind])
+        for name in (target | renamed)
+        if not same(name, renamed, target)
+        and not (name not in renamed and any(re.fullmatch(pattern, name) for pattern in intake.may_lack))
     ]
-    leftover = renamed.keys() - target.keys()
-    reshaped = [name for name in renamed.keys() & target.keys() if renamed[name].shape != target[name].shape]
-    differing = sorted({*lacking, *leftover, *reshaped})
     if differing:
-
-        def shape(state: State, name: str) -> str:
-            return str(list(state[name].shape)) if name in state else 'absent'
-
-        first = '; '.join(f'{n}: file {shape(renamed, n)}, model {shape(target, n)}' for n in differing[:5])
+        first = '; '.join(f'{printable(n)}: file {shape(renamed, n)}, model {shape(target, n)}' for n in differing[:5])
         raise CheckpointError(
-            f'{report.source}: {report.format}, but of another architecture; {len(differing)} keys differ: {first}'
+            f'{report.format}, but of another architecture; differing keys ({len(differing)}): {first}'
+            + '; ...' * (len(differing) > 5)
         )
 
 
-def shortened(keys: list[str], most: int = 4) -> str:
+def shortened(keys: list, most: int = 4) -> str:
     """'a, b, c, d, ...'"""
-    return ', '.join(map(str, keys[:most])) + (', ...' if len(keys) > most else '')
+    return ', '.join(map(printable, keys[:most])) + ', ...' * (len(keys) > most)

@@ -78,7 +78,8 @@ STORAGES = {
 ALLOWED = {
     'builtins.tuple': lambda items: items,  # of a tuple
     'collections.OrderedDict': lambda: {},
-    '_codecs.encode': lambda text, encoding: text.encode('latin1'),  # how protocol 2 spells bytes
+    'builtins.bytes': lambda: b'',  # how protocol 2 spells bytes: none, and some
+    '_codecs.encode': lambda text, encoding: text.encode('latin1'),
     'numpy.ndarray': 'ndarray',
     'numpy.dtype': Dtype,
     'numpy.core.multiarray._reconstruct': new_array,
