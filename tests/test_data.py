@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from runs import make_images
 from torchvision import transforms
 
@@ -111,6 +111,14 @@ def test_an_augmentation_depends_on_seed_epoch_and_index_only(images):
     torch.manual_seed(99)
     assert torch.equal(dataset[3, 5][0], first)
     assert not torch.equal(dataset[4, 5][0], first)
+
+
+@pytest.mark.parametrize('bits', range(9))
+def test_posterize_is_pillows_and_takes_no_bits_too(bits):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    expected = ImageOps.posterize(image, bits) if bits else Image.new('RGB', (9, 9))
+    assert np.array_equal(np.asarray(datasets.posterize(image, bits)), np.asarray(expected))
+    assert datasets.auto_augment.NAME_TO_OP['PosterizeIncreasing'] is datasets.posterize
 
 
 def test_a_flat_folder_serves_pretraining(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -172,6 +172,16 @@ def pretrain_transform(input_size: int, crop_scale: tuple[float, float], hflip: 
             transforms.PILToTensor(),
         ]
     )
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """Keep the highest bits of each channel, or none: RandAugment asks for 0 from magnitude 10 on."""
+    mask = 0xFF00 >> bits_to_keep & 0xFF
+    return image.point([value & mask for value in range(256)] * len(image.getbands()))
+
+
+# timm's own goes through Pillow's, which from version 13 on refuses 0 bits and would end the run
+auto_augment.NAME_TO_OP |= {name: posterize for name in auto_augment.NAME_TO_OP if name.startswith('Posterize')}
 
 
 def finetune_transform(
