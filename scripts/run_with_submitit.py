@@ -1,0 +1,328 @@
+"""Run main_pretrain.py or main_finetune.py as SLURM jobs that save, requeue and resume by themselves, or locally.
+
+Examples:
+    python scripts/run_with_submitit.py pretrain --nodes 2 --ngpus 8 --config NAME --data_path /data/imagenet
+    python scripts/run_with_submitit.py finetune --seeds 0 1 2 --finetune runs/NAME/checkpoint-last.pth --data_path ...
+    python scripts/run_with_submitit.py pretrain --local --ngpus 2 --config NAME --data_path ...
+
+Every flag that is not listed here goes to the main, whose parser checks it before anything is submitted.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib
+import io
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import sys
+import time
+from pathlib import Path
+
+import submitit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main_finetune
+import main_pretrain
+from util import config, signals
+from util.errors import UserError, run_main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
+MAX_REQUEUES = 1000  # time limits that a job may reach; submitit also counts preemptions of jobs of up to ten minutes
+NAME = r'[A-Za-z0-9._-]{1,100}'
+FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
+
+
+def get_args_parser() -> config.Parser:
+    parser = config.Parser(__doc__.partition('\n')[0])
+    add = parser.add_argument
+    add('stage', choices=MAINS, help='which main')
+    add('--nodes', type=int, default=1, help='machines of a job')
+    add('--ngpus', type=int, default=8, help='GPUs, and tasks, of each machine; with --device cpu tasks only')
+    add('--timeout', type=int, default=4320, help='minutes until a job is queued again; with --local at most six times')
+    add('--signal_delay_s', type=int, default=120, help='seconds before that to save in; longer than an evaluation')
+    add('--partition', help="SLURM's; default: the site's")
+    add('--account', help="SLURM's")
+    add('--qos', help="SLURM's")
+    add('--constraint', help="SLURM's: features that machines must have")
+    add('--mem_gb', type=float, help="memory of each machine; default: the site's")
+    add('--cpus_per_task', type=int, default=10, help='CPUs of each task; its loader processes need them')
+    add('--comment', help='a line for the queue')
+    add('--name', help='job name; default: the stage')
+    add('--job_dir', default='jobs/%j', help='pickles, logs, and without --output_dir checkpoints; %%j: job id')
+    add('--array', nargs='+', default=[], metavar='RECIPE', help='a job for each recipe')
+    add('--seeds', nargs='+', type=int, default=[], metavar='SEED', help='a job for each seed')
+    add('--local', action='store_true', help='run here, without SLURM, one job after the other')
+    return parser
+
+
+class Job:
+    """What a job runs. It is pickled by value and called elsewhere, so its methods import the project's modules."""
+
+    def __init__(self, stage: str, args: argparse.Namespace, local: bool):
+        self.stage, self.args, self.local = stage, args, local
+        self.repository, self.folder = str(REPOSITORY), os.getcwd()
+        self.umask = os.umask(0o077)
+        os.umask(self.umask)
+        self.gpus = os.environ.get('CUDA_VISIBLE_DEVICES')
+        self.port = free_port()
+        self.requeued = False
+
+    def __call__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):  # submitit ignores SIGTERM; there is nothing to save yet
+            signal.signal(number, signal.SIG_DFL)
+        os.umask(self.umask)
+        os.chdir(self.folder)
+        sys.path.insert(0, self.repository)
+        sys.argv[:] = [f'main_{self.stage}.py']
+        self.set_environment(submitit.JobEnvironment())
+        main = importlib.import_module(f'main_{self.stage}')
+        from util.errors import run_main
+
+        args = self.arguments(submitit.JobEnvironment().paths.folder)
+        run_main(lambda: main.main(args))
+
+    def set_environment(self, job: submitit.JobEnvironment) -> None:
+        """Ranks come from SLURM, or locally from here; never from the shell that submitted the job."""
+        from util import signals
+
+        for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+            os.environ.pop(name, None)
+        os.environ.setdefault('OMP_NUM_THREADS', '1')  # as torchrun does
+        if self.local:
+            signals.end_with_parent()
+            os.environ |= {'RANK': str(job.global_rank), 'WORLD_SIZE': str(job.num_tasks)}
+            os.environ |= {'LOCAL_RANK': str(job.local_rank)}
+            os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
+            if self.gpus is not None:  # submitit would count from GPU 0
+                os.environ['CUDA_VISIBLE_DEVICES'] = self.gpus
+
+    def arguments(self, job_folder: Path) -> argparse.Namespace:
+        """The main's arguments: with the job's folder if no other was given, and with its checkpoint if requeued."""
+        from util import checkpoint
+
+        args = copy.copy(self.args)
+        args.output_dir = args.output_dir or job_folder
+        again = self.requeued or int(os.environ.get('SLURM_RESTART_COUNT', '0'))
+        if again and not getattr(args, 'eval', False) and checkpoint.find_resume('auto', args.output_dir):
+            args.resume = 'auto'
+        return args
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """submitit's hook ahead of a requeue. The training state is on the disk by now."""
+        pickled = submitit.JobEnvironment().paths.submitted_pickle
+        pickled.with_name(f'{pickled.name}.save_tmp').unlink(missing_ok=True)  # of a kill; submitit would stumble on it
+        self.requeued = True
+        return submitit.helpers.DelayedSubmission(self)
+
+    __submitit_checkpoint__ = checkpoint
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+# --------------------------------------------------------------------------
+# from the command line to jobs
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, argparse.Namespace]]:
+    """The launcher's own options, and {label: arguments of the main} of each job. Raises UserError for any mistake."""
+    parser = get_args_parser()
+    options, rest = parser.parse_known_args([config.underscored(word) for word in argv])
+    check_options(options)
+    main_parser = MAINS[options.stage].get_args_parser()
+    known = {**parser._option_string_actions, **main_parser._option_string_actions}
+    for word in rest:
+        if word.startswith('--') and word.partition('=')[0] not in known:
+            raise UserError(f'unknown argument {word}{config.closest(word, known)}')
+    jobs = {}
+    for label, flags in variants(options, rest).items():
+        main_parser = MAINS[options.stage].get_args_parser()
+        main_parser.set_defaults(output_dir=None)  # the job's folder
+        if not options.local:
+            main_parser.set_defaults(device='cuda')  # a machine that submits jobs need not have one
+        jobs[label] = checked(options, main_parser.parse(flags, stage=options.stage), label)
+    return options, jobs
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise UserError for what SLURM should not be asked."""
+    for name in ('nodes', 'ngpus', 'timeout', 'cpus_per_task', 'signal_delay_s'):
+        if getattr(options, name) < 1:
+            raise UserError(f'--{name} must be at least 1, got {getattr(options, name)}')
+    if options.mem_gb is not None and not options.mem_gb > 0:
+        raise UserError(f'--mem_gb must be positive, got {options.mem_gb:g}')
+    if options.name is not None and not re.fullmatch(NAME, options.name):
+        raise UserError(f'--name is made of letters, digits, and . _ - (100 at most), got {options.name!r}')
+    for name in FREE_TEXT:
+        text = getattr(options, name)
+        if text is not None and not (text and text.isprintable()):
+            raise UserError(f'--{name} must be one line of printable characters, got {text!r}')
+    if options.timeout * 60 <= options.signal_delay_s:
+        raise UserError(f'--timeout {options.timeout} min is not longer than --signal_delay_s {options.signal_delay_s}')
+    if options.local and options.nodes > 1:
+        raise UserError(f'--local is this machine alone: --nodes 1, not {options.nodes}')
+    if re.search(r'%(?!j)', options.job_dir):
+        raise UserError(f'--job_dir {options.job_dir}: %j, the job id, is all that can be filled in')
+
+
+def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
+    """{label: flags} of each job of --array x --seeds; one job has no label."""
+    given = {word.partition('=')[0] for word in flags}
+    for own, other in (('array', '--config'), ('seeds', '--seed')):
+        if getattr(options, own) and other in given:
+            raise UserError(f'--{own} sets {other} of each job; leave out one of the two')
+    recipes = [(Path(recipe).stem, ['--config', recipe]) for recipe in options.array] or [('', [])]
+    seeds = [(f'seed{seed}', ['--seed', str(seed)]) for seed in options.seeds] or [('', [])]
+    pairs = list(itertools.product(recipes, seeds))
+    jobs = {'-'.join(filter(None, (a, b))): [*flags, *first, *second] for (a, first), (b, second) in pairs}
+    if len(jobs) < len(pairs):
+        raise UserError('two of the jobs would have one name; --array and --seeds take each once')
+    return jobs
+
+
+def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -> argparse.Namespace:
+    """The arguments, with absolute paths and folders of the job's own, after the checks that it would make first."""
+    main_pretrain.find_method(args.model)
+    if args.device not in ('cuda', 'cpu'):
+        raise UserError(f'--device {args.device}: a job has its own GPUs; cuda or cpu')
+    tasks = options.nodes * options.ngpus
+    with submitit.helpers.environment_variables(RANK=0, WORLD_SIZE=tasks, LOCAL_RANK=0):  # as the job will find it
+        config.check_common_args(argparse.Namespace(**{**vars(args), 'device': 'cpu'}))  # its GPUs are not here
+        config.accumulation(args)
+    paths = {key: value.expanduser().absolute() for key, value in vars(args).items() if isinstance(value, Path)}
+    apart = {key: paths[key] / label for key in ('output_dir', 'log_dir') if key in paths}
+    return argparse.Namespace(**{**vars(args), **paths, **apart})
+
+
+# --------------------------------------------------------------------------
+# from jobs to SLURM, or to this machine
+
+
+def private_folder(job_dir: str, several: bool) -> Path:
+    """The absolute job folder, `%j` still in it; its part that exists from now on is ours alone to write in.
+
+    Pickles in it are executed. Raises UserError where others could replace them.
+    """
+    folder = Path(job_dir).expanduser().absolute()
+    if several and '%j' not in job_dir:
+        folder /= '%j'
+    root = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
+    os.umask(0o077)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        mode = root.stat().st_mode
+    except OSError as error:
+        raise UserError(f'cannot make the job folder {root}: {error.strerror}') from error
+    if mode & 0o022:
+        raise UserError(f'--job_dir: {root} can be written by others ({stat.filemode(mode)}); chmod go-w it')
+    return folder
+
+
+def slurm_executor(folder: Path, options: argparse.Namespace, gpus: int) -> submitit.AutoExecutor:
+    executor = submitit.AutoExecutor(folder, cluster='slurm', slurm_max_num_timeout=MAX_REQUEUES)
+    executor.update_parameters(
+        name=options.name or options.stage,
+        nodes=options.nodes,
+        tasks_per_node=options.ngpus,
+        gpus_per_node=gpus or None,
+        cpus_per_task=options.cpus_per_task,
+        mem_gb=options.mem_gb,
+        timeout_min=options.timeout,
+        stderr_to_stdout=True,
+        slurm_signal_delay_s=options.signal_delay_s,
+        # a rank that dies ends the others; since 22.05 srun no longer takes the CPUs over from sbatch
+        slurm_srun_args=['--kill-on-bad-exit=1', f'--cpus-per-task={options.cpus_per_task}'],
+        slurm_additional_parameters={'requeue': True},
+        **{f'slurm_{name}': getattr(options, name) for name in FREE_TEXT},
+    )
+    return executor
+
+
+def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job]) -> None:
+    """Queue the jobs, several as a SLURM array, and say where they are. Raises UserError with sbatch's own words."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+            if len(jobs) == 1:
+                queued = [executor.submit(job) for job in jobs.values()]
+            else:
+                with executor.batch():
+                    queued = [executor.submit(job) for job in jobs.values()]
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise UserError(f'SLURM refused: {error}') from error
+    for label, job in zip(jobs, queued, strict=True):
+        announce(label, job, jobs[label])
+
+
+def announce(label: str, queued: submitit.Job, job: Job) -> None:
+    """Three lines: id, folder of the checkpoints, log of rank 0."""
+    print(f'job {queued.job_id}: {" ".join(filter(None, (job.stage, label)))}')
+    print(f'  folder {job.args.output_dir or queued.paths.folder}')
+    print(f'  log    {queued.paths.stdout}', flush=True)
+
+
+def run_here(folder: Path, options: argparse.Namespace, jobs: dict[str, Job], gpus: int) -> None:
+    """Run the jobs one after the other; exits with 1 after the first that fails, with 75 if asked to stop."""
+    for label, job in jobs.items():
+        name = '-'.join(filter(None, ('local', time.strftime('%Y%m%d-%H%M%S'), str(os.getpid()), label)))
+        executor = submitit.LocalExecutor(str(folder).replace('%j', name), max_num_timeout=MAX_REQUEUES)
+        executor.update_parameters(
+            tasks_per_node=options.ngpus,
+            gpus_per_node=gpus,
+            timeout_min=options.timeout,
+            signal_delay_s=options.signal_delay_s,
+            stderr_to_stdout=True,
+        )
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C must not make submitit kill its tasks
+        started = executor.submit(job)
+        stops = pass_on_stops(int(started.job_id))
+        announce(label, started, job)
+        started.wait()
+        if any(started.task(rank).exception() for rank in range(options.ngpus)):
+            print(f'job {started.job_id} did not finish; its log says why', file=sys.stderr)
+            raise SystemExit(signals.EXIT_STOPPED if stops else 1)
+
+
+def pass_on_stops(controller: int) -> list[int]:
+    """From now on Ctrl-C and SIGTERM stop the job and are noted in the returned list; submitit tells the tasks."""
+    stops: list[int] = []
+
+    def pass_on(number: int, frame) -> None:
+        stops.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(controller, signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    return stops
+
+
+def main(argv: list[str]) -> None:
+    """Check everything, then submit or run."""
+    options, arguments = parse(argv)
+    if not options.local and not (shutil.which('sbatch') and shutil.which('srun')):
+        raise UserError('no sbatch on PATH: this machine cannot submit SLURM jobs; --local runs without SLURM')
+    devices = {args.device for args in arguments.values()}
+    if len(devices) > 1:
+        raise UserError('jobs of one --array ask for the same: all --device cuda or all cpu')
+    gpus = options.ngpus if devices == {'cuda'} else 0
+    jobs = {label: Job(options.stage, args, options.local) for label, args in arguments.items()}
+    folder = private_folder(options.job_dir, several=len(jobs) > 1)
+    if options.local:
+        run_here(folder, options, jobs, gpus)
+    else:
+        submit(slurm_executor(folder, options, gpus), jobs)
+
+
+if __name__ == '__main__':
+    run_main(lambda: main(sys.argv[1:]))
