@@ -118,6 +118,17 @@ def batch_augmentation(args: argparse.Namespace, num_classes: int, device) -> Ca
     return augment
 
 
+def train_transform(args: argparse.Namespace) -> Callable:
+    """timm's training transform. Raises UserError for a policy that timm does not know."""
+    aa = None if args.aa == 'none' else args.aa
+    try:
+        return datasets.finetune_transform(
+            args.input_size, args.crop_scale, args.hflip, args.color_jitter, aa, args.mean
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"--aa {args.aa}: not a policy of timm's, like rand-m9-mstd0.5-inc1, or 'none'") from error
+
+
 def mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
@@ -163,6 +174,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
     method = find_method(args.model)
+    for name in ('drop_path', 'smoothing', 'reprob'):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f'--{name} must be at least 0 and less than 1, got {getattr(args, name)}')
     if args.eval:
         return evaluate_checkpoint(args)
     (train, val), num_classes = labelled_folders(args, ('train', 'val'))
@@ -170,6 +184,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'
         )
+    transform = train_transform(args)
     run = Run(args, 'finetune', len(train[0]))
     core = create_classifier(args, num_classes)
     loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
@@ -178,10 +193,6 @@ def main(args: argparse.Namespace) -> None:
     if loaded:
         info(str(loaded))
 
-    aa = None if args.aa == 'none' else args.aa
-    transform = datasets.finetune_transform(
-        args.input_size, args.crop_scale, args.hflip, args.color_jitter, aa, args.mean
-    )
     batches = run.loader(*train, transform)
     val_batches = val_loader(args, *val, run.pin_memory)
     augment, loss = batch_augmentation(args, num_classes, run.device), criterion(args)

@@ -5,6 +5,9 @@ torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --bat
 """
 
 import argparse
+import inspect
+import re
+from typing import get_type_hints
 
 from PIL import Image
 from torch import nn
@@ -34,7 +37,11 @@ def construct(make, *args, **kwargs) -> nn.Module:
     try:
         return make(*args, **kwargs)
     except (ValueError, TypeError) as error:
-        raise UserError(f'{make.__module__}.{make.__name__}: {error}') from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not unknown:
+            raise UserError(f'{make.__name__}: {error}') from error
+        known = inspect.signature(get_type_hints(make)['return'].__init__).parameters
+        raise UserError(f'{make.__name__} has no option {unknown[1]}{config.closest(unknown[1], known)}') from error
 
 
 def create_model(args: argparse.Namespace) -> nn.Module:

@@ -132,8 +132,7 @@ class MIRL(nn.Module):
         mask_ratio: float = 0.75,
     ):
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f'img_size {img_size} is not a multiple of patch_size {patch_size}')
+        check_divides(img_size, patch_size)
         for dim, heads, what in ((embed_dim, num_heads, 'embed_dim'), (decoder_dim, decoder_num_heads, 'decoder_dim')):
             if dim % heads:
                 raise ValueError(f'{what} {dim} is not a multiple of its {heads} heads')
@@ -296,6 +295,11 @@ class MIRL(nn.Module):
 ENCODER_NAMES = ('cls_token', 'pos_embed', 'patch_embed', 'blocks')
 
 
+def check_divides(img_size: int, patch_size: int) -> None:
+    if img_size % patch_size:
+        raise ValueError(f'img_size {img_size} is not a multiple of patch_size {patch_size}')
+
+
 def segment_ends(depth: int, num_segments: int, out_indices: tuple[int, ...] | None = None) -> tuple[int, ...]:
     """The last block of each segment, the deepest included. Raises ValueError for a cut that cannot be."""
     if out_indices is None:
@@ -364,20 +368,14 @@ def create_classifier(
     """timm's ViT of a pretraining model's size: what it is fine-tuned as.
 
     `global_pool='avg'` (the paper's) averages the patch tokens and then norms them (`fc_norm`); `'token'` takes the
-    normed class token. Linear layers start xavier-uniform; the head, as in the published code, close to zero.
+    normed class token. Linear layers start xavier-uniform; the head, as in the published code, close to zero. Raises
+    ValueError for a size that does not divide.
     """
-    model = VisionTransformer(
-        **{
-            **ENCODERS[name],
-            'img_size': img_size,
-            'num_classes': num_classes,
-            'drop_path_rate': drop_path_rate,
-            'global_pool': 'avg',
-            'norm_layer': LayerNorm,
-            'weight_init': 'jax',
-            **kwargs,
-        }
-    )
+    fixed = dict(global_pool='avg', norm_layer=LayerNorm, weight_init='jax')
+    sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
+    options = {'patch_size': 16, **ENCODERS[name], **fixed, **sizes, **kwargs}
+    check_divides(img_size, options['patch_size'])
+    model = VisionTransformer(**options)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return model
 

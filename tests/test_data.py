@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from runs import make_images
 from torchvision import transforms
+from training import make_images
 
 import models_mirl
 from util import datasets, rng

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from runs import command, environment, load, make_images, run, same, train
+from training import command, environment, load, make_images, run, same, train
 
 from util import checkpoint
 from util.run import Run

@@ -62,6 +62,18 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f'cannot write to the output folder {folder}: {error.strerror}') from error
 
 
+def check_same_weights(saved: dict, current: dict, path: Path) -> None:
+    """Raise CheckpointError naming the first five weights that differ in shape, or that only one side has."""
+
+    def shape(state: dict, name: str) -> str:
+        return str(list(state[name].shape)) if name in state else 'absent'
+
+    differing = [name for name in current | saved if shape(saved, name) != shape(current, name)]
+    if differing:
+        listed = '; '.join(f'{name}: file {shape(saved, name)}, model {shape(current, name)}' for name in differing[:5])
+        raise CheckpointError(f'{path} is of another architecture; {len(differing)} weights differ: {listed}')
+
+
 def check_same_run(state: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError naming what differs between the run that wrote a checkpoint and the one that resumes it."""
     saved = state.get('run')

@@ -260,6 +260,8 @@ def check_common_args(args: argparse.Namespace) -> None:
         raise UserError('--lr_sched step needs --lr_decay_epochs')
     if not 0 <= args.hflip <= 1:
         raise UserError(f'--hflip is a probability, got {args.hflip}')
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise UserError(f'--crop_scale takes two shares of the area, smallest first, got {args.crop_scale}')
     if min(args.std) <= 0:
         raise UserError(f'--std must be positive, got {args.std}')
     check_device(args.device)
@@ -291,7 +293,13 @@ def accumulation(args: argparse.Namespace) -> int:
             f'--effective_batch_size {args.effective_batch_size} is not a multiple of '
             f'batch {args.batch_size} x ranks {dist.place().world_size} = {per_forward}'
         )
-    return args.effective_batch_size // per_forward
+    solved = args.effective_batch_size // per_forward
+    if args.accum_iter not in (1, solved):
+        raise UserError(
+            f'--accum_iter {args.accum_iter} contradicts --effective_batch_size {args.effective_batch_size}, '
+            f'which at {per_forward} images a forward needs {solved}'
+        )
+    return solved
 
 
 def scaled_lr(args: argparse.Namespace, accum_iter: int) -> tuple[float, str]:

@@ -58,6 +58,8 @@ class Run:
     def start(self, core: nn.Module, rules: Rules, layer_decay: float = 1.0, ema: nn.Module | None = None) -> None:
         """Join the process group, move the model, build its optimiser, and load the checkpoint that is resumed."""
         args = self.args
+        if self.saved:
+            checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
         self.device = dist.init(args.device, args.dist_url, args.dist_timeout)
         rng.settle_kernels(args.deterministic)
         self.amp_dtype = config.amp_dtype(args, self.device)

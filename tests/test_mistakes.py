@@ -1,0 +1,196 @@
+"""A user's mistake ends in one line with exit code 2, before any training, and says what would be right."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from training import MAINS, ROOT, arguments, environment, make_images, train
+
+from util import dist
+from util.errors import run_main
+
+NEVER = pytest.fail
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory):
+    """A folder with one finished pretraining run."""
+    folder = tmp_path_factory.mktemp('trained')
+    train('pretrain', data, folder, '--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0')
+    return folder
+
+
+@pytest.fixture
+def said(data, tmp_path, capsys, monkeypatch):
+    """said(stage, flags...) -> the line that a mistaken run prints."""
+    monkeypatch.setattr(dist, 'init', lambda *args: NEVER('a process group or training was started'))
+
+    def run(stage: str, *flags, data=data) -> str:
+        module = MAINS[stage]
+        argv = arguments(stage, data, tmp_path / 'out', *flags)
+        with pytest.raises(SystemExit) as end:
+            run_main(lambda: module.main(module.get_args_parser().parse(argv, stage=stage)))
+        assert end.value.code == 2
+        line = capsys.readouterr().err
+        assert line.count('\n') == 1
+        assert 'Traceback' not in line
+        print(line, end='')  # pytest -rP shows them all
+        return line
+
+    return run
+
+
+BOTH = ('pretrain', 'finetune')
+
+
+@pytest.mark.parametrize('stage', BOTH)
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--model', 'mirl_vit_bas'], r'unknown --model mirl_vit_bas; did you mean mirl_vit_base'),
+        (['--model', 'resnet50'], r'unknown --model resnet50; known: mirl_vit_tiny'),
+        (['--epoch', '3'], r'unknown argument --epoch; did you mean --epochs'),
+        (['--epochs', 'many'], r'argument --epochs: invalid int value'),
+        (['--epochs', '0'], r'--epochs must be at least 1, got 0'),
+        (['--batch_size', '-4'], r'--batch_size must be at least 1, got -4'),
+        (['--warmup_epochs', '60', '--epochs', '60'], r'--warmup_epochs 60 must be less than --epochs 60'),
+        (['--effective_batch_size', '100', '--batch_size', '16'], r'100 is not a multiple of batch 16 x ranks 1 = 16'),
+        (['--effective_batch_size', '64', '--accum_iter', '3', '--batch_size', '16'], r'--accum_iter 3 contradicts'),
+        (['--batch_size', '128'], r'66 training images in .* are fewer than one step takes: batch 128 x accum 1'),
+        (['--input_size', '33'], r'33 is not a multiple of patch_size 8'),
+        (['--lr_sched', 'step'], r'--lr_sched step needs --lr_decay_epochs'),
+        (['--std', '0', '1', '1'], r'--std must be positive'),
+        (['--device', 'cuda'], r'no GPU is visible; use --device cpu'),
+        (['--device', 'gpu'], r'--device gpu: not a device'),
+        (['--world_size', '8'], r'--world_size 8, but 1 process\(es\) were launched'),
+        (['--seed', '-1'], r'--seed must not be negative'),
+        (['--model_kwargs', 'depth'], r'expects key=value, got .depth.'),
+        (['--model_kwargs', 'dept=3'], r'has no option dept; did you mean depth'),
+        (['--config', 'no_such.yaml'], r'no recipe no_such'),
+        (['--resume', 'no/such.pth'], r'no/such\.pth does not exist'),
+        (['--amp_dtype', 'fp8'], r'invalid choice: .?fp8'),
+    ],
+)
+def test_flags(said, stage, flags, words):
+    assert_matches(said(stage, *flags), words)
+
+
+def assert_matches(line, words):
+    assert re.search(words, line), line
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--mask_ratio', '1'], r'mask_ratio 1\.0 keeps 0 of 16 patches'),
+        (['--mask_ratio', '0'], r'mask_ratio 0\.0 keeps 16 of 16 patches'),
+        (['--model_kwargs', 'num_segments=3'], r'3 segments .* must be even'),
+        (['--crop_scale', '0.9', '0.2'], r'--crop_scale'),
+    ],
+)
+def test_pretraining_flags(said, flags, words):
+    assert_matches(said('pretrain', *flags), words)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--mixup', '0.8', '--batch_size', '15'], r'--batch_size must be even, got 15'),
+        (['--nb_classes', '2'], r'--nb_classes 2, but .* has 3 class folders'),
+        (['--eval'], r'--eval needs the checkpoint to evaluate: --resume PATH'),
+        (['--finetune', 'no/such.pth'], r'no/such\.pth does not exist'),
+        (['--drop_path', '1'], r'--drop_path'),
+        (['--aa', 'random'], r'--aa'),
+    ],
+)
+def test_finetuning_flags(said, flags, words):
+    assert_matches(said('finetune', *flags), words)
+
+
+@pytest.mark.parametrize('stage', BOTH)
+def test_data_folder(said, stage, tmp_path):
+    assert_matches(said(stage, data=tmp_path / 'none'), r'no such folder: \S+none')
+    (tmp_path / 'empty' / 'train').mkdir(parents=True)
+    assert_matches(said(stage, data=tmp_path / 'empty'), r'no images in|no class folders')
+
+
+def test_classes_of_train_and_val(said, data, tmp_path):
+    shutil.copytree(data, tmp_path / 'copy')
+    (tmp_path / 'copy/val/class1').rename(tmp_path / 'copy/val/klass1')
+    assert_matches(said('finetune', data=tmp_path / 'copy'), r"train/ and val/ .* differ: \['class1', 'klass1'\]")
+    shutil.rmtree(tmp_path / 'copy/val')
+    assert_matches(said('finetune', data=tmp_path / 'copy'), r'no such folder: \S+val; .* should hold train/ and val/')
+
+
+def test_an_empty_class(said, data, tmp_path):
+    shutil.copytree(data, tmp_path / 'copy')
+    for file in (tmp_path / 'copy/train/class2').iterdir():
+        file.unlink()
+    assert_matches(said('finetune', data=tmp_path / 'copy'), r'no images in \S+train/class2')
+
+
+@pytest.mark.parametrize('stage', BOTH)
+def test_output_folder(said, stage, tmp_path):
+    (tmp_path / 'out').write_text('a file')
+    assert_matches(said(stage), r'cannot write to the output folder \S+out')
+
+
+def test_checkpoints(said, trained, tmp_path):
+    """Files that cannot be resumed or fine-tuned from; tests/test_published.py has every kind of damage."""
+    good = trained / 'checkpoint-last.pth'
+    bad = tmp_path / 'bad.pth'
+    for content, words in (
+        (b'', 'empty'),
+        (good.read_bytes()[:1000], 'not a checkpoint|damaged|truncated'),
+        (b'<!DOCTYPE html><html>404</html>', 'web page'),
+    ):
+        bad.write_bytes(content)
+        assert_matches(said('pretrain', '--resume', bad), words)
+        assert_matches(said('finetune', '--finetune', bad), words)
+    torch.save({'weights': torch.ones(3)}, bad)
+    assert_matches(said('pretrain', '--resume', bad), 'no state of a run')
+    assert_matches(said('finetune', '--finetune', bad), 'its keys are weights')
+
+
+def test_resuming_another_run(said, trained):
+    good = trained / 'checkpoint-last.pth'
+    assert_matches(said('pretrain', '--resume', good, '--batch_size', '8'), 'effective_batch: 16 then, 8 now')
+    assert_matches(said('pretrain', '--resume', good, '--batch_size', '16', '--seed', '3'), 'seed: 0 then, 3 now')
+    assert_matches(said('finetune', '--resume', good, '--batch_size', '16'), 'stage: pretrain then, finetune now')
+    deeper = ['--batch_size', '16', '--model_kwargs', 'depth=6']
+    assert_matches(
+        said('pretrain', '--resume', good, *deeper),
+        r'another architecture; \d+ weights differ: blocks\.4\.norm1\.weight: file absent, model \[96\]',
+    )
+
+
+def test_finetuning_another_architecture(said, trained):
+    line = said('finetune', '--finetune', trained / 'checkpoint-last.pth', '--model_kwargs', 'embed_dim=48')
+    assert_matches(line, r'another architecture; .*cls_token: file \[1, 1, 96\], model \[1, 1, 48\]')
+
+
+def test_evaluating_what_has_no_head(said, trained):
+    assert_matches(said('finetune', '--eval', '--resume', trained / 'checkpoint-last.pth'), r'missing.*head')
+
+
+def test_a_process_ends_like_this(data, tmp_path):
+    """The same in a process of its own: nothing but the line on stderr, exit code 2; under torchrun rank 0 says it."""
+    argv = [str(ROOT / 'main_pretrain.py'), *arguments('pretrain', data, tmp_path / 'out', '--epoch', '3')]
+    alone = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env=environment())
+    assert alone.returncode == 2
+    assert alone.stderr.startswith('main_pretrain.py: error: unknown argument --epoch; did you mean --epochs')
+    assert alone.stderr.count('\n') == 1
+    assert alone.stdout == ''
+    other = os.environ | {'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1'}
+    silent = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env=other)
+    assert (silent.returncode, silent.stderr) == (2, '')
+    assert not (tmp_path / 'out').exists()
