@@ -50,6 +50,8 @@ class Dtype:
 
 def new_array(*args) -> np.ndarray:
     """numpy's _reconstruct: an array that its BUILD opcode fills."""
+    if args != ('ndarray', (0,), b'b'):
+        raise ValueError('not how numpy starts an array')
     return np.empty(0, 'u1')
 
 
@@ -59,7 +61,7 @@ def numpy_scalar(dtype: Dtype, data: bytes) -> int | float | bool:
 
 def rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *flags) -> Tensor:
     if math.prod(size) > storage.numel():  # with strides of 0, as_strided takes any size
-        raise ValueError(f'a tensor of size {size} in a storage of {storage.numel()}')
+        raise ValueError(f'more than its storage of {storage.numel()} numbers')
     return storage.as_strided(size, stride, offset)
 
 
@@ -113,8 +115,9 @@ CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()
 
 
 def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
-    """The object that the pickle at the file's position builds. `find_storage` answers torch's persistent ids.
+    """The object that the pickle at the file's position builds.
 
+    `find_storage(dtype, key, numel)` gives the tensor that a persistent id of torch stands for.
     Raises Refused if it asks for anything that is not plain data, and whatever comes of it if it is malformed.
     """
     stack, marks, memo = [], [], {}
@@ -161,7 +164,7 @@ def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
                 stack.append(memo[value])
             case 'GLOBAL' | 'INST' if re.fullmatch(r'[\w.]+ [\w.]+', value):
                 stack.append(look_up(value.replace(' ', '.')))
-            case 'STACK_GLOBAL':
+            case 'STACK_GLOBAL' if isinstance(stack[-1], str) and isinstance(stack[-2], str):
                 name, module = stack.pop(), stack.pop()
                 stack.append(look_up(f'{module}.{name}'))
             case 'REDUCE' | 'NEWOBJ' if isinstance(stack[-1], tuple):
@@ -171,7 +174,10 @@ def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
                 state = stack.pop()
                 build(stack[-1], state)
             case 'BINPERSID':
-                stack.append(find_storage(*stack.pop()))
+                kind, dtype, key, _location, numel, *view = stack.pop()
+                if kind != 'storage' or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or any(view):
+                    raise ValueError('not a storage')
+                stack.append(find_storage(dtype, key, numel))
             case name:
                 raise ValueError(f'{name} is not for plain data')
     raise EOFError
@@ -193,8 +199,8 @@ def build(target, state) -> None:
     """Give an object its state: an array its data, a dtype its byte order. That of other objects is dropped."""
     if isinstance(target, np.ndarray):
         _, shape, dtype, fortran, data = state
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.numpy().itemsize != len(data):
-            raise ValueError(f'an array of shape {shape} in {len(data)} bytes')
+        if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.numpy().itemsize != len(data):
+            raise ValueError(f'not the {len(data)} bytes of its shape')
         target.__setstate__((1, shape, dtype.numpy(), fortran, bytes(data)))
     elif isinstance(target, Dtype):
         if state[1] not in ('<', '>', '=', '|'):

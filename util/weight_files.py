@@ -73,10 +73,9 @@ def read_zip(path: Path):
             raise Refused('holds compressed or overlapping records, which torch.save never writes')
         storages: dict[str, Tensor] = {}
 
-        def find_storage(kind: str, dtype: torch.dtype, key: str, location: str, numel: int) -> Tensor:
+        def find_storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
             if key not in storages:
-                record = archive.getinfo(f'{roots[0]}/data/{key}')
-                storages[key] = byte_tensor(archive.read(record), record.file_size)
+                storages[key] = byte_tensor(archive.read(f'{roots[0]}/data/{key}'), numel * dtype.itemsize)
             return storages[key].view(dtype)
 
         return run(BytesIO(archive.read(f'{roots[0]}/data.pkl')), find_storage)
@@ -93,16 +92,16 @@ def read_legacy_torch(data: mmap.mmap):
     """What follows the magic number: version, system, object, the storages' keys, and of each its length and bytes."""
     storages: dict[str, Tensor] = {}
 
-    def find_storage(kind: str, dtype: torch.dtype, key: str, location: str, numel: int, view: None) -> Tensor:
+    def find_storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
         if key not in storages:
-            if view is not None or numel * dtype.itemsize + sum(s.nbytes for s in storages.values()) > len(data):
+            if numel * dtype.itemsize + sum(s.nbytes for s in storages.values()) > len(data):
                 raise ValueError(f'a storage of {numel} numbers in a file of {len(data)} bytes')
             storages[key] = torch.empty(numel, dtype=dtype)
         return storages[key]
 
     _version, _system, state, keys = run(data), run(data), run(data, find_storage), run(data)
-    if set(keys) != storages.keys():
-        raise ValueError('storages are missing')
+    if not all(isinstance(key, str) for key in keys) or set(keys) != storages.keys():
+        raise ValueError('not its storages')
     for key in keys:
         data.read(8)  # the length, which the object has told
         storage = storages[key].view(torch.uint8)
