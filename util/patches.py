@@ -20,7 +20,8 @@ class MaskPlan(NamedTuple):
 def mask_plan(noise: Tensor, num_keep: int) -> MaskPlan:
     """Keep the `num_keep` patches with the smallest noise [N, L], in ascending order of it (MAE's random masking)."""
     order = noise.argsort(dim=1, stable=True)
-    ids_keep, ids_hidden = order[:, :num_keep], order[:, num_keep:]
+    # contiguous, since only such tensors travel to a GPU without the host waiting
+    ids_keep, ids_hidden = order[:, :num_keep].contiguous(), order[:, num_keep:].contiguous()
     mask = torch.ones_like(noise).scatter_(1, ids_keep, 0.0)
     return MaskPlan(ids_keep, ids_hidden, mask)
 

@@ -147,7 +147,7 @@ class Run:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
         if logger.due(step):
             values = logger.line(step, lr)
-            self.log.scalars(self.axis(epoch, step + 1), **values)
+            self.log.scalars(self.axis(epoch, step + 1), lr=lr, **values)
             self.guard.check(f'epoch {epoch}, step {step + 1} of {logger.steps}')
         every = self.args.save_freq_steps
         if every and (step + 1) % every == 0 and step + 1 < logger.steps:

@@ -1,0 +1,148 @@
+"""Fine-tuning and evaluation: exact over ranks, the same in a new process, and what a run leaves behind."""
+
+import json
+import re
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import load, make_images, run, same, train
+
+import main_finetune
+from engine_finetune import evaluate
+from util import datasets
+from util.optim import GuardedStep, adamw, learning_rate, param_groups
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'), val_per_class=7)
+
+
+def closing_line(text: str) -> str:
+    return re.findall(r'^\* Acc@1 .*$', text, re.MULTILINE)[-1]
+
+
+def test_the_whole_way(data, tmp_path, capsys):
+    """Pretrain, fine-tune with everything on, evaluate what was saved: the same figures, counted over one or two ranks."""
+    pretrained = tmp_path / 'pretrain'
+    flags = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
+    train('pretrain', data, pretrained, *flags, '--vis_freq', '1')
+    tuned = tmp_path / 'finetune'
+    more = ['--finetune', pretrained / 'checkpoint-last.pth', '--mixup', '0.8', '--cutmix', '1', '--use_ema']
+    checkpoint = train('finetune', data, tuned, *flags, *more)
+    line = closing_line(capsys.readouterr().out)
+
+    for ranks in (0, 2):
+        done = run(
+            'finetune', data, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-last.pth', ranks=ranks
+        )
+        assert done.returncode == 0, done.stderr
+        assert closing_line(done.stdout) == line
+        assert 'Accuracy of the network on the 21 test images: ' in done.stdout
+
+    # the best weights, and the averaged ones
+    best = load(tuned, 'checkpoint-best.pth')
+    assert best['best_acc1'] == checkpoint['record']['best_acc1']
+    train_eval = main_finetune.get_args_parser().parse(
+        ['--model', 'mirl_vit_tiny', '--input_size', '32', '--data_path', str(data), '--num_workers', '0', '--eval']
+        + ['--resume', str(tuned / 'checkpoint-best.pth'), '--device', 'cpu']
+    )
+    main_finetune.main(train_eval)
+    assert f'* Acc@1 {best["best_acc1"]:.3f}' in capsys.readouterr().out
+
+    # what is left to read
+    lines = [json.loads(text) for text in (tuned / 'log.txt').read_text().splitlines()]
+    assert [entry['epoch'] for entry in lines] == [0, 1]
+    keys = {'train_loss', 'train_lr', 'test_acc1', 'test_acc5', 'test_loss', 'test_ema_acc1', 'n_parameters'}
+    assert keys <= lines[0].keys()
+    events = EventAccumulator(str(pretrained), size_guidance={'images': 0})
+    events.Reload()
+    assert {'loss', 'lr', 'grad_norm', 'images_per_s'} <= set(events.Tags()['scalars'])
+    assert [event.step for event in events.Scalars('loss')] == [250, 500, 750, 1000, 1250, 1500, 1750, 2000]
+    assert len(events.Images('reconstruction')) == 2
+    assert (pretrained / 'pictures-1.png').is_file()
+    assert json.loads((tuned / 'args.json').read_text())['mixup'] == 0.8
+
+
+def test_fine_tuning_starts_from_the_encoder(data, tmp_path):
+    flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0']
+    pretrained = train('pretrain', data, tmp_path / 'pretrain', *flags)
+    source = ['--finetune', tmp_path / 'pretrain' / 'checkpoint-last.pth']
+    tuned = train('finetune', data, tmp_path / 'finetune', *flags, *source, '--lr', '0')
+    assert all(same(tuned['model'][k], v) for k, v in pretrained['encoder'].items() if not k.startswith('norm.'))
+    # the encoder shares the model's storage in the file
+    names = [name for name in pretrained['encoder'] if name.startswith('blocks.')]
+    assert all(pretrained['encoder'][n].data_ptr() == pretrained['model'][n].data_ptr() for n in names)
+
+
+def test_evaluate_is_the_plain_average(data):
+    files, labels, _ = datasets.labelled_files(data, 'val')
+    images = datasets.ImageFiles(files, labels, datasets.eval_transform(32, 0.875), 0)
+    core = main_finetune.find_method('mirl_vit_tiny').create_classifier('mirl_vit_tiny', num_classes=7, img_size=32)
+    statistics = datasets.statistics((0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
+    stats = evaluate(core, datasets.loader(images, datasets.eval_batches(21, 4, 0, 1), 0, False), statistics, None)
+    core.eval()
+    with torch.no_grad():
+        logits = core(datasets.to_float(torch.stack([images[0, i][0] for i in range(21)]), *statistics))
+    target = torch.tensor(labels)
+    assert stats['images'] == 21
+    assert stats['acc1'] == pytest.approx(100 * (logits.argmax(1) == target).float().mean().item())
+    assert stats['acc5'] == pytest.approx(
+        100 * (logits.topk(5).indices == target[:, None]).any(1).float().mean().item()
+    )
+    assert stats['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
+def test_mixed_precision(data, tmp_path, dtype):
+    flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-3', '--clip_grad', '1']
+    saved = train('pretrain', data, tmp_path, *flags, '--amp_dtype', dtype)
+    assert all(value.isfinite().all() for value in saved['model'].values())
+    assert bool(saved['scaler']) == (dtype == 'fp16')
+
+
+def test_a_bad_step_changes_nothing():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    rules = {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}
+    guard = GuardedStep(
+        layer, adamw(param_groups(layer, rules, 0.05), 1e-2, (0.9, 0.95)), torch.device('cpu'), False, 1
+    )
+
+    def step(factor):
+        guard.backward(layer(torch.ones(2, 4)).square().mean() * factor)
+        guard.step()
+
+    step(1.0)
+    guard.check('here')
+    weight = layer.weight.detach().clone()
+    momentum = {k: v.clone() for k, v in guard.optimizer.state[layer.weight].items()}
+    for factor in (float('nan'), float('inf')):
+        step(factor)
+        assert torch.equal(layer.weight, weight)
+        assert all(torch.equal(v, guard.optimizer.state[layer.weight][k]) for k, v in momentum.items())
+    step(1.0)
+    assert not torch.equal(layer.weight, weight)
+    with pytest.raises(FloatingPointError, match='epoch 3: loss or gradient was not finite for 2 step'):
+        guard.check('epoch 3')
+
+
+def test_schedules():
+    cosine = dict(lr=1.0, epochs=100, warmup_epochs=10, min_lr=0.1)
+    assert learning_rate(5, **cosine) == 0.5
+    assert learning_rate(10, **cosine) == 1.0
+    assert learning_rate(55, **cosine) == pytest.approx(0.55)
+    assert learning_rate(55.9, **cosine, per_epoch=True) == learning_rate(55, **cosine)
+    assert learning_rate(5.5, **cosine, per_epoch=True) == 0.55  # the warm-up stays per iteration
+    steps = dict(lr=1.0, epochs=100, warmup_epochs=10, sched='step', decay_epochs=(70, 90), decay_rate=0.1)
+    assert [learning_rate(e, **steps) for e in (5, 10, 69.9, 70, 95)] == pytest.approx([0.5, 1, 1, 0.1, 0.01])
+
+
+def test_layer_decay_and_scales():
+    layer = torch.nn.Linear(2, 2)
+    groups = param_groups(layer, {'weight': (1, 1.0, True), 'bias': (3, 0.1, False)}, 0.05, layer_decay=0.5)
+    assert {group['names'][0]: (group['lr_scale'], group['weight_decay']) for group in groups} == {
+        'weight': (0.25, 0.05),
+        'bias': (0.1, 0.0),
+    }
