@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import load, make_images, run, same, train
+from training import arguments, load, make_images, run, same, train
 
 import main_finetune
 from engine_finetune import evaluate
@@ -24,7 +24,7 @@ def closing_line(text: str) -> str:
 
 
 def test_the_whole_way(data, tmp_path, capsys):
-    """Pretrain, fine-tune with everything on, evaluate what was saved: the same figures, counted over one or two ranks."""
+    """Pretrain, fine-tune with everything on, evaluate what was saved: the same figures over one or two ranks."""
     pretrained = tmp_path / 'pretrain'
     flags = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
     train('pretrain', data, pretrained, *flags, '--vis_freq', '1')
@@ -44,11 +44,8 @@ def test_the_whole_way(data, tmp_path, capsys):
     # the best weights, and the averaged ones
     best = load(tuned, 'checkpoint-best.pth')
     assert best['best_acc1'] == checkpoint['record']['best_acc1']
-    train_eval = main_finetune.get_args_parser().parse(
-        ['--model', 'mirl_vit_tiny', '--input_size', '32', '--data_path', str(data), '--num_workers', '0', '--eval']
-        + ['--resume', str(tuned / 'checkpoint-best.pth'), '--device', 'cpu']
-    )
-    main_finetune.main(train_eval)
+    argv = arguments('finetune', data, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-best.pth')
+    main_finetune.main(main_finetune.get_args_parser().parse(argv))
     assert f'* Acc@1 {best["best_acc1"]:.3f}' in capsys.readouterr().out
 
     # what is left to read
@@ -69,7 +66,7 @@ def test_fine_tuning_starts_from_the_encoder(data, tmp_path):
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0']
     pretrained = train('pretrain', data, tmp_path / 'pretrain', *flags)
     source = ['--finetune', tmp_path / 'pretrain' / 'checkpoint-last.pth']
-    tuned = train('finetune', data, tmp_path / 'finetune', *flags, *source, '--lr', '0')
+    tuned = train('finetune', data, tmp_path / 'finetune', *flags, *source, '--lr', '0', '--min_lr', '0')
     assert all(same(tuned['model'][k], v) for k, v in pretrained['encoder'].items() if not k.startswith('norm.'))
     # the encoder shares the model's storage in the file
     names = [name for name in pretrained['encoder'] if name.startswith('blocks.')]
