@@ -88,6 +88,9 @@ class Job:
 
         args = self.arguments(submitit.JobEnvironment().paths.folder)
         run_main(lambda: main.main(args))
+        signal.signal(
+            signal.SIGUSR2, signal.SIG_IGN
+        )  # done; while Python shuts down it would kill and count as failure
 
     def set_environment(self, job: submitit.JobEnvironment) -> None:
         """Ranks come from SLURM, or locally from here; never from the shell that submitted the job."""
