@@ -5,12 +5,15 @@ writes (its arrays stay numpy arrays), and safetensors.
 """
 
 import mmap
+import os
 import re
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -75,7 +78,12 @@ def read_zip(path: Path):
 
         def find_storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
             if key not in storages:
-                storages[key] = byte_tensor(archive.read(f'{roots[0]}/data/{key}'), numel * dtype.itemsize)
+                record = archive.getinfo(f'{roots[0]}/data/{key}')
+                if record.file_size != numel * dtype.itemsize:
+                    raise ValueError(f'{record.file_size} bytes for {numel} numbers')
+                storages[key] = torch.empty(record.file_size, dtype=torch.uint8)
+                with archive.open(record) as file:
+                    fill(file, memoryview(storages[key].numpy()))
             return storages[key].view(dtype)
 
         return run(BytesIO(archive.read(f'{roots[0]}/data.pkl')), find_storage)
@@ -104,13 +112,16 @@ def read_legacy_torch(data: mmap.mmap):
         raise ValueError('not its storages')
     for key in keys:
         data.read(8)  # the length, which the object has told
-        storage = storages[key].view(torch.uint8)
-        storage.copy_(byte_tensor(data.read(len(storage)), len(storage)))
+        storage = storages[key].view(torch.uint8).numpy()
+        storage[:] = np.frombuffer(data, np.uint8, storage.size, data.tell())
+        data.seek(storage.size, os.SEEK_CUR)
     return state
 
 
-def byte_tensor(data: bytes, size: int) -> Tensor:
-    """`size` bytes as uint8."""
-    if len(data) != size:
-        raise EOFError
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+def fill(file: BinaryIO, buffer: memoryview, chunk: int = 2**24) -> None:
+    """Read until the buffer is full."""
+    while buffer:
+        count = file.readinto(buffer[:chunk])
+        if not count:
+            raise EOFError
+        buffer = buffer[count:]
