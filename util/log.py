@@ -3,7 +3,8 @@
 import itertools
 import json
 import math
-import os
+import re
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -113,12 +114,18 @@ class MetricLogger:
     def _print(text: str, last: bool) -> None:
         """A line of its own, or on a terminal one that the next overwrites."""
         if dist.is_main():
-            live = sys.stdout.isatty()
-            print(f'\r\x1b[K{text}' if live else text, end='\n' if last or not live else '', flush=True)
+            if not sys.stdout.isatty():
+                print(text, flush=True)
+            else:
+                width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be overwritten
+                print(f'\r\x1b[K{text if last else text[:width]}', end='\n' if last else '', flush=True)
 
 
 class RunLog:
-    """What rank 0 leaves to read: `log.txt`, one JSON object per epoch, and TensorBoard events."""
+    """What rank 0 leaves to read: `log.txt`, one JSON object per epoch, and TensorBoard events.
+
+    A resumed run goes over steps that the one before may have logged; from `first_step_1000x` on they are dropped.
+    """
 
     def __init__(self, output_dir: Path, log_dir: Path, first_step_1000x: int = 0):
         self.writer = None
@@ -127,6 +134,11 @@ class RunLog:
 
             self.file = output_dir / 'log.txt'
             self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x or None)
+            if first_step_1000x and self.file.is_file():
+                lines = self.file.read_text(encoding='utf-8').splitlines(keepends=True)
+                whole = [(line, re.search(r'"epoch": (\d+)\}$', line)) for line in lines]  # no match: torn by a kill
+                kept = [line for line, match in whole if match and int(match[1]) < first_step_1000x // 1000]
+                self.file.write_text(''.join(kept), encoding='utf-8')
 
     def scalars(self, epoch_1000x: int, **values: float) -> None:
         """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size."""
@@ -149,5 +161,5 @@ class RunLog:
         if self.writer is not None:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with open(self.file, 'a', encoding='utf-8') as file:
-                file.write(json.dumps(clean) + os.linesep)
+                file.write(json.dumps(clean) + '\n')
             self.writer.flush()
