@@ -1,0 +1,276 @@
+"""Requests to stop, as one process, under torchrun and through the launcher; and what the launcher refuses."""
+
+import argparse
+import importlib.util
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training import ROOT, arguments, command, environment, load, make_images, same, train
+
+from util import signals
+from util.errors import UserError, run_main
+
+spec = importlib.util.spec_from_file_location('run_with_submitit', ROOT / 'scripts' / 'run_with_submitit.py')
+launcher = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(launcher)
+
+FLAGS = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 66 images: 8 steps an epoch
+STATE = ('model', 'ema', 'optimizer', 'epoch', 'step', 'logger', 'record')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+    """The last checkpoint of a run that nobody interrupts."""
+    return train('pretrain', data, tmp_path_factory.mktemp('whole'), *FLAGS)
+
+
+def equal_states(a: dict, b: dict) -> bool:
+    return all(same(a.get(key), b.get(key)) for key in STATE)
+
+
+def start(line: list[str], **variables: str) -> subprocess.Popen:
+    env = environment() | variables
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f'{text!r} never came; stderr: {process.stderr.read()}')
+
+
+def wait(condition, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f'after {seconds:.0f} s still waiting for {what}'
+        time.sleep(0.02)
+
+
+# --------------------------------------------------------------------------
+# the flag
+
+
+@pytest.fixture
+def installed():
+    signals.install()
+    yield
+    signals.restore()
+
+
+def test_signals_only_set_a_flag(installed):
+    assert signals.requested() == 0
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.requested() == signals.STOP
+    signal.raise_signal(signal.SIGUSR2)
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.requested() == signals.REQUEUE
+
+
+def test_second_ctrl_c_does_not_wait(installed):
+    signal.raise_signal(signal.SIGINT)
+    assert signals.requested() == signals.STOP
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_from_before_are_kept_and_put_back():
+    def submitits(number, frame):
+        raise AssertionError('only Run calls it')
+
+    before = signal.signal(signal.SIGUSR2, submitits)
+    try:
+        signals.install()
+        signals.install()
+        signal.raise_signal(signal.SIGUSR2)
+        assert signals.requeue_handler() is submitits
+        signals.restore()
+        assert signal.getsignal(signal.SIGUSR2) is submitits
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signals.requeue_handler() is None
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+# --------------------------------------------------------------------------
+# processes
+
+
+def test_sigterm_in_mid_epoch(data, whole, tmp_path):
+    """With loader workers, which get the signal too, and a second one while the first is being obeyed."""
+    process = start([*command('pretrain', data, tmp_path, *FLAGS), '--num_workers', '2'])
+    read_until(process, '[3/8]')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    for pid in (process.pid, *map(int, children), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert len(children) == 2
+    assert err == ''
+    assert 'stopped on request at epoch 0, step ' in out.splitlines()[-1]
+    assert 3 <= load(tmp_path)['step'] <= 5
+    assert equal_states(train('pretrain', data, tmp_path, *FLAGS, '--resume', 'auto'), whole)
+
+
+def test_request_during_evaluation(data, tmp_path):
+    """The epoch is closed first: log.txt, best checkpoint; nothing of it is repeated."""
+    flags = [*FLAGS, '--batch_size', '16', '--use_ema']
+    process = start(command('finetune', data, tmp_path / 'part', *flags))
+    read_until(process, '[4/4]')
+    process.send_signal(signal.SIGUSR2)  # outside of submitit's jobs the same as SIGTERM
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert out.splitlines()[-1].startswith('stopped on request at epoch 1, step 0 of 4; state saved')
+    resumed = train('finetune', data, tmp_path / 'part', *flags, '--resume', 'auto')
+    assert equal_states(resumed, train('finetune', data, tmp_path / 'whole', *flags))
+    logs = [(tmp_path / name / 'log.txt').read_text() for name in ('part', 'whole')]
+    assert logs[0] == logs[1]
+
+
+def test_sigterm_to_torchrun(data, whole, tmp_path):
+    """Both ranks stop at one step. One process that makes two forwards of each step goes on from there."""
+    flags = [*FLAGS, '--batch_size', '4']
+    process = start(command('pretrain', data, tmp_path, *flags, ranks=2))
+    read_until(process, '[3/8]')
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=40)
+    assert process.returncode == 1  # torchrun's, whatever the ranks return
+    assert out.count('stopped on request at epoch 0, step') == 1
+    assert 3 <= load(tmp_path)['step'] <= 6
+    resumed = train('pretrain', data, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
+    losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (resumed, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_no_rank_outlives_its_torchrun(data, tmp_path):
+    """SIGKILL leaves torchrun no time to end its ranks. Here a few words of Python stand in for it."""
+    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
+    line = [*torchrun, *command('pretrain', data, tmp_path, *FLAGS, '--epochs', '500')]
+    process = start(line, TORCHELASTIC_RUN_ID='stand-in')
+    read_until(process, '[3/8]')
+    process.kill()
+    out, _ = process.communicate(timeout=30)  # returns when the last process that holds the pipe has ended
+    assert 'stopped on request at epoch' in out
+
+
+def test_local_job_is_requeued(data, whole, tmp_path):
+    """SIGUSR2, as ahead of a time limit: submitit starts the job again, which resumes."""
+    script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '1']
+    process = start([*script, '--job-dir', str(tmp_path), *arguments('pretrain', data, tmp_path, *FLAGS)])
+    controller = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
+    log = tmp_path / f'{controller}_0_log.out'
+    wait(lambda: log.exists() and '[3/8]' in log.read_text(), 'the third step')
+    task = int(Path(f'/proc/{controller}/task/{controller}/children').read_text())
+    os.kill(task, signal.SIGUSR2)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, '')
+    text = log.read_text()
+    assert f'Requeued job {controller} ' in text
+    assert 'checkpoint-last.pth at epoch 0, step ' in text
+    assert equal_states(load(tmp_path), whole)
+
+
+# --------------------------------------------------------------------------
+# the launcher
+
+
+@pytest.mark.parametrize(
+    ('line', 'words'),
+    [
+        ('', 'the following arguments are required: stage'),
+        ('train', 'invalid choice'),
+        ('pretrain --nodess 2', 'unknown argument --nodess; did you mean --nodes'),
+        ('pretrain --epoch 2', 'unknown argument --epoch; did you mean --epochs'),
+        ('pretrain --epochs many', 'argument --epochs: invalid int value'),
+        ('pretrain --model mirl_vit_tinny', 'unknown --model mirl_vit_tinny; did you mean'),
+        ('pretrain --config nowhere.yaml', 'there is no recipe nowhere.yaml'),
+        ('finetune --array nowhere.yaml', 'there is no recipe nowhere.yaml'),
+        ('pretrain --batch_size 0', '--batch_size must be at least 1'),
+        ('pretrain --nodes 2 --ngpus 4 --effective-batch-size 100', '= 512'),
+        ('pretrain --device cuda:1', 'cuda or cpu'),
+        ('pretrain --nodes 0', '--nodes must be at least 1'),
+        ('pretrain --mem_gb -1', '--mem_gb must be positive'),
+        ('pretrain --name a;b', '--name is made of letters'),
+        ('pretrain --comment two\nlines', '--comment must be one line'),
+        ('pretrain --timeout 2', 'not longer than --signal_delay_s 120'),
+        ('pretrain --local --nodes 2', '--local is this machine alone'),
+        ('pretrain --job_dir jobs/%u', '%j, the job id, is all'),
+        ('pretrain --seeds 0 --seed 1', '--seeds sets --seed of each job'),
+        ('pretrain --seeds 0 0', 'one name'),
+    ],
+)
+def test_mistakes_end_before_anything_is_submitted(line, words):
+    with pytest.raises(UserError) as caught:
+        launcher.parse(line.split(' ') if line else [])
+    assert words in str(caught.value)
+
+
+def test_no_slurm_here(monkeypatch, capsys):
+    monkeypatch.setenv('PATH', '')
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda: launcher.main(['pretrain', '--model', 'mirl_vit_tiny']))
+    assert caught.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert 'error: no sbatch on PATH' in line
+
+
+def test_job_folder_is_ours_alone(tmp_path):
+    umask = os.umask(0o002)
+    try:
+        assert launcher.private_folder(str(tmp_path / 'jobs' / '%j'), several=False) == tmp_path / 'jobs' / '%j'
+        assert stat.S_IMODE((tmp_path / 'jobs').stat().st_mode) == 0o700
+        assert launcher.private_folder(str(tmp_path / 'jobs'), several=True) == tmp_path / 'jobs' / '%j'
+        (tmp_path / 'jobs').chmod(0o770)
+        with pytest.raises(UserError, match='can be written by others'):
+            launcher.private_folder(str(tmp_path / 'jobs' / '%j'), several=False)
+    finally:
+        os.umask(umask)
+
+
+def test_jobs_of_an_array_have_folders_of_their_own(tmp_path):
+    recipes = []
+    for name, epochs in (('a', 5), ('b', 6)):
+        recipes.append(tmp_path / f'{name}.yaml')
+        recipes[-1].write_text(f'model: mirl_vit_tiny\nwarmup_epochs: 0\nepochs: {epochs}\n')
+    line = ['pretrain', '--array', *map(str, recipes), '--seeds', '1', '2', '--output-dir', 'runs/x']
+    options, jobs = launcher.parse(line)
+    assert (options.stage, options.timeout) == ('pretrain', 4320)
+    assert list(jobs) == ['a-seed1', 'a-seed2', 'b-seed1', 'b-seed2']
+    assert jobs['b-seed2'].output_dir == Path.cwd() / 'runs' / 'x' / 'b-seed2'
+    assert (jobs['b-seed2'].epochs, jobs['b-seed2'].seed, jobs['b-seed2'].device) == (6, 2, 'cuda')
+    _, jobs = launcher.parse(['pretrain', '--seeds', '1', '2'])
+    assert jobs['seed1'].output_dir is None  # the job's folder
+
+
+def test_a_requeued_job_resumes(tmp_path, monkeypatch):
+    monkeypatch.delenv('SLURM_RESTART_COUNT', raising=False)
+    args = argparse.Namespace(output_dir=None, resume='other.pth')
+    job = launcher.Job('pretrain', args, local=True)
+    assert vars(job.arguments(tmp_path)) == {'output_dir': tmp_path, 'resume': 'other.pth'}
+    monkeypatch.setenv('SUBMITIT_EXECUTOR', 'local')
+    monkeypatch.setenv('SUBMITIT_LOCAL_JOB_ID', '7')
+    monkeypatch.setenv('SUBMITIT_FOLDER', str(tmp_path))
+    (tmp_path / '7_submitted.pkl.save_tmp').touch()
+    again = job.__submitit_checkpoint__()
+    assert again.function is job
+    assert not list(tmp_path.iterdir())
+    assert job.arguments(tmp_path).resume == 'other.pth'  # there is nothing to resume yet
+    (tmp_path / 'checkpoint-last.pth').touch()
+    assert job.arguments(tmp_path).resume == 'auto'
+    assert args.resume == 'other.pth'
+
+    requeued_by_slurm = launcher.Job('pretrain', args, local=False)
+    monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
+    assert requeued_by_slurm.arguments(tmp_path).resume == 'auto'
