@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,26 @@ def test_handlers_from_before_are_kept_and_put_back():
 # processes
 
 
+@pytest.fixture(scope='module')
+def local_job(data, tmp_path_factory):
+    """A job under `--local` that gets SIGUSR2 in its third step, in a thread: it mostly imports."""
+    folder = tmp_path_factory.mktemp('local')
+
+    def story() -> tuple[Path, int, int, str]:
+        script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '1']
+        process = start([*script, '--job-dir', str(folder), *arguments('pretrain', data, folder, *FLAGS)])
+        controller = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
+        log = folder / f'{controller}_0_log.out'
+        wait(lambda: log.exists() and '[3/8]' in log.read_text(), 'the third step')
+        os.kill(int(Path(f'/proc/{controller}/task/{controller}/children').read_text()), signal.SIGUSR2)
+        _, err = process.communicate(timeout=60)
+        return folder, controller, process.returncode, err
+
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(story)
+
+
+@pytest.mark.usefixtures('local_job')  # begins here
 def test_sigterm_in_mid_epoch(data, whole, tmp_path):
     """With loader workers, which get the signal too, and a second one while the first is being obeyed."""
     process = start([*command('pretrain', data, tmp_path, *FLAGS), '--num_workers', '2'])
@@ -165,21 +186,14 @@ def test_no_rank_outlives_its_torchrun(data, tmp_path):
     assert 'stopped on request at epoch' in out
 
 
-def test_local_job_is_requeued(data, whole, tmp_path):
+def test_local_job_is_requeued(local_job, whole):
     """SIGUSR2, as ahead of a time limit: submitit starts the job again, which resumes."""
-    script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '1']
-    process = start([*script, '--job-dir', str(tmp_path), *arguments('pretrain', data, tmp_path, *FLAGS)])
-    controller = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
-    log = tmp_path / f'{controller}_0_log.out'
-    wait(lambda: log.exists() and '[3/8]' in log.read_text(), 'the third step')
-    task = int(Path(f'/proc/{controller}/task/{controller}/children').read_text())
-    os.kill(task, signal.SIGUSR2)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, '')
-    text = log.read_text()
-    assert f'Requeued job {controller} ' in text
-    assert 'checkpoint-last.pth at epoch 0, step ' in text
-    assert equal_states(load(tmp_path), whole)
+    folder, job, status, err = local_job.result()
+    assert (status, err) == (0, '')
+    log = (folder / f'{job}_0_log.out').read_text()
+    assert f'Requeued job {job} ' in log
+    assert 'checkpoint-last.pth at epoch 0, step ' in log
+    assert equal_states(load(folder), whole)
 
 
 # --------------------------------------------------------------------------
