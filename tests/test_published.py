@@ -217,6 +217,9 @@ def test_state_dicts():
         model = toy()
         load_published(model, source)
         assert_filled(model)
+    net = classifier(img_size=16)
+    load_published(net, bare)
+    assert torch.equal(net.pos_embed, toy(img_size=16).pos_embed)
 
 
 # --------------------------------------------------------------------------

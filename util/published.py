@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import CheckpointError
-from util.pos_embed import resize_pos_embed
+from util.pos_embed import resize_pos_embed, sincos_2d
 from util.unpickle import printable
 from util.weight_files import read_checkpoint
 
@@ -96,6 +96,12 @@ def mirl_decoders(state: State, model: nn.Module) -> State:
     )
 
 
+def sincos_table(state: State, model: nn.Module) -> State:
+    """A pretraining file may lack its fixed position embedding, which fine-tuning starts from."""
+    _, length, dim = model.pos_embed.shape
+    return state if 'pos_embed' in state else state | {'pos_embed': sincos_2d(dim, round((length - 1) ** 0.5))}
+
+
 VIT_MARKS = {'cls_token', 'patch_embed.proj.weight', 'blocks.0.attn.qkv.weight'}
 MIRL_MARKS = {'decoder_embed0_1.weight'}
 OUR_MIRL_MARKS = {'memory_embed.weight'}
@@ -131,14 +137,18 @@ INTO_MIRL = (
 
 INTO_VIT = (
     Format(
-        'our MIRL pretraining', OUR_MIRL_MARKS, ignorable=(r'(memory_embed|decoders|norm_low)\..*', r'norms\.\d+\..*')
+        'our MIRL pretraining',
+        OUR_MIRL_MARKS,
+        ignorable=(r'(memory_embed|decoders|norm_low)\..*', r'norms\.\d+\..*'),
+        adapt=sincos_table,
     ),
     Format(
         'published MIRL pretraining',
         MIRL_MARKS,
         ignorable=(r'mask_token\d+', r'decoder_.*', r'norm_low\..*', r'norm\d+\..*'),
+        adapt=sincos_table,
     ),
-    Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*')),
+    Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),
     Format('ViT', VIT_MARKS),  # MAE's and MIRL's encoders, fine-tuned ones, timm's, our own
 )
 
