@@ -95,7 +95,7 @@ def loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool) -> Dat
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=signals.ignore_in_worker,
+        worker_init_fn=signals.ignore,
     )
 
 

@@ -174,6 +174,7 @@ class Run:
         where = f'epoch {epoch}, step {step} of {logger.steps}'
         info(f'stopped on request at {where}; state saved: resume with --resume auto')
         signals.end_workers()
+        signals.ignore()
         requeue = signals.requeue_handler()
         if request == signals.REQUEUE and requeue:
             if dist.is_main():

@@ -59,8 +59,11 @@ def requeue_handler() -> Callable[[int, object], None] | None:
     return handler if callable(handler) else None
 
 
-def ignore_in_worker(worker_id: int) -> None:
-    """For loader workers: launchers signal whole process groups, and a batch that is on its way is still needed."""
+def ignore(worker_id: int = 0) -> None:
+    """Be deaf to requests. For loader workers: launchers signal whole process groups, and batches are still needed.
+
+    And for a process that has saved and ends: Python's own shutdown would let a second signal kill it.
+    """
     for number in MEANING:
         signal.signal(number, signal.SIG_IGN)
 
