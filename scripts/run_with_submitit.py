@@ -202,6 +202,8 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
     tasks = options.nodes * options.ngpus
     with submitit.helpers.environment_variables(RANK=0, WORLD_SIZE=tasks, LOCAL_RANK=0):  # as the job will find it
         config.check_common_args(argparse.Namespace(**{**vars(args), 'device': 'cpu'}))  # its GPUs are not here
+        if not getattr(args, 'eval', False):
+            config.check_schedule(args)
         config.accumulation(args)
     paths = {key: value.expanduser().absolute() for key, value in vars(args).items() if isinstance(value, Path)}
     apart = {key: paths[key] / label for key in ('output_dir', 'log_dir') if key in paths}

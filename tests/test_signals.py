@@ -91,7 +91,7 @@ def test_handlers_from_before_are_kept_and_put_back():
     def submitits(number, frame):
         raise AssertionError('only Run calls it')
 
-    before = signal.signal(signal.SIGUSR2, submitits)
+    on_interrupt, before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGUSR2, submitits)
     try:
         signals.install()
         signals.install()
@@ -99,7 +99,7 @@ def test_handlers_from_before_are_kept_and_put_back():
         assert signals.requeue_handler() is submitits
         signals.restore()
         assert signal.getsignal(signal.SIGUSR2) is submitits
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is on_interrupt
         assert signals.requeue_handler() is None
     finally:
         signal.signal(signal.SIGUSR2, before)

@@ -254,10 +254,6 @@ def check_common_args(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) < 0:
             raise UserError(f'--{name} must not be negative, got {getattr(args, name)}')
-    if args.warmup_epochs >= args.epochs:
-        raise UserError(f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}')
-    if args.lr_sched == 'step' and not args.lr_decay_epochs:
-        raise UserError('--lr_sched step needs --lr_decay_epochs')
     if not 0 <= args.hflip <= 1:
         raise UserError(f'--hflip is a probability, got {args.hflip}')
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
@@ -270,6 +266,14 @@ def check_common_args(args: argparse.Namespace) -> None:
         raise UserError(
             f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'
         )
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Raise UserError for a schedule that cannot be."""
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}')
+    if args.lr_sched == 'step' and not args.lr_decay_epochs:
+        raise UserError('--lr_sched step needs --lr_decay_epochs')
 
 
 def check_device(device: str) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from util import signals
+from util.errors import UserError
 
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts settle among themselves; None: the default group
 
@@ -59,6 +60,8 @@ def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch
 
 def slurm_url() -> str:
     """The rendezvous of a plain `srun`: the job's first node, and a port that its number gives."""
+    if 'SLURM_JOB_NODELIST' not in os.environ:
+        raise UserError('several processes, but MASTER_ADDR and MASTER_PORT, where they meet, are not set')
     nodes = subprocess.run(
         ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']], capture_output=True, text=True, check=True
     )

@@ -80,7 +80,7 @@ class GuardedStep:
     def step(self) -> Tensor:
         """Apply the accumulated gradients, if they are finite, and clear them. Returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         bad = (~norm.isfinite()).float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)

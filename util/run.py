@@ -24,6 +24,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, stage: str, num_images: int):
         config.check_common_args(args)
+        config.check_schedule(args)
         here = dist.place()
         self.args, self.stage, self.num_images = args, stage, num_images
         accum_iter = config.accumulation(args)
