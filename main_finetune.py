@@ -43,7 +43,7 @@ def get_args_parser() -> config.Parser:
     add('--drop_path', type=float, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
     add('--layer_decay', type=float, default=0.75, help='factor of the learning rate from each layer to the one below')
     add('--betas', type=float, nargs=2, default=[0.9, 0.999], help="AdamW's")
-    add('--use_ema', action='store_true', help='also keep and evaluate an exponential average of the weights')
+    add('--use_ema', action='store_true', help='also keep and evaluate an average of the weights; --eval: prefer it')
     add('--ema_decay', type=float, default=0.9998, help='its decay, reached from below: (1 + t) / (10 + t) at step t')
 
     add('--crop_scale', type=float, nargs=2, default=[0.08, 1.0], help="smallest and largest share of the image's area")
@@ -78,7 +78,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
         drop_path_rate=args.drop_path,
         img_size=args.input_size,
         **options,
-        **args.model_kwargs,
+        model_kwargs=args.model_kwargs,
     )
 
 
@@ -169,14 +169,12 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     batches = val_loader(args, files, labels, args.pin_mem and device.type == 'cuda')
     statistics = datasets.statistics(args.mean, args.std, device)
     report(evaluate(core.to(device), batches, statistics, config.amp_dtype(args, device)))
+    dist.cleanup()
 
 
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
     method = find_method(args.model)
-    for name in ('drop_path', 'smoothing', 'reprob'):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f'--{name} must be at least 0 and less than 1, got {getattr(args, name)}')
     if args.eval:
         return evaluate_checkpoint(args)
     (train, val), num_classes = labelled_folders(args, ('train', 'val'))
@@ -208,6 +206,7 @@ def main(args: argparse.Namespace) -> None:
         params = sum(p.numel() for p in core.parameters() if p.requires_grad)
         run.after_epoch(epoch, logger, **values, n_parameters=params)
     info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
+    dist.cleanup()
 
 
 def keep_best(run: Run, epoch: int, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:

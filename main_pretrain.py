@@ -7,6 +7,8 @@ torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --bat
 import argparse
 import inspect
 import re
+from collections.abc import Callable
+from types import ModuleType
 from typing import get_type_hints
 
 from PIL import Image
@@ -23,7 +25,7 @@ from util.run import Run
 METHODS = (models_mirl,)  # a method is one file; a new one is added here
 
 
-def find_method(name: str):
+def find_method(name: str) -> ModuleType:
     """The models_*.py module whose `__all__` holds this name. Raises UserError with the closest ones."""
     for module in METHODS:
         if name in module.__all__:
@@ -32,10 +34,12 @@ def find_method(name: str):
     raise UserError(f'unknown --model {name}{config.closest(name, known) or "; known: " + ", ".join(known)}')
 
 
-def construct(make, *args, **kwargs) -> nn.Module:
-    """Call a model function; what it refuses becomes a UserError."""
+def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwargs) -> nn.Module:
+    """Call a model function with the flags' values and --model_kwargs; what it refuses becomes a UserError."""
+    if twice := sorted(kwargs.keys() & model_kwargs.keys()):
+        raise UserError(f'--model_kwargs {twice[0]}={model_kwargs[twice[0]]}: it has a flag of its own')
     try:
-        return make(*args, **kwargs)
+        return make(*args, **kwargs, **model_kwargs)
     except (ValueError, TypeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
@@ -50,7 +54,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     make = getattr(find_method(args.model), args.model)
     given = {'mask_ratio': args.mask_ratio, 'norm_pix_loss': args.norm_pix_loss}
     options = {name: value for name, value in given.items() if value is not None}
-    return construct(make, img_size=args.input_size, **{**options, **args.model_kwargs})
+    return construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
 
 
 def add_target_args(parser: config.Parser) -> None:

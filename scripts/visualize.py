@@ -8,13 +8,12 @@ Examples:
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from main_pretrain import add_target_args, create_model
-from util import config, datasets
+from util import config, datasets, dist
 from util.errors import UserError, run_main
 from util.pictures import Pictures
 from util.published import load_published
@@ -34,11 +33,10 @@ def get_args_parser() -> config.Parser:
 
 def main(args) -> None:
     """Load, reconstruct, draw."""
-    config.check_device(args.device)
+    device = dist.own_device(args.device)
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = create_model(args)
     print(load_published(core, args.checkpoint))
-    device = torch.device(args.device)
     picture = Pictures(core, files, args, args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)

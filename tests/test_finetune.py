@@ -10,7 +10,7 @@ from training import arguments, load, make_images, run, same, train
 
 import main_finetune
 from engine_finetune import evaluate
-from util import datasets
+from util import datasets, rng
 from util.optim import GuardedStep, adamw, learning_rate, param_groups
 
 
@@ -112,7 +112,7 @@ def test_a_bad_step_changes_nothing():
         guard.step()
 
     step(1.0)
-    guard.check('here')
+    guard.check(epoch=3, step=1, steps=4)
     weight = layer.weight.detach().clone()
     momentum = {k: v.clone() for k, v in guard.optimizer.state[layer.weight].items()}
     for factor in (float('nan'), float('inf')):
@@ -121,8 +121,53 @@ def test_a_bad_step_changes_nothing():
         assert all(torch.equal(v, guard.optimizer.state[layer.weight][k]) for k, v in momentum.items())
     step(1.0)
     assert not torch.equal(layer.weight, weight)
-    with pytest.raises(FloatingPointError, match='epoch 3: loss or gradient was not finite for 2 step'):
-        guard.check('epoch 3')
+    with pytest.raises(FloatingPointError, match=r'epoch 3, step 2 of 4: loss or gradient was not finite .up to 2'):
+        guard.check(epoch=3, step=4, steps=4)  # the second of these four was the first bad one
+
+
+def test_clipping():
+    """AdamW's first moment is a tenth of the first clipped gradient."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    groups = param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}, 0.0)
+    guard = GuardedStep(layer, adamw(groups, 1e-2, (0.9, 0.95)), torch.device('cpu'), fp16=False, clip_grad=0.5)
+    guard.backward(1e3 * layer(torch.ones(2, 4)).square().mean())
+    assert guard.step() > 100
+    moments = [guard.optimizer.state[p]['exp_avg'] for p in layer.parameters()]
+    assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_batch_augmentation():
+    argv = ['--mixup', '0.8', '--reprob', '0.9', '--smoothing', '0']
+    args = main_finetune.get_args_parser().parse(argv)
+    args_off = main_finetune.get_args_parser().parse(['--reprob', '0'])
+    rng.seed_all(0, rng.STEP, 0)
+    imgs, labels = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16), torch.arange(8)
+    same_imgs, same_labels = main_finetune.batch_augmentation(args_off, 8, 'cpu')(imgs.clone(), labels)
+    assert torch.equal(same_imgs, imgs)
+    assert torch.equal(same_labels, labels)
+    mixed, targets = main_finetune.batch_augmentation(args, 8, 'cpu')(imgs.clone(), labels)
+    ratio = targets[0, 0]
+    assert 0 < ratio < 1
+    assert torch.allclose(targets, ratio * torch.eye(8) + (1 - ratio) * torch.eye(8).flip(0))
+    plain = ratio * imgs + (1 - ratio) * imgs.flip(0)
+    erased = ~torch.isclose(mixed, plain)
+    assert 0.05 < erased.float().mean() < 0.7  # boxes of noise, of at most a third, in most images and their partners
+
+
+def test_flags_reach_the_network_and_its_optimiser(data, tmp_path):
+    flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.3', '--use_ema']
+    args = main_finetune.get_args_parser().parse(arguments('finetune', data, tmp_path, *flags))
+    network = main_finetune.create_classifier(args, 3)
+    rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in network.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    saved = train('finetune', data, tmp_path, *flags, '--layer_decay', '0.5', '--weight_decay', '0.2', '--lr', '0.1')
+    groups = saved['optimizer']['param_groups']
+    assert {group['lr_scale'] for group in groups} == {0.5**k for k in range(6)}
+    assert {group['weight_decay'] for group in groups} == {0.0, 0.2}
+    start, end, ema = network.state_dict()['head.weight'], saved['model']['head.weight'], saved['ema']['head.weight']
+    assert not torch.equal(ema, start)
+    assert not torch.equal(ema, end)
 
 
 def test_schedules():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from training import MAINS, ROOT, arguments, environment, make_images, train
 
-from util import dist
-from util.errors import run_main
+from util import checkpoint, dist
+from util.errors import UserError, run_main
 
 NEVER = pytest.fail
 
@@ -68,11 +68,17 @@ BOTH = ('pretrain', 'finetune')
         (['--batch_size', '128'], r'66 training images in .* are fewer than one step takes: batch 128 x accum 1'),
         (['--input_size', '33'], r'33 is not a multiple of patch_size 8'),
         (['--lr_sched', 'step'], r'--lr_sched step needs --lr_decay_epochs'),
-        (['--std', '0', '1', '1'], r'--std must be positive'),
+        (['--std', '0', '1', '1'], r'--std must be more than 0, got 0\.0'),
+        (['--lr', 'nan'], r'--lr must be at least 0, got nan'),
+        (['--betas', '0.9', '1'], r'--betas must be at least 0 and less than 1, got 1\.0'),
+        (['--clip_grad', '0'], r'--clip_grad must be more than 0'),
+        (['--start_epoch', '99', '--epochs', '9', '--warmup_epochs', '1'], r'--start_epoch 99 leaves nothing of'),
+        (['--crop_scale', '0.9', '0.2'], r'--crop_scale takes the smaller share first'),
+        (['--model_kwargs', 'img_size=64'], r'--model_kwargs img_size=64: it has a flag of its own'),
         (['--device', 'cuda'], r'no GPU is visible; use --device cpu'),
         (['--device', 'gpu'], r'--device gpu: not a device'),
         (['--world_size', '8'], r'--world_size 8, but 1 process\(es\) were launched'),
-        (['--seed', '-1'], r'--seed must not be negative'),
+        (['--seed', '-1'], r'--seed must be at least 0, got -1'),
         (['--model_kwargs', 'depth'], r'expects key=value, got .depth.'),
         (['--model_kwargs', 'dept=3'], r'has no option dept; did you mean depth'),
         (['--config', 'no_such.yaml'], r'no recipe no_such'),
@@ -94,7 +100,6 @@ def assert_matches(line, words):
         (['--mask_ratio', '1'], r'mask_ratio 1\.0 keeps 0 of 16 patches'),
         (['--mask_ratio', '0'], r'mask_ratio 0\.0 keeps 16 of 16 patches'),
         (['--model_kwargs', 'num_segments=3'], r'3 segments .* must be even'),
-        (['--crop_scale', '0.9', '0.2'], r'--crop_scale'),
     ],
 )
 def test_pretraining_flags(said, flags, words):
@@ -108,7 +113,9 @@ def test_pretraining_flags(said, flags, words):
         (['--nb_classes', '2'], r'--nb_classes 2, but .* has 3 class folders'),
         (['--eval'], r'--eval needs the checkpoint to evaluate: --resume PATH'),
         (['--finetune', 'no/such.pth'], r'no/such\.pth does not exist'),
-        (['--drop_path', '1'], r'--drop_path'),
+        (['--drop_path', '1'], r'--drop_path must be at least 0 and less than 1, got 1\.0'),
+        (['--layer_decay', '-1'], r'--layer_decay must be at least 0 and at most 1'),
+        (['--crop_pct', '0'], r'--crop_pct must be more than 0'),
         (['--aa', 'random'], r'--aa'),
     ],
 )
@@ -161,16 +168,30 @@ def test_checkpoints(said, trained, tmp_path):
     assert_matches(said('finetune', '--finetune', bad), 'its keys are weights')
 
 
+def test_gpus(monkeypatch):
+    """Which GPU a process takes: of its local rank, or the only one that SLURM shows it."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert dist.own_device('cuda') == torch.device('cuda', 0)
+    assert dist.own_device('cuda:1') == torch.device('cuda', 1)
+    monkeypatch.setattr(dist, 'place', lambda: dist.Place(rank=3, world_size=4, local_rank=1))
+    assert dist.own_device('cuda') == torch.device('cuda', 1)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(UserError, match='process 1 would take GPU 1, but 1 are visible'):
+        dist.own_device('cuda')
+    monkeypatch.setenv('SLURM_STEP_ID', '0')
+    assert dist.own_device('cuda') == torch.device('cuda', 0)
+
+
 def test_resuming_another_run(said, trained):
     good = trained / 'checkpoint-last.pth'
     assert_matches(said('pretrain', '--resume', good, '--batch_size', '8'), 'effective_batch: 16 then, 8 now')
     assert_matches(said('pretrain', '--resume', good, '--batch_size', '16', '--seed', '3'), 'seed: 0 then, 3 now')
     assert_matches(said('finetune', '--resume', good, '--batch_size', '16'), 'stage: pretrain then, finetune now')
     deeper = ['--batch_size', '16', '--model_kwargs', 'depth=6']
-    assert_matches(
-        said('pretrain', '--resume', good, *deeper),
-        r'another architecture; \d+ weights differ: blocks\.4\.norm1\.weight: file absent, model \[96\]',
-    )
+    assert_matches(said('pretrain', '--resume', good, *deeper), r"model_kwargs: {} then, {'depth': 6} now")
+    saved, own = {'head': torch.ones(3, 2), 'old': torch.ones(1)}, {'head': torch.ones(5, 2)}
+    with pytest.raises(UserError, match=r'2 weights differ: head: file \[3, 2\], model \[5, 2\]; old: .* model absent'):
+        checkpoint.check_same_weights(saved, own, good)
 
 
 def test_finetuning_another_architecture(said, trained):
@@ -183,14 +204,14 @@ def test_evaluating_what_has_no_head(said, trained):
 
 
 def test_a_process_ends_like_this(data, tmp_path):
-    """The same in a process of its own: nothing but the line on stderr, exit code 2; under torchrun rank 0 says it."""
+    """The same in a process of its own: nothing but the line on stderr, once on a machine."""
     argv = [str(ROOT / 'main_pretrain.py'), *arguments('pretrain', data, tmp_path / 'out', '--epoch', '3')]
     alone = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env=environment())
     assert alone.returncode == 2
     assert alone.stderr.startswith('main_pretrain.py: error: unknown argument --epoch; did you mean --epochs')
     assert alone.stderr.count('\n') == 1
     assert alone.stdout == ''
-    other = os.environ | {'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1'}
+    other = os.environ | {'RANK': '9', 'WORLD_SIZE': '16', 'LOCAL_RANK': '1'}
     silent = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env=other)
     assert (silent.returncode, silent.stderr) == (2, '')
     assert not (tmp_path / 'out').exists()

@@ -308,10 +308,10 @@ def test_own_checkpoints(tmp_path):
     checkpoint.save(tmp_path / 'b.pth', {'model': tuned.state_dict(), 'ema': averaged.state_dict()})
     for ema, expected in ((False, tuned), (True, averaged)):
         net = classifier(seed=2)
-        load_published(net, tmp_path / 'b.pth', ema=ema)
+        report = load_published(net, tmp_path / 'b.pth', ema=ema)
         assert torch.equal(net(images()), expected(images()))
-    with pytest.raises(CheckpointError, match='has no averaged weights'):
-        load_published(net, tmp_path / 'a.pth', ema=True)
+        assert ('averaged weights' in str(report)) is ema
+    assert 'averaged' not in str(load_published(net, tmp_path / 'a.pth', ema=True))  # where there are none: the others
 
 
 def test_reading_equals_torch(tmp_path):

@@ -1,15 +1,17 @@
 """A run that is stopped anywhere and resumed ends with the same bytes as one that was not; splits of a batch agree."""
 
+import contextlib
 import json
 import shutil
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training import command, environment, load, make_images, run, same, train
 
-from util import checkpoint
+from util import checkpoint, dist
 from util.run import Run
 
 PRETRAIN = ['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3']
@@ -87,9 +89,9 @@ def test_killed_in_mid_epoch(data, tmp_path):
     assert equal_states(train('pretrain', data, tmp_path / 'killed', *flags, '--resume', 'auto'), whole)
 
 
-def losses(folder) -> torch.Tensor:
+def losses(folder, name: str = 'train_loss') -> torch.Tensor:
     lines = (folder / 'log.txt').read_text().splitlines()
-    return torch.tensor([json.loads(line)['train_loss'] for line in lines], dtype=torch.float64)
+    return torch.tensor([json.loads(line)[name] for line in lines], dtype=torch.float64)
 
 
 def test_any_split_of_the_batch_agrees(data, tmp_path, measured):
@@ -105,6 +107,9 @@ def test_any_split_of_the_batch_agrees(data, tmp_path, measured):
         difference = ((losses(tmp_path / name) - reference).abs() / reference).max()
         measured(f'split of the global batch, {name} against one: loss differs by {difference:.1e} over 52 steps')
         assert difference < 1e-5
+        # AdamW hides a factor that all gradients share; their norm does not
+        norms = [losses(tmp_path / run, 'train_grad_norm') for run in (name, 'one')]
+        assert torch.allclose(*norms, rtol=1e-4)
 
 
 def test_two_ranks_resume_to_the_bit(data, tmp_path):
@@ -124,13 +129,53 @@ def test_two_ranks_resume_to_the_bit(data, tmp_path):
     assert torch.allclose(losses(tmp_path / 'fewer'), losses(tmp_path / 'whole'), rtol=1e-5, atol=0)
 
 
+def test_gradients_are_reduced_once_a_step(data, tmp_path, monkeypatch):
+    """All micro-steps but the last leave out DDP's reduction."""
+    lasts = []
+
+    def no_sync(model, last, no_sync=dist.no_sync):
+        lasts.append(last)
+        return no_sync(model, last)
+
+    monkeypatch.setattr(dist, 'no_sync', no_sync)
+    train('pretrain', data, tmp_path, *PRETRAIN, '--accum_iter', '4', '--epochs', '2')
+    assert lasts == [False, False, False, True] * 4
+    model = SimpleNamespace(no_sync=lambda: contextlib.nullcontext('left out'))
+    with dist.no_sync(model, last=False) as inner, dist.no_sync(model, last=True) as outer:
+        assert (inner, outer) == ('left out', None)
+
+
+def test_settings_may_change_on_resume(data, tmp_path):
+    """Decay and precision are the resuming run's own; moments follow their parameters from group to group."""
+    first = train('finetune', data, tmp_path, *FINETUNE[:-3], '--epochs', '2', '--save_freq', '1')
+    more = ['--epochs', '3', '--weight_decay', '0', '--layer_decay', '1', '--amp_dtype', 'fp16', '--resume', 'auto']
+    second = train('finetune', data, tmp_path, *FINETUNE[:-3], *more)
+    assert len(first['optimizer']['param_groups']) > len(second['optimizer']['param_groups']) == 1
+    assert all(state['step'] == 12 for state in second['optimizer']['state'].values())
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / 'checkpoint-last.pth', {'epoch': 1})
+
+    def torn(state, file):
+        file.write(b'half a checkp')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', torn)
+    with pytest.raises(OSError, match='No space left'):
+        checkpoint.save(tmp_path / 'checkpoint-last.pth', {'epoch': 2})
+    assert load(tmp_path) == {'epoch': 1}
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoint-last.pth']
+
+
 def test_not_a_number_on_one_rank(data, tmp_path):
     """Every rank leaves out the step and names it; no weight is spoilt; the checkpoint goes on."""
     flags = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3', '--save_freq_steps', '1']
+    flags += ['--print_freq', '100']  # no line is printed in between: saving notices
     stopped = run('pretrain', data, tmp_path, *flags, ranks=2, fault='nan:1:2')
     assert stopped.returncode == 1
     assert stopped.stderr.count('FloatingPointError: epoch 0, step 3 of 4: loss or gradient was not finite') == 2
     saved = load(tmp_path)
-    assert saved['step'] == 2
+    assert saved['step'] == 3
     assert all(value.isfinite().all() for value in saved['model'].values())
     train('pretrain', data, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')

@@ -31,6 +31,12 @@ def save(path: Path, state: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def clean(folder: Path) -> None:
+    """Remove what a kill in the middle of `save` has left."""
+    for temporary in folder.glob('.checkpoint-*.tmp'):
+        temporary.unlink(missing_ok=True)
+
+
 def flush_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

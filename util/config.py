@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import math
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from util.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
 INSTEAD_OF = {'accum_iter': 'effective_batch_size', 'blr': 'lr'}  # given as a flag, the first drops a recipe's second
+ABOVE_ZERO, BELOW_ONE = math.nextafter(0, 1), math.nextafter(1, 0)  # ends of open ranges
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -237,30 +239,30 @@ def add_model_args(parser: Parser, model: str) -> None:
     add('--seed', type=int, default=0, help='of everything random')
 
 
+RANGES = {  # of flags that either main may have; none may be nan
+    'batch_size epochs accum_iter input_size print_freq save_freq recount': (1, math.inf),
+    'warmup_epochs weight_decay lr blr min_lr num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
+    'mixup cutmix color_jitter': (0, math.inf),
+    'hflip mixup_prob mixup_switch_prob ema_decay layer_decay': (0, 1),
+    'drop_path smoothing reprob betas': (0, BELOW_ONE),
+    'clip_grad dist_timeout std': (ABOVE_ZERO, math.inf),
+    'crop_scale crop_pct cutmix_minmax lr_decay_rate': (ABOVE_ZERO, 1),
+}
+
+
 def check_common_args(args: argparse.Namespace) -> None:
     """Raise UserError for numbers that cannot be, before anything is started."""
-    for name in ('batch_size', 'epochs', 'accum_iter', 'input_size', 'print_freq', 'save_freq'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name} must be at least 1, got {getattr(args, name)}')
-    for name in (
-        'warmup_epochs',
-        'weight_decay',
-        'min_lr',
-        'blr',
-        'num_workers',
-        'save_freq_steps',
-        'seed',
-        'start_epoch',
-    ):
-        if getattr(args, name) < 0:
-            raise UserError(f'--{name} must not be negative, got {getattr(args, name)}')
-    if not 0 <= args.hflip <= 1:
-        raise UserError(f'--hflip is a probability, got {args.hflip}')
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        raise UserError(f'--crop_scale takes two shares of the area, smallest first, got {args.crop_scale}')
-    if min(args.std) <= 0:
-        raise UserError(f'--std must be positive, got {args.std}')
-    check_device(args.device)
+    for names, (low, high) in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name, None)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not low <= number <= high:
+                    raise UserError(f'--{name} must be {range_in_words(low, high)}, got {number}')
+    for name in ('crop_scale', 'cutmix_minmax'):
+        pair = getattr(args, name, None)
+        if pair and pair[0] > pair[1]:
+            raise UserError(f'--{name} takes the smaller share first, got {pair}')
+    dist.own_device(args.device)
     world_size = dist.place().world_size
     if args.world_size not in (None, world_size):
         raise UserError(
@@ -268,23 +270,19 @@ def check_common_args(args: argparse.Namespace) -> None:
         )
 
 
+def range_in_words(low: float, high: float) -> str:
+    least = 'more than 0' if low == ABOVE_ZERO else f'at least {low}'
+    return least + {math.inf: '', 1: ' and at most 1', BELOW_ONE: ' and less than 1'}[high]
+
+
 def check_schedule(args: argparse.Namespace) -> None:
     """Raise UserError for a schedule that cannot be."""
     if args.warmup_epochs >= args.epochs:
         raise UserError(f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}')
+    if args.start_epoch >= args.epochs:
+        raise UserError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
     if args.lr_sched == 'step' and not args.lr_decay_epochs:
         raise UserError('--lr_sched step needs --lr_decay_epochs')
-
-
-def check_device(device: str) -> None:
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f'--device {device}: not a device; cuda, cuda:N or cpu') from error
-    if kind.type == 'cuda' and not torch.cuda.is_available():
-        raise UserError(f'--device {device}: no GPU is visible; use --device cpu')
-    if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device {device}: only {torch.cuda.device_count()} GPU(s) are visible')
 
 
 def accumulation(args: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ class ImageFiles(Dataset):
         try:
             with Image.open(self.path(index)) as image:
                 image = image.convert('RGB')
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise RuntimeError(f'cannot read the image {self.path(index)}: {error}') from error
         rng.seed_all(self.seed, rng.SAMPLE, epoch, index)
         return self.transform(image), int(self.labels[index])

@@ -46,16 +46,41 @@ def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch
     here, timeout = place(), timedelta(seconds=timeout_s)
     if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun
         signals.end_with_parent()
-    if torch.device(device).type == 'cuda':
-        device = f'cuda:{here.local_rank}' if here.world_size > 1 else device
-        torch.cuda.set_device(device)
+        restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0'))
+        if restarts and here.rank == 0 and os.environ.get('TORCH_DISABLE_SHARE_RDZV_TCP_STORE') != '1':
+            print('torchrun --max-restarts can fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment')
+    own = own_device(device)
+    if own.type == 'cuda':
+        torch.cuda.set_device(own)
     if here.world_size > 1:
         if 'MASTER_ADDR' not in os.environ and dist_url == 'env://':
             dist_url = slurm_url()
-        backend = 'nccl' if torch.device(device).type == 'cuda' else 'gloo'
+        backend = 'nccl' if own.type == 'cuda' else 'gloo'
         torch_dist.init_process_group(backend, dist_url, timeout, world_size=here.world_size, rank=here.rank)
         HOST_GROUP = torch_dist.new_group(timeout=timeout, backend='gloo') if backend == 'nccl' else None
-    return torch.device(device)
+    return own
+
+
+def own_device(device: str) -> torch.device:
+    """This process's device: among several, the GPU of its local rank, or the only one that it sees.
+
+    Raises UserError for what is no device, or is not there.
+    """
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f'--device {device}: not a device; cuda, cuda:N or cpu') from error
+    if named.type != 'cuda':
+        return named
+    count, here = torch.cuda.device_count(), place()
+    if not count:
+        raise UserError(f'--device {device}: no GPU is visible; use --device cpu')
+    index = here.local_rank if here.world_size > 1 or named.index is None else named.index
+    if 'SLURM_STEP_ID' in os.environ and count == 1:  # each task was given a GPU of its own
+        index = 0
+    if index >= count:
+        raise UserError(f'--device {device}: process {here.local_rank} would take GPU {index}, but {count} are visible')
+    return torch.device('cuda', index)
 
 
 def slurm_url() -> str:

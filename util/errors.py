@@ -14,10 +14,10 @@ class CheckpointError(UserError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a `UserError` becomes one line on stderr (from rank 0 alone) and exit code 2."""
+    """Run an entry point: a `UserError` becomes one line on stderr, once on each machine, and exit code 2."""
     try:
         main()
     except UserError as error:
-        if os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0':
+        if os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0':
             print(f'{os.path.basename(sys.argv[0])}: error: {" ".join(str(error).split())}', file=sys.stderr)
         raise SystemExit(2) from None

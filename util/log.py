@@ -124,7 +124,7 @@ class MetricLogger:
 class RunLog:
     """What rank 0 leaves to read: `log.txt`, one JSON object per epoch, and TensorBoard events.
 
-    A resumed run goes over steps that the one before may have logged; from `first_step_1000x` on they are dropped.
+    A resumed run goes over steps that the one before may have logged; those after `first_step_1000x` are dropped.
     """
 
     def __init__(self, output_dir: Path, log_dir: Path, first_step_1000x: int = 0):
@@ -133,7 +133,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.file = output_dir / 'log.txt'
-            self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x or None)
+            self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x + 1 if first_step_1000x else None)
             if first_step_1000x and self.file.is_file():
                 lines = self.file.read_text(encoding='utf-8').splitlines(keepends=True)
                 whole = [(line, re.search(r'"epoch": (\d+)\}$', line)) for line in lines]  # no match: torn by a kill

@@ -50,6 +50,15 @@ def learning_rate(
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Take over the moments of a saved state, parameter by parameter; the groups and their options stay as they are."""
+    own = optimizer.state_dict()
+    place = {n: i for group in saved['param_groups'] for n, i in zip(group['names'], group['params'], strict=True)}
+    names = {i: n for group in own['param_groups'] for n, i in zip(group['names'], group['params'], strict=True)}
+    state = {i: saved['state'][place[name]] for i, name in names.items() if place.get(name) in saved['state']}
+    optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
+
+
 class GuardedStep:
     """Backward, clip and step, such that a non-finite loss or gradient never reaches the weights.
 
@@ -68,6 +77,8 @@ class GuardedStep:
         self.allowed = self.FP16_PATIENCE if fp16 else 0
         self.streak = torch.zeros((), device=device)  # bad steps in a row
         self.longest = torch.zeros((), device=device)
+        self.steps = 0
+        self.first_bad = torch.full((), -1, device=device)  # which of them
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -90,13 +101,17 @@ class GuardedStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.streak = (self.streak + 1) * bad
         self.longest = torch.maximum(self.longest, self.streak)
+        self.first_bad = torch.where((self.first_bad < 0) & (bad > 0), self.steps, self.first_bad)
+        self.steps += 1
         return norm
 
-    def check(self, where: str) -> None:
-        """Raise FloatingPointError if too many steps in a row were bad. Syncs with the device."""
+    def check(self, epoch: int, step: int, steps: int) -> None:
+        """Raise FloatingPointError if too many steps in a row were bad, after `step` steps of `epoch`. Syncs."""
         if (bad := int(self.longest)) > self.allowed:
+            first = epoch * steps + step - (self.steps - int(self.first_bad))
             raise FloatingPointError(
-                f'{where}: loss or gradient was not finite for {bad} step(s) in a row; these steps changed no weight'
+                f'epoch {first // steps}, step {first % steps + 1} of {steps}: loss or gradient was not finite '
+                f'(up to {bad} such steps in a row); no such step changed a weight'
             )
 
 

@@ -175,9 +175,9 @@ def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = F
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
     `source` is a path, or a state dict in the paper's own names: torch tensors in torch's layout, or numpy arrays in
-    Paddle's. Position embeddings of another size are resized bicubically. `ema` takes the averaged weights of our own
-    checkpoint. Raises CheckpointError when the source is not for this model, naming the first five keys that differ
-    with both shapes; the model is then unchanged.
+    Paddle's. Position embeddings of another size are resized bicubically. `ema` prefers the averaged weights of our own
+    checkpoint, if it has them. Raises CheckpointError when the source is not for this model, naming the first five keys
+    that differ with both shapes; the model is then unchanged.
     """
     label = 'state dict' if isinstance(source, dict) else str(source)
     container = source if isinstance(source, dict) else read_checkpoint(source)
@@ -191,13 +191,14 @@ def load(model: nn.Module, container: dict, label: str, ema: bool) -> Report:
     if type(model).__name__ not in INTAKES:
         raise CheckpointError(f'no checkpoint format is known for a {type(model).__name__}')
     intake = INTAKES[type(model).__name__]
-    wrappers = ('ema',) if ema else (*intake.wrappers, *COMMON_WRAPPERS)
-    weights = join_parts(find_weights(container, wrappers, ema))
+    averaged = ema and isinstance(container.get('ema'), dict)
+    wrappers = ('ema',) if averaged else (*intake.wrappers, *COMMON_WRAPPERS)
+    weights = join_parts(find_weights(container, wrappers))
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
     state = torch_state(weights)
     layout = recognise(state, intake.formats)
 
-    report = Report(label, layout.name + ' (Paddle)' * from_paddle)
+    report = Report(label, layout.name + ' (Paddle)' * from_paddle + ', averaged weights' * averaged)
     report.ignored = [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     report.ignored += [key for key in state if layout.rename(key) is None]
     renamed = unique((name, value) for key, value in state.items() if (name := layout.rename(key)))
@@ -211,13 +212,11 @@ def load(model: nn.Module, container: dict, label: str, ema: bool) -> Report:
     return report
 
 
-def find_weights(container: dict, wrappers: tuple[str, ...], ema: bool) -> dict:
+def find_weights(container: dict, wrappers: tuple[str, ...]) -> dict:
     """The first dict under one of these names, or else the container itself."""
     for name in wrappers:
         if isinstance(container.get(name), dict):
             return container[name]
-    if ema:
-        raise CheckpointError('has no averaged weights (it was trained without --use_ema)')
     return container
 
 

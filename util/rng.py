@@ -1,6 +1,7 @@
 """Randomness as a function of (seed, position), not of history: nothing of it is saved, any split of the work agrees.
 
-Four streams: the epoch's order, each sample's augmentation, each micro-step (drop path, mixup), and the masks.
+The streams: initial weights, the epoch's order, each sample's augmentation, each micro-step (drop path, mixup), the
+masks, and the pictures' masks.
 """
 
 import math

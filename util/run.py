@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from util import checkpoint, config, datasets, dist, rng, signals
 from util.errors import UserError
 from util.log import MetricLogger, RunLog, info
-from util.optim import GuardedStep, Rules, adamw, learning_rate, param_groups
+from util.optim import GuardedStep, Rules, adamw, learning_rate, load_optimizer_state, param_groups
 from util.weight_files import read_checkpoint
 
 
@@ -36,7 +36,8 @@ class Run:
             raise UserError(
                 f'{num_images} training images in {args.data_path} are fewer than one step takes: {self.arithmetic}'
             )
-        checkpoint.prepare_folder(args.output_dir)
+        for folder in (args.output_dir, args.log_dir or args.output_dir):
+            checkpoint.prepare_folder(folder)
         resume_from = checkpoint.find_resume(args.resume, args.output_dir)
         self.saved = read_checkpoint(resume_from) if resume_from else None
         if self.saved:
@@ -48,9 +49,9 @@ class Run:
     def identity(self) -> dict:
         """What decides which sample and which mask comes when; it must not change between saving and resuming."""
         args = self.args
-        names = ('model', 'input_size', 'seed')
+        names = ('model', 'model_kwargs', 'input_size', 'mask_ratio', 'seed')
         return {
-            **{name: getattr(args, name) for name in names},
+            **{name: getattr(args, name) for name in names if hasattr(args, name)},
             'stage': self.stage,
             'images': self.num_images,
             'effective_batch': self.sampler.global_batch,
@@ -61,6 +62,8 @@ class Run:
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
+            if ema and 'ema' not in self.saved:
+                raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         self.device = dist.init(args.device, args.dist_url, args.dist_timeout)
         rng.settle_kernels(args.deterministic)
         self.amp_dtype = config.amp_dtype(args, self.device)
@@ -74,6 +77,8 @@ class Run:
         if self.saved:
             self.restore(self.saved)
         self.model = dist.parallel(self.core, self.device, args.compile)
+        if dist.is_main():
+            checkpoint.clean(args.output_dir)
         first = self.axis(self.first_epoch, self.first_step)
         self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, first)
         self.announce()
@@ -149,7 +154,7 @@ class Run:
         if logger.due(step):
             values = logger.line(step, lr)
             self.log.scalars(self.axis(epoch, step + 1), lr=lr, **values)
-            self.guard.check(f'epoch {epoch}, step {step + 1} of {logger.steps}')
+            self.guard.check(epoch, step + 1, logger.steps)
         every = self.args.save_freq_steps
         if every and (step + 1) % every == 0 and step + 1 < logger.steps:
             self.save(checkpoint.LAST, epoch, step + 1, logger)
@@ -193,11 +198,18 @@ class Run:
     # checkpoints
 
     def save(self, name: str, epoch: int, step: int, logger: MetricLogger) -> None:
-        """Write the state after `step` optimiser steps of `epoch`. Every rank must call it; rank 0 writes."""
+        """Write the state after `step` optimiser steps of `epoch`; every rank must call it, rank 0 writes.
+
+        Then bad steps end the run: none of them has changed what was written, but their count is not kept across runs.
+        """
         sums = logger.sums()
-        if not dist.is_main():
-            return
-        self.log.flush()
+        if dist.is_main():
+            self.log.flush()
+            checkpoint.save(self.args.output_dir / name, self.state(epoch, step, sums))
+        self.guard.check(epoch, step, logger.steps)
+
+    def state(self, epoch: int, step: int, sums: dict) -> dict:
+        """What a checkpoint holds."""
         state = {
             'model': self.core.state_dict(),
             'optimizer': self.guard.optimizer.state_dict(),
@@ -214,17 +226,14 @@ class Run:
             state['encoder'] = self.core.encoder_state_dict()
         if self.ema:
             state['ema'] = self.ema.module.state_dict()
-        checkpoint.save(self.args.output_dir / name, state)
+        return state
 
     def restore(self, saved: dict) -> None:
-        """Take up where a checkpoint was written. Learning rates, decay, betas are this run's own."""
+        """Take up where a checkpoint was written. Learning rates, decay, betas and precision are this run's own."""
         self.core.load_state_dict(saved['model'])
-        optimizer = self.guard.optimizer
-        options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved['optimizer'])
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            group.update(own)
-        self.guard.scaler.load_state_dict(saved['scaler'])
+        load_optimizer_state(self.guard.optimizer, saved['optimizer'])
+        if saved['scaler']:
+            self.guard.scaler.load_state_dict(saved['scaler'])
         self.record = saved['record']
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
