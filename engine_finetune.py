@@ -1,6 +1,5 @@
 """One epoch of fine-tuning, and evaluation that counts every image once over the ranks. Knows no method by name."""
 
-import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -37,10 +36,7 @@ def train_one_epoch(
         lr = run.schedule(epoch + step / sampler.steps)
         run.guard.set_lr(lr)
         for micro in range(sampler.accum_iter):
-            began = time.perf_counter()
-            imgs, labels = next(data)
-            logger.waited += time.perf_counter() - began
-
+            imgs, labels = logger.wait_for(data)
             imgs, labels = to_device((imgs, labels), run.device)
             rng.seed_all(seed, rng.STEP, global_step, micro, rank)
             imgs, targets = augment(to_float(imgs, *run.statistics), labels)

@@ -1,7 +1,5 @@
 """One epoch of pretraining: move, draw the plan, autocast, forward, backward, step, log. Knows no method by name."""
 
-import time
-
 import torch
 from torch.utils.data import DataLoader
 
@@ -25,10 +23,7 @@ def train_one_epoch(run: Run, batches: DataLoader, epoch: int, logger: MetricLog
         lr = run.schedule(epoch + step / sampler.steps)
         run.guard.set_lr(lr)
         for micro in range(sampler.accum_iter):
-            began = time.perf_counter()
-            imgs, _ = next(data)
-            logger.waited += time.perf_counter() - began
-
+            imgs, _ = logger.wait_for(data)
             masks = rng.mask_generator(run.core, seed, global_step, micro, rank, len(imgs), dist.world_size())
             imgs, plan = to_device((imgs, run.core.draw_plan(len(imgs), masks)), run.device)
             imgs = to_float(imgs, *run.statistics)

@@ -9,10 +9,12 @@ import argparse
 import math
 from collections.abc import Callable
 
+import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from engine_finetune import evaluate, train_one_epoch
 from main_pretrain import construct, find_method
@@ -95,7 +97,7 @@ def labelled_folders(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple
     return [(files, labels) for files, labels, _ in found], args.nb_classes or len(classes)
 
 
-def batch_augmentation(args: argparse.Namespace, num_classes: int, device) -> Callable:
+def batch_augmentation(args: argparse.Namespace, num_classes: int, device: torch.device) -> Callable:
     """Random erasing, then mixup or cutmix, of a normalised batch on the device: timm's."""
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     mix = None
@@ -140,7 +142,7 @@ def criterion(args: argparse.Namespace) -> nn.Module:
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-def val_loader(args: argparse.Namespace, files: list[str], labels: list[int], pin_memory: bool):
+def val_loader(args: argparse.Namespace, files: list[str], labels: list[int], pin_memory: bool) -> DataLoader:
     """This rank's share of the validation images, every image on exactly one rank."""
     here = dist.place()
     images = datasets.ImageFiles(files, labels, datasets.eval_transform(args.input_size, args.crop_pct), args.seed)

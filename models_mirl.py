@@ -22,6 +22,7 @@ documented; 4 is what the paper's figure shows.
 
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
@@ -82,7 +83,16 @@ class DecoderBlock(nn.Module):
 class SegmentDecoder(nn.Module):
     """One segment's decoder: projected visible tokens, mask tokens, cross-attention to the shallower segments."""
 
-    def __init__(self, embed_dim, dim, depth, num_heads, mlp_ratio, num_outputs, weight_norm_pred):
+    def __init__(
+        self,
+        embed_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        num_outputs: int,
+        weight_norm_pred: bool,
+    ):
         super().__init__()
         self.embed = nn.Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -193,8 +203,8 @@ class MIRL(nn.Module):
         """U[0, 1) CPU noise [n, L] -> MaskPlan; the K = int(L * (1 - mask_ratio)) smallest of a row stay visible."""
         return mask_plan(noise, self.num_keep)
 
-    def draw_plan(self, n: int, rng) -> MaskPlan:
-        """A plan for n samples from a `numpy.random.Generator`."""
+    def draw_plan(self, n: int, rng: np.random.Generator) -> MaskPlan:
+        """A plan for n samples, from float32 draws."""
         return self.plan_from_noise(torch.from_numpy(rng.random(self.noise_shape(n), dtype='float32')))
 
     # --------------------------------------------------------------------------

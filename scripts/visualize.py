@@ -5,6 +5,7 @@ Examples:
     python scripts/visualize.py --model mirl_vit_tiny --input_size 32 --checkpoint ... --count 8 runs/digits/val
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def get_args_parser() -> config.Parser:
     return parser
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
     device = dist.own_device(args.device)
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]

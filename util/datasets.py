@@ -4,8 +4,9 @@ Workers hand over uint8 [N, 3, H, W]; `to_float` converts and normalises a whole
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) 
     return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
-def loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool) -> DataLoader:
+def loader(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool) -> DataLoader:
     """A DataLoader whose workers live as long as it does."""
     return DataLoader(
         dataset,
@@ -99,7 +100,7 @@ def loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool) -> Dat
     )
 
 
-def to_device(item, device: torch.device):
+def to_device(item: Tensor | tuple, device: torch.device) -> Any:
     """A tensor, or (named) tuples of them, on the device; from pinned memory, so that the host does not wait."""
     if isinstance(item, Tensor):
         if device.type == 'cuda' and not item.is_pinned():
@@ -185,7 +186,12 @@ auto_augment.NAME_TO_OP |= {name: posterize for name in auto_augment.NAME_TO_OP 
 
 
 def finetune_transform(
-    input_size: int, crop_scale: tuple[float, float], hflip: float, color_jitter: float | None, aa: str | None, mean
+    input_size: int,
+    crop_scale: tuple[float, float],
+    hflip: float,
+    color_jitter: float | None,
+    aa: str | None,
+    mean: list[float],
 ) -> Callable:
     """timm's: random crop, flip, RandAugment (or colour jitter). Random erasing follows on the normalised batch."""
     return create_transform(

@@ -168,6 +168,6 @@ def sync_batchnorm(core: nn.Module, device: torch.device) -> nn.Module:
     return core
 
 
-def no_sync(model: nn.Module, last: bool):
+def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Leave out the gradient reduction of all but the last micro-step."""
     return contextlib.nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync()

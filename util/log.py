@@ -8,8 +8,11 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +53,13 @@ class MetricLogger:
     def update(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.pending[name].append(value.detach())
+
+    def wait_for(self, batches: Iterator) -> Any:
+        """The next batch; the time that it takes is reported as the share of `data`."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
 
     def due(self, step: int) -> bool:
         """Whether a line follows optimiser step `step` (counted from 0)."""
@@ -146,7 +156,7 @@ class RunLog:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, epoch_1000x)
 
-    def image(self, name: str, picture, epoch_1000x: int) -> None:
+    def image(self, name: str, picture: np.ndarray, epoch_1000x: int) -> None:
         """A [H, W, 3] uint8 picture."""
         if self.writer is not None:
             self.writer.add_image(name, picture, epoch_1000x, dataformats='HWC')

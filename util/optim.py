@@ -69,7 +69,14 @@ class GuardedStep:
 
     FP16_PATIENCE = 20
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device, fp16: bool, clip_grad: float | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        fp16: bool,
+        clip_grad: float | None,
+    ):
         self.optimizer = optimizer
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.clip_grad = clip_grad

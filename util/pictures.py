@@ -1,5 +1,7 @@
 """What a model reconstructs, drawn as one labelled picture."""
 
+import argparse
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +18,7 @@ class Pictures:
     At most `count` images are taken, evenly from all `files`.
     """
 
-    def __init__(self, core: nn.Module, files: list[str], args, count: int = 6):
+    def __init__(self, core: nn.Module, files: list[str], args: argparse.Namespace, count: int = 6):
         count = min(count, len(files))
         chosen = [files[i * len(files) // count] for i in range(count)]
         images = datasets.ImageFiles(chosen, None, datasets.eval_transform(args.input_size, crop_pct=1.0), args.seed)
@@ -31,7 +33,7 @@ class Pictures:
         return grid(core.reconstruct(imgs, plan), self.mean, self.std)
 
 
-def grid(panels: dict[str, Tensor], mean, std, tile: int = 112) -> np.ndarray:
+def grid(panels: dict[str, Tensor], mean: list[float], std: list[float], tile: int = 112) -> np.ndarray:
     """{name: [N, 3, H, W]} in normalised space -> [height, width, 3] uint8: a column per panel, a row per image.
 
     `mean` and `std` are the normalisation's; small images are enlarged to at least `tile` pixels without smoothing.

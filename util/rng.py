@@ -10,6 +10,7 @@ import random
 
 import numpy as np
 import torch
+from torch import nn
 
 INIT, ORDER, SAMPLE, STEP, MASK, PICTURE = range(6)
 
@@ -27,7 +28,9 @@ def seed_all(seed: int, stream: int, *position: int) -> None:
     random.seed(b)
 
 
-def mask_generator(core, seed: int, step: int, micro: int, rank: int, batch_size: int, world_size: int):
+def mask_generator(
+    core: nn.Module, seed: int, step: int, micro: int, rank: int, batch_size: int, world_size: int
+) -> np.random.Generator:
     """What `core.draw_plan(batch_size, ...)` draws from at optimiser step `step`, micro-step `micro`, on this rank.
 
     With `mask_scope == 'sample'`, sample j of the global batch gets row j of the step's noise, however it is split

@@ -3,7 +3,7 @@
 import argparse
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -103,7 +103,7 @@ class Run:
     # --------------------------------------------------------------------------
     # what the engines ask for
 
-    def loader(self, files: list[str], labels: list[int] | None, transform) -> DataLoader:
+    def loader(self, files: list[str], labels: list[int] | None, transform: Callable) -> DataLoader:
         """Training batches in the run's order."""
         images = datasets.ImageFiles(files, labels, transform, self.args.seed)
         return datasets.loader(images, self.sampler, self.args.num_workers, self.pin_memory)
