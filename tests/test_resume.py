@@ -175,6 +175,7 @@ def test_not_a_number_on_one_rank(data, tmp_path):
     stopped = run('pretrain', data, tmp_path, *flags, ranks=2, fault='nan:1:2')
     assert stopped.returncode == 1
     assert stopped.stderr.count('FloatingPointError: epoch 0, step 3 of 4: loss or gradient was not finite') == 2
+    assert '[4/4]' not in stopped.stdout
     saved = load(tmp_path)
     assert saved['step'] == 3
     assert all(value.isfinite().all() for value in saved['model'].values())
