@@ -20,8 +20,13 @@ began=$SECONDS
 use_venv .venv requirements.txt tests/requirements.txt
 install_s=$((SECONDS - began))
 
-rm -rf "$OUTPUT"/{data,pretrain,finetune,scratch}
+if [ -e "$OUTPUT" ] && [ ! -e "$OUTPUT/.quickstart" ]; then
+  echo "quickstart.sh: error: $OUTPUT is there already and not of this script's making; OUTPUT=... names another" >&2
+  exit 2
+fi
+rm -rf "$OUTPUT"
 mkdir -p "$OUTPUT"
+touch "$OUTPUT/.quickstart"
 if [ -z "${DATA:-}" ]; then
   DATA=$OUTPUT/data
   python scripts/make_digits.py "$DATA" --size "$INPUT_SIZE"
