@@ -1,6 +1,7 @@
 """The one door to `torch.distributed`: one process, torchrun, or SLURM; gloo on CPU, NCCL on GPU."""
 
 import contextlib
+import ctypes
 import inspect
 import os
 import subprocess
@@ -158,6 +159,8 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
             find_unused_parameters=to_the_bit and world_size() > 2,
             **{'forward_sync_buffers' if new_name else 'broadcast_buffers': running_statistics},
         )
+        # never freed: its end joins gloo's threads with Python's lock held, for which one of them may be waiting
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
     return model
 
 
