@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util import dist, rng
-from util.datasets import to_device, to_float
+from util.datasets import Statistics, to_device, to_float
 from util.log import MetricLogger
-from util.optim import update_ema
 from util.run import Run
 
 
@@ -33,8 +32,7 @@ def train_one_epoch(
     data = iter(batches)
     for step in range(logger.start, sampler.steps):
         global_step = epoch * sampler.steps + step
-        lr = run.schedule(epoch + step / sampler.steps)
-        run.guard.set_lr(lr)
+        lr = run.set_lr(epoch + step / sampler.steps)
         for micro in range(sampler.accum_iter):
             imgs, labels = logger.wait_for(data)
             imgs, labels = to_device((imgs, labels), run.device)
@@ -48,14 +46,14 @@ def train_one_epoch(
             logger.update(loss=loss)
         logger.update(grad_norm=run.guard.step())
         if run.ema:
-            update_ema(run.ema, run.core, global_step)
+            run.ema.update(run.core, global_step)
         run.after_step(epoch, step, lr, logger)
     return {'lr': lr, **logger.averages()}
 
 
 @torch.inference_mode()
 def evaluate(
-    core: nn.Module, batches: Iterable, statistics: tuple[Tensor, Tensor], amp_dtype: torch.dtype | None
+    core: nn.Module, batches: Iterable, statistics: Statistics, amp_dtype: torch.dtype | None
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and mean cross-entropy, over every image of all ranks exactly once.
 

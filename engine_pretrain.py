@@ -20,8 +20,7 @@ def train_one_epoch(run: Run, batches: DataLoader, epoch: int, logger: MetricLog
     data = iter(batches)
     for step in range(logger.start, sampler.steps):
         global_step = epoch * sampler.steps + step
-        lr = run.schedule(epoch + step / sampler.steps)
-        run.guard.set_lr(lr)
+        lr = run.set_lr(epoch + step / sampler.steps)
         for micro in range(sampler.accum_iter):
             imgs, _ = logger.wait_for(data)
             masks = rng.mask_generator(run.core, seed, global_step, micro, rank, len(imgs), dist.world_size())

@@ -12,16 +12,16 @@ from collections.abc import Callable
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engine_finetune import evaluate, train_one_epoch
-from main_pretrain import construct, find_method
+from main_pretrain import construct, find_method, param_rules
 from util import checkpoint, config, datasets, dist, rng
 from util.errors import UserError, run_main
 from util.log import info
-from util.optim import make_ema
+from util.optim import WeightAverage
 from util.published import load_published
 from util.run import Run
 
@@ -29,7 +29,14 @@ from util.run import Run
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0])
     config.add_common_args(
-        parser, model='mirl_vit_base_depth48', batch_size=64, epochs=50, blr=1e-3, warmup_epochs=5, min_lr=1e-6
+        parser,
+        model='mirl_vit_base_depth48',
+        batch_size=64,
+        epochs=50,
+        blr=1e-3,
+        warmup_epochs=5,
+        min_lr=1e-6,
+        betas=[0.9, 0.999],
     )
     add = parser.add_argument
     add(
@@ -44,14 +51,16 @@ def get_args_parser() -> config.Parser:
     add('--cls_token', action='store_false', dest='global_pool', help='classify the class token')
     add('--drop_path', type=float, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
     add('--layer_decay', type=float, default=0.75, help='factor of the learning rate from each layer to the one below')
-    add('--betas', type=float, nargs=2, default=[0.9, 0.999], help="AdamW's")
     add('--use_ema', action='store_true', help='also keep and evaluate an average of the weights; --eval: prefer it')
     add('--ema_decay', type=float, default=0.9998, help='its decay, reached from below: (1 + t) / (10 + t) at step t')
+    add('--ema_warmup_epochs', type=float, default=0.0, help='epochs in which the decay is reached linearly instead')
+    add('--ema_warmup_ratio', type=float, default=0.9, help='share of the decay that such a warm-up starts from')
 
     add('--crop_scale', type=float, nargs=2, default=[0.08, 1.0], help="smallest and largest share of the image's area")
     add('--crop_pct', type=float, default=0.875, help='evaluation: the centre crop as a share of the resized side')
     add('--color_jitter', type=float, help='strength; used without --aa only')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augment policy, or 'none'")
+    add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
     add('--smoothing', type=float, default=0.1, help='label smoothing')
     add('--reprob', type=float, default=0.25, help='probability of random erasing')
     add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what erased pixels become')
@@ -136,7 +145,9 @@ def mixes(args: argparse.Namespace) -> bool:
 
 
 def criterion(args: argparse.Namespace) -> nn.Module:
-    """Cross-entropy: with soft targets under mixup (which smooths them itself), smoothed, or plain."""
+    """Cross-entropy: with soft targets under mixup (which smooths them itself), smoothed, or plain. Or binary ones."""
+    if args.criterion == 'bce':
+        return BinaryCrossEntropy(args.smoothing, sum_classes=True)
     if mixes(args):
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
@@ -169,8 +180,10 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
     batches = val_loader(args, files, labels, args.pin_mem and device.type == 'cuda')
-    statistics = datasets.statistics(args.mean, args.std, device)
-    report(evaluate(core.to(device), batches, statistics, config.amp_dtype(args, device)))
+    memory_format = config.memory_format(args, core)
+    statistics = datasets.statistics(args.mean, args.std, device, memory_format)
+    core = core.to(device, memory_format=memory_format)
+    report(evaluate(core, batches, statistics, config.amp_dtype(args, device)))
     dist.cleanup()
 
 
@@ -188,8 +201,9 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args, 'finetune', len(train[0]))
     core = create_classifier(args, num_classes)
     loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
-    ema = make_ema(core, args.ema_decay) if args.use_ema else None
-    run.start(core, method.param_rules(core), args.layer_decay, ema)
+    ema_steps = args.ema_warmup_epochs * run.sampler.steps
+    ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
+    run.start(core, param_rules(method, core, args.rule_kwargs), args.layer_decay, ema)
     if loaded:
         info(str(loaded))
 

@@ -19,6 +19,7 @@ from engine_pretrain import train_one_epoch
 from util import config, datasets, dist, rng
 from util.errors import UserError, run_main
 from util.log import info
+from util.optim import Rules
 from util.pictures import Pictures
 from util.run import Run
 
@@ -57,6 +58,18 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     return construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
 
 
+def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules:
+    """How the method groups a model's parameters; what it refuses of --rule_kwargs becomes a UserError."""
+    known = list(inspect.signature(method.param_rules).parameters)[1:]
+    if unknown := sorted(rule_kwargs.keys() - set(known)):
+        hint = config.closest(unknown[0], known) or f'; known: {", ".join(known) or "none"}'
+        raise UserError(f'--rule_kwargs: {method.__name__}.param_rules has no option {unknown[0]}{hint}')
+    try:
+        return method.param_rules(core, **rule_kwargs)
+    except ValueError as error:
+        raise UserError(f'--rule_kwargs: {error}') from error
+
+
 def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
     add = parser.add_argument
@@ -69,12 +82,18 @@ def add_target_args(parser: config.Parser) -> None:
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0])
     config.add_common_args(
-        parser, model='mirl_vit_base_depth48', batch_size=64, epochs=400, blr=1.5e-4, warmup_epochs=40, min_lr=0.0
+        parser,
+        model='mirl_vit_base_depth48',
+        batch_size=64,
+        epochs=400,
+        blr=1.5e-4,
+        warmup_epochs=40,
+        min_lr=0.0,
+        betas=[0.9, 0.95],
     )
     add_target_args(parser)
     add = parser.add_argument
     add('--crop_scale', type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
-    add('--betas', type=float, nargs=2, default=[0.9, 0.95], help="AdamW's")
     add('--vis_freq', type=int, default=0, help='epochs between pictures of the same images, in PNG and TensorBoard')
     return parser
 
@@ -85,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     files = datasets.pretraining_files(args.data_path)
     run = Run(args, 'pretrain', len(files))
     core = create_model(args)
-    run.start(core, method.param_rules(core))
+    run.start(core, param_rules(method, core, args.rule_kwargs))
 
     batches = run.loader(files, None, datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip))
     pictures = Pictures(core, files, args) if args.vis_freq and dist.is_main() else None

@@ -11,7 +11,6 @@ from training import arguments, load, make_images, run, same, train
 import main_finetune
 from engine_finetune import evaluate
 from util import datasets, rng
-from util.optim import GuardedStep, adamw, learning_rate, param_groups
 
 
 @pytest.fixture(scope='module')
@@ -99,44 +98,6 @@ def test_mixed_precision(data, tmp_path, dtype):
     assert bool(saved['scaler']) == (dtype == 'fp16')
 
 
-def test_a_bad_step_changes_nothing():
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 4)
-    rules = {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}
-    guard = GuardedStep(
-        layer, adamw(param_groups(layer, rules, 0.05), 1e-2, (0.9, 0.95)), torch.device('cpu'), False, 1
-    )
-
-    def step(factor):
-        guard.backward(layer(torch.ones(2, 4)).square().mean() * factor)
-        guard.step()
-
-    step(1.0)
-    guard.check(epoch=3, step=1, steps=4)
-    weight = layer.weight.detach().clone()
-    momentum = {k: v.clone() for k, v in guard.optimizer.state[layer.weight].items()}
-    for factor in (float('nan'), float('inf')):
-        step(factor)
-        assert torch.equal(layer.weight, weight)
-        assert all(torch.equal(v, guard.optimizer.state[layer.weight][k]) for k, v in momentum.items())
-    step(1.0)
-    assert not torch.equal(layer.weight, weight)
-    with pytest.raises(FloatingPointError, match=r'epoch 3, step 2 of 4: loss or gradient was not finite .up to 2'):
-        guard.check(epoch=3, step=4, steps=4)  # the second of these four was the first bad one
-
-
-def test_clipping():
-    """AdamW's first moment is a tenth of the first clipped gradient."""
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 4)
-    groups = param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}, 0.0)
-    guard = GuardedStep(layer, adamw(groups, 1e-2, (0.9, 0.95)), torch.device('cpu'), fp16=False, clip_grad=0.5)
-    guard.backward(1e3 * layer(torch.ones(2, 4)).square().mean())
-    assert guard.step() > 100
-    moments = [guard.optimizer.state[p]['exp_avg'] for p in layer.parameters()]
-    assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.05, rel=1e-4)
-
-
 def test_batch_augmentation():
     argv = ['--mixup', '0.8', '--reprob', '0.9', '--smoothing', '0']
     args = main_finetune.get_args_parser().parse(argv)
@@ -155,6 +116,27 @@ def test_batch_augmentation():
     assert 0.05 < erased.float().mean() < 0.7  # boxes of noise, of at most a third, in most images and their partners
 
 
+def test_criteria():
+    """Binary cross-entropy is summed over the classes and averaged over the samples, on soft or smoothed targets."""
+    torch.manual_seed(0)
+    logits, labels, soft = torch.randn(4, 5), torch.tensor([0, 4, 2, 2]), torch.rand(4, 5)
+
+    def loss(targets, *flags):
+        return main_finetune.criterion(main_finetune.get_args_parser().parse(list(flags)))(logits, targets)
+
+    def binary(targets):
+        chances = logits.sigmoid()
+        return -(targets * chances.log() + (1 - targets) * (1 - chances).log()).sum(1).mean()
+
+    smoothed = 0.1 / 5 + 0.9 * torch.eye(5)[labels]
+    assert loss(soft, '--criterion', 'bce', '--mixup', '0.8') == pytest.approx(binary(soft).item(), rel=1e-6)
+    assert loss(labels, '--criterion', 'bce') == pytest.approx(binary(smoothed).item(), rel=1e-6)
+    assert loss(labels, '--criterion', 'bce', '--smoothing', '0') == pytest.approx(binary(torch.eye(5)[labels]).item())
+    soft_ce = -(soft * logits.log_softmax(1)).sum(1).mean()
+    assert loss(soft, '--mixup', '0.8') == pytest.approx(soft_ce.item(), rel=1e-6)
+    assert loss(labels) == pytest.approx(-(smoothed * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-6)
+
+
 def test_flags_reach_the_network_and_its_optimiser(data, tmp_path):
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.3', '--use_ema']
     args = main_finetune.get_args_parser().parse(arguments('finetune', data, tmp_path, *flags))
@@ -168,23 +150,3 @@ def test_flags_reach_the_network_and_its_optimiser(data, tmp_path):
     start, end, ema = network.state_dict()['head.weight'], saved['model']['head.weight'], saved['ema']['head.weight']
     assert not torch.equal(ema, start)
     assert not torch.equal(ema, end)
-
-
-def test_schedules():
-    cosine = dict(lr=1.0, epochs=100, warmup_epochs=10, min_lr=0.1)
-    assert learning_rate(5, **cosine) == 0.5
-    assert learning_rate(10, **cosine) == 1.0
-    assert learning_rate(55, **cosine) == pytest.approx(0.55)
-    assert learning_rate(55.9, **cosine, per_epoch=True) == learning_rate(55, **cosine)
-    assert learning_rate(5.5, **cosine, per_epoch=True) == 0.55  # the warm-up stays per iteration
-    steps = dict(lr=1.0, epochs=100, warmup_epochs=10, sched='step', decay_epochs=(70, 90), decay_rate=0.1)
-    assert [learning_rate(e, **steps) for e in (5, 10, 69.9, 70, 95)] == pytest.approx([0.5, 1, 1, 0.1, 0.01])
-
-
-def test_layer_decay_and_scales():
-    layer = torch.nn.Linear(2, 2)
-    groups = param_groups(layer, {'weight': (1, 1.0, True), 'bias': (3, 0.1, False)}, 0.05, layer_decay=0.5)
-    assert {group['names'][0]: (group['lr_scale'], group['weight_decay']) for group in groups} == {
-        'weight': (0.25, 0.05),
-        'bias': (0.1, 0.0),
-    }

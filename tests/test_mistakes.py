@@ -84,6 +84,12 @@ BOTH = ('pretrain', 'finetune')
         (['--config', 'no_such.yaml'], r'no recipe no_such'),
         (['--resume', 'no/such.pth'], r'no/such\.pth does not exist'),
         (['--amp_dtype', 'fp8'], r'invalid choice: .?fp8'),
+        (['--warmup_lr_ratio', '2'], r'--warmup_lr_ratio must be at least 0 and at most 1, got 2\.0'),
+        (['--warmup_shape', 'cosine'], r'invalid choice: .?cosine'),
+        (['--cosine_start', 'one'], r'invalid choice: .?one'),
+        (['--opt', 'sgd'], r'invalid choice: .?sgd'),
+        (['--opt_eps', '0'], r'--opt_eps must be more than 0, got 0\.0'),
+        (['--rule_kwargs', 'decay=1'], r'param_rules has no option decay; known: none'),
     ],
 )
 def test_flags(said, stage, flags, words):
@@ -117,6 +123,9 @@ def test_pretraining_flags(said, flags, words):
         (['--layer_decay', '-1'], r'--layer_decay must be at least 0 and at most 1'),
         (['--crop_pct', '0'], r'--crop_pct must be more than 0'),
         (['--aa', 'random'], r'--aa'),
+        (['--criterion', 'mse'], r'invalid choice: .?mse'),
+        (['--ema_warmup_ratio', '1.5'], r'--ema_warmup_ratio must be at least 0 and at most 1'),
+        (['--ema_warmup_epochs', '-1'], r'--ema_warmup_epochs must be at least 0'),
     ],
 )
 def test_finetuning_flags(said, flags, words):
@@ -186,6 +195,9 @@ def test_resuming_another_run(said, trained):
     good = trained / 'checkpoint-last.pth'
     assert_matches(said('pretrain', '--resume', good, '--batch_size', '8'), 'effective_batch: 16 then, 8 now')
     assert_matches(said('pretrain', '--resume', good, '--batch_size', '16', '--seed', '3'), 'seed: 0 then, 3 now')
+    assert_matches(
+        said('pretrain', '--resume', good, '--batch_size', '16', '--opt', 'lamb'), 'opt: adamw then, lamb now'
+    )
     assert_matches(said('finetune', '--resume', good, '--batch_size', '16'), 'stage: pretrain then, finetune now')
     deeper = ['--batch_size', '16', '--model_kwargs', 'depth=6']
     assert_matches(said('pretrain', '--resume', good, *deeper), r"model_kwargs: {} then, {'depth': 6} now")

@@ -263,10 +263,10 @@ def test_average_of_the_weights():
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     for step, decay in decays.items():
         nn.init.ones_(model.weight)
-        ema = optim.make_ema(model, ema_decay)
+        ema = optim.WeightAverage(model, ema_decay)
         assert ema.module.weight.item() == 1
         nn.init.zeros_(model.weight)
-        optim.update_ema(ema, model, step)
+        ema.update(model, step)
         assert ema.module.weight.item() == pytest.approx(decay, rel=1e-12), step
     assert max(decays.values()) == 0.9998
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from util import dist
 from util.errors import UserError
@@ -167,7 +168,15 @@ class KeyValues(argparse.Action):
 
 
 def add_common_args(
-    parser: Parser, *, model: str, batch_size: int, epochs: int, blr: float, warmup_epochs: float, min_lr: float
+    parser: Parser,
+    *,
+    model: str,
+    batch_size: int,
+    epochs: int,
+    blr: float,
+    warmup_epochs: float,
+    min_lr: float,
+    betas: list[float],
 ) -> None:
     """Everything that pretraining and fine-tuning share; the defaults that differ are the parameters."""
     add = parser.add_argument
@@ -182,12 +191,32 @@ def add_common_args(
     add('--lr', type=float, help='absolute learning rate; default: from --blr')
     add('--blr', type=float, default=blr, help='base learning rate: lr = blr * effective batch / 256')
     add('--min_lr', type=float, default=min_lr, help='where the cosine ends')
+    add('--min_lr_absolute', action='store_true', help='it holds for all parameters; default: times their own scale')
     add('--warmup_epochs', type=float, default=warmup_epochs, help='epochs of linear warm-up, per iteration')
+    add('--warmup_lr_ratio', type=float, default=0.0, help='share of the learning rate that the warm-up starts from')
+    add(
+        '--warmup_shape',
+        choices=('flat', 'scaled'),
+        default='flat',
+        help="what it multiplies: the peak (MAE's) or the scheduled rate of the moment (mmcv's)",
+    )
     add('--lr_sched', choices=('cosine', 'step'), default='cosine', help='schedule after the warm-up')
+    add('--cosine_start', choices=('warmup', 'zero'), default='warmup', help="where it begins: the warm-up's end, or 0")
     add('--lr_decay_epochs', type=int, nargs='+', default=[], help='boundaries of --lr_sched step')
     add('--lr_decay_rate', type=float, default=0.1, help='factor at each boundary')
     add('--sched_per_epoch', action='store_true', help='change the learning rate at epochs only, after the warm-up')
-    add('--weight_decay', type=float, default=0.05, help="AdamW's")
+    add('--opt', choices=('adamw', 'lamb'), default='adamw', help="optimiser; LAMB is timm's")
+    add('--opt_eps', type=float, help='its epsilon; default: 1e-8 for adamw, 1e-6 for lamb')
+    add('--betas', type=float, nargs=2, default=betas, help='decay of its two moments')
+    add('--weight_decay', type=float, default=0.05, help='decoupled from the gradient')
+    add(
+        '--rule_kwargs',
+        nargs='+',
+        action=KeyValues,
+        default={},
+        metavar='KEY=VALUE',
+        help="options of the model's parameter rules",
+    )
     add('--clip_grad', type=float, help='largest gradient norm; default: not clipped')
 
     add(
@@ -217,6 +246,9 @@ def add_common_args(
     add('--start_epoch', type=int, default=0, help='first epoch of a run that is not resumed')
 
     add('--amp_dtype', choices=('bf16', 'fp16', 'none'), help='autocast; default: bf16 on a GPU that has it, else none')
+    layout = dict(dest='channels_last', default=None)
+    add('--channels_last', action='store_true', help='NHWC in memory; default: for networks that convolve', **layout)
+    add('--no_channels_last', action='store_false', help='NCHW in memory, whatever the network', **layout)
     add('--compile', action='store_true', help='torch.compile the model')
     add('--deterministic', action='store_true', help='only deterministic kernels, for bit-exact repeats on a GPU')
     add('--dist_url', default='env://', help='rendezvous of the processes')
@@ -242,10 +274,10 @@ def add_model_args(parser: Parser, model: str) -> None:
 RANGES = {  # of flags that either main may have; none may be nan
     'batch_size epochs accum_iter input_size print_freq save_freq recount': (1, math.inf),
     'warmup_epochs weight_decay lr blr min_lr num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
-    'mixup cutmix color_jitter': (0, math.inf),
-    'hflip mixup_prob mixup_switch_prob ema_decay layer_decay': (0, 1),
+    'mixup cutmix color_jitter ema_warmup_epochs': (0, math.inf),
+    'hflip mixup_prob mixup_switch_prob ema_decay ema_warmup_ratio layer_decay warmup_lr_ratio': (0, 1),
     'drop_path smoothing reprob betas': (0, BELOW_ONE),
-    'clip_grad dist_timeout std': (ABOVE_ZERO, math.inf),
+    'clip_grad dist_timeout opt_eps std': (ABOVE_ZERO, math.inf),
     'crop_scale crop_pct cutmix_minmax lr_decay_rate': (ABOVE_ZERO, 1),
 }
 
@@ -320,6 +352,13 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | N
     if args.amp_dtype is None:
         return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported(False) else None
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'none': None}[args.amp_dtype]
+
+
+def memory_format(args: argparse.Namespace, core: nn.Module) -> torch.memory_format:
+    """NHWC if asked, or if the network convolves: it has a convolution over more than patches that do not overlap."""
+    convolves = any(m.kernel_size > m.stride for m in core.modules() if isinstance(m, nn.Conv2d))
+    last = convolves if args.channels_last is None else args.channels_last
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def plain(args: argparse.Namespace) -> dict:

@@ -110,9 +110,11 @@ def to_device(item: Tensor | tuple, device: torch.device) -> Any:
     return type(item)(*moved) if hasattr(item, '_fields') else type(item)(moved)
 
 
-def to_float(imgs: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def to_float(
+    imgs: Tensor, mean: Tensor, std: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
     """uint8 [N, 3, H, W] -> float32, normalised by the statistics [3, 1, 1] of values in 0..1."""
-    return (imgs.float() / 255 - mean) / std
+    return (imgs.to(torch.float32, memory_format=memory_format) / 255 - mean) / std
 
 
 # --------------------------------------------------------------------------
@@ -218,6 +220,18 @@ def eval_transform(input_size: int, crop_pct: float) -> Callable:
     )
 
 
-def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two [3, 1, 1] tensors for `to_float`."""
-    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
+Statistics = tuple[Tensor, Tensor, torch.memory_format]
+
+
+def statistics(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Statistics:
+    """What `to_float` takes beside a batch: two [3, 1, 1] tensors, and how the result lies in memory."""
+    return (
+        torch.tensor(mean, device=device).view(3, 1, 1),
+        torch.tensor(std, device=device).view(3, 1, 1),
+        memory_format,
+    )

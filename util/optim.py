@@ -3,6 +3,7 @@
 import math
 
 import torch
+from timm import optim as timm_optim
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -30,33 +31,52 @@ def learning_rate(
     lr: float,
     epochs: int,
     warmup_epochs: float = 0,
+    warmup_lr_ratio: float = 0.0,
+    warmup_shape: str = 'flat',
     min_lr: float = 0.0,
     sched: str = 'cosine',
+    cosine_start: str = 'warmup',
     decay_epochs: tuple[int, ...] = (),
     decay_rate: float = 0.1,
     per_epoch: bool = False,
 ) -> float:
-    """The learning rate at a fractional epoch: linear warm-up per iteration, then a half-cosine to `min_lr`, or steps.
+    """The learning rate at a fractional epoch: a half-cosine from `lr` to `min_lr`, or steps, after a linear warm-up.
 
-    `per_epoch` holds the rate after the warm-up constant within an epoch.
+    The warm-up is a ramp from `warmup_lr_ratio` to 1, per iteration. A 'flat' one multiplies `lr`, as MAE's does; a
+    'scaled' one multiplies what the schedule says of that moment, as mmcv's does. `cosine_start` is where the cosine
+    has its peak: at the end of the warm-up (before it, the curve is mirrored), or at epoch zero. `per_epoch` holds the
+    scheduled rate constant within an epoch.
     """
+    ramp = 1.0
     if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    if per_epoch:
-        epoch = math.floor(epoch)
+        ramp = warmup_lr_ratio + (1 - warmup_lr_ratio) * (epoch / warmup_epochs)
+        if warmup_shape == 'flat':
+            return lr * ramp
     if sched == 'step':
-        return lr * decay_rate ** sum(epoch >= boundary for boundary in decay_epochs)
-    progress = max(0.0, epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return ramp * lr * decay_rate ** sum(epoch >= boundary for boundary in decay_epochs)
+    first = warmup_epochs if cosine_start == 'warmup' else 0
+    if per_epoch:
+        epoch = max(first, math.floor(epoch))
+    progress = (epoch - first) / (epochs - first)
+    return ramp * (min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Take over the moments of a saved state, parameter by parameter; the groups and their options stay as they are."""
+    """Take over the moments of a saved state, parameter by parameter; the groups and their options stay as they are.
+
+    A step counter that groups share (LAMB's) is taken over too; moments get their parameters' memory format.
+    """
     own = optimizer.state_dict()
     place = {n: i for group in saved['param_groups'] for n, i in zip(group['names'], group['params'], strict=True)}
     names = {i: n for group in own['param_groups'] for n, i in zip(group['names'], group['params'], strict=True)}
     state = {i: saved['state'][place[name]] for i, name in names.items() if place.get(name) in saved['state']}
+    if counters := [int(group['step']) for group in saved['param_groups'] if 'step' in group]:
+        own['param_groups'] = [group | {'step': max(counters)} for group in own['param_groups']]
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
+    for param, values in optimizer.state.items():
+        for key, value in values.items():
+            if value.shape == param.shape:
+                values[key] = torch.empty_like(param).copy_(value)
 
 
 class GuardedStep:
@@ -87,9 +107,10 @@ class GuardedStep:
         self.steps = 0
         self.first_bad = torch.full((), -1, device=device)  # which of them
 
-    def set_lr(self, lr: float) -> None:
+    def set_lr(self, lr: float, floor: float = 0.0) -> None:
+        """Give each group its share of the learning rate; only what lies above `floor` is scaled."""
         for group in self.optimizer.param_groups:
-            group['lr'] = lr * group['lr_scale']
+            group['lr'] = floor + (lr - floor) * group['lr_scale']
 
     def backward(self, loss: Tensor) -> None:
         poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -102,7 +123,7 @@ class GuardedStep:
         bad = (~norm.isfinite()).float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)
-        self.optimizer.found_inf = bad  # torch's fused kernels leave weights and state alone where this is 1
+        self.optimizer.found_inf = bad  # torch's fused kernels, and `Lamb`, leave weights and state alone where it is 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -122,16 +143,70 @@ class GuardedStep:
             )
 
 
-def adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW: it can leave out a step on the device, which `GuardedStep` relies on."""
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+def adamw(groups: list[dict], lr: float, betas: tuple[float, float], eps: float | None = None) -> torch.optim.AdamW:
+    """Fused AdamW: it can leave out a step on the device, which `GuardedStep` relies on. Default `eps` 1e-8."""
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8 if eps is None else eps, fused=True)
 
 
-def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
-    """timm's average of the weights, started from them; decay min(decay, (1 + t) / (10 + t)) at step t from 0."""
-    return ModelEmaV3(model, decay=decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
+def lamb(groups: list[dict], lr: float, betas: tuple[float, float], eps: float | None = None) -> 'Lamb':
+    """LAMB without a clipping of its own, and without trust ratio where nothing decays. Default `eps` 1e-6."""
+    return Lamb(groups, lr=lr, betas=betas, eps=1e-6 if eps is None else eps, max_grad_norm=None)
 
 
-def update_ema(ema: ModelEmaV3, model: nn.Module, step: int) -> None:
-    """Average in the weights after optimiser step `step`; timm counts its steps from two later."""
-    ema.update(model, step=step + 2)
+OPTIMIZERS = {'adamw': adamw, 'lamb': lamb}
+
+
+class Lamb(timm_optim.Lamb):
+    """timm's LAMB, which also leaves out a step on the device, where `found_inf` is 1.
+
+    Such a step is taken and undone: weights and moments are copied before it and put back after it. That is room for
+    three copies of the weights, at a time when activations have none, and one more pass over them. The step counter of
+    the bias correction lives on the host and is put right when the state is saved; under fp16, torch's GradScaler
+    reads its finding on the host and does not call `step` at all.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.found_inf: Tensor | None = None
+        self.left_out: Tensor | int = 0  # steps that the counter has too many
+        for param in self.params():  # made before the first step, which may be a bad one
+            self.state[param] = {'exp_avg': torch.zeros_like(param), 'exp_avg_sq': torch.zeros_like(param)}
+
+    def params(self) -> list[nn.Parameter]:
+        return [param for group in self.param_groups for param in group['params']]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        tensors = [tensor for param in self.params() for tensor in (param, *self.state[param].values())]
+        before = [tensor.clone() for tensor in tensors]
+        result = super().step(closure)
+        if self.found_inf is not None:
+            for tensor, old in zip(tensors, before, strict=True):
+                torch.where(self.found_inf > 0, old, tensor, out=tensor)
+            self.left_out = self.left_out + self.found_inf
+        return result
+
+    def state_dict(self) -> dict:
+        """As ever, less the steps that were left out. Waits for the device."""
+        for group in self.param_groups:
+            if 'step' in group:
+                group['step'] -= int(self.left_out)
+        self.left_out = 0
+        return super().state_dict()
+
+
+class WeightAverage(ModelEmaV3):
+    """timm's average of a network's weights; buffers, such as BatchNorm's statistics, are the latest.
+
+    Its decay grows to `decay`: at step t from 0 as min(decay, (1 + t) / (10 + t)), or, given `warmup_steps` T, linearly
+    from `warmup_ratio` of it, decay * (1 - (1 - t / T) (1 - warmup_ratio)) before step T.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup_steps: float = 0, warmup_ratio: float = 0.9):
+        super().__init__(model, decay=decay, exclude_buffers=True)
+        self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
+
+    def get_decay(self, step: int) -> float:
+        if not self.warmup_steps:
+            return min(self.decay, (1 + step) / (10 + step))
+        return self.decay * (1 - max(0.0, 1 - step / self.warmup_steps) * (1 - self.warmup_ratio))

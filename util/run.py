@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from util import checkpoint, config, datasets, dist, rng, signals
 from util.errors import UserError
 from util.log import MetricLogger, RunLog, info
-from util.optim import GuardedStep, Rules, adamw, learning_rate, load_optimizer_state, param_groups
+from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
 from util.weight_files import read_checkpoint
 
 
@@ -47,9 +47,9 @@ class Run:
         self.ema: nn.Module | None = None
 
     def identity(self) -> dict:
-        """What decides which sample and which mask comes when; it must not change between saving and resuming."""
+        """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
         args = self.args
-        names = ('model', 'model_kwargs', 'input_size', 'mask_ratio', 'seed')
+        names = ('model', 'model_kwargs', 'input_size', 'mask_ratio', 'repeated_aug', 'opt', 'seed')
         return {
             **{name: getattr(args, name) for name in names if hasattr(args, name)},
             'stage': self.stage,
@@ -67,12 +67,14 @@ class Run:
         self.device = dist.init(args.device, args.dist_url, args.dist_timeout)
         rng.settle_kernels(args.deterministic)
         self.amp_dtype = config.amp_dtype(args, self.device)
-        self.statistics = datasets.statistics(args.mean, args.std, self.device)
-        self.core = dist.sync_batchnorm(core.to(self.device), self.device)
-        self.ema = ema.to(self.device) if ema else None
+        memory_format = config.memory_format(args, core)
+        self.statistics = datasets.statistics(args.mean, args.std, self.device, memory_format)
+        self.core = dist.sync_batchnorm(core.to(self.device, memory_format=memory_format), self.device)
+        self.ema = ema.to(self.device, memory_format=memory_format) if ema else None
         groups = param_groups(self.core, rules, args.weight_decay, layer_decay)
+        optimizer = OPTIMIZERS[args.opt](groups, self.lr, args.betas, args.opt_eps)
         fp16 = self.amp_dtype is torch.float16
-        self.guard = GuardedStep(self.core, adamw(groups, self.lr, args.betas), self.device, fp16, args.clip_grad)
+        self.guard = GuardedStep(self.core, optimizer, self.device, fp16, args.clip_grad)
         self.first_epoch, self.first_step, self.averages = args.start_epoch, 0, None
         if self.saved:
             self.restore(self.saved)
@@ -89,6 +91,8 @@ class Run:
         left_out = self.num_images % self.sampler.global_batch
         params = sum(p.numel() for p in self.core.parameters() if p.requires_grad)
         dtype = str(self.amp_dtype or torch.float32).removeprefix('torch.')
+        if notice := getattr(self.core, 'notice', ''):
+            info(notice)
         info(f'{args.model}: {params:,} trainable parameters, {dtype} on {dist.world_size()} x {self.device.type}')
         info(self.arithmetic)
         info(f'{self.num_images} training images, {steps} steps an epoch; {left_out} images are left out of each epoch')
@@ -112,16 +116,27 @@ class Run:
     def pin_memory(self) -> bool:
         return self.args.pin_mem and self.device.type == 'cuda'
 
-    def schedule(self, epoch: float) -> float:
-        """The learning rate at a fractional epoch."""
+    def set_lr(self, epoch: float) -> float:
+        """Set every group's learning rate at a fractional epoch; returns that of scale 1."""
+        lr = self.schedule(epoch)
+        # the rate of a group whose scale is 0: with an absolute minimum, no group ends below it
+        floor = self.schedule(epoch, 0.0) if self.args.min_lr_absolute else 0.0
+        self.guard.set_lr(lr, floor)
+        return lr
+
+    def schedule(self, epoch: float, peak: float | None = None) -> float:
+        """The learning rate at a fractional epoch; `peak` takes the place of the run's own."""
         args = self.args
         return learning_rate(
             epoch,
-            lr=self.lr,
+            lr=self.lr if peak is None else peak,
             epochs=args.epochs,
             warmup_epochs=args.warmup_epochs,
+            warmup_lr_ratio=args.warmup_lr_ratio,
+            warmup_shape=args.warmup_shape,
             min_lr=args.min_lr,
             sched=args.lr_sched,
+            cosine_start=args.cosine_start,
             decay_epochs=tuple(args.lr_decay_epochs),
             decay_rate=args.lr_decay_rate,
             per_epoch=args.sched_per_epoch,
