@@ -137,13 +137,22 @@ def test_criteria():
     assert loss(labels) == pytest.approx(-(smoothed * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-6)
 
 
-def test_flags_reach_the_network_and_its_optimiser(data, tmp_path):
+def test_flags_reach_the_network_and_its_optimiser(data, tmp_path, monkeypatch):
+    averages = []
+
+    def average(core, *options, average=main_finetune.WeightAverage):
+        averages.append(options)
+        return average(core, *options)
+
+    monkeypatch.setattr(main_finetune, 'WeightAverage', average)
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.3', '--use_ema']
+    flags += ['--ema_decay', '0.5', '--ema_warmup_epochs', '2.5', '--ema_warmup_ratio', '0.7']
     args = main_finetune.get_args_parser().parse(arguments('finetune', data, tmp_path, *flags))
     network = main_finetune.create_classifier(args, 3)
     rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in network.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
     saved = train('finetune', data, tmp_path, *flags, '--layer_decay', '0.5', '--weight_decay', '0.2', '--lr', '0.1')
+    assert averages == [(0.5, 10.0, 0.7)]  # 4 steps an epoch
     groups = saved['optimizer']['param_groups']
     assert {group['lr_scale'] for group in groups} == {0.5**k for k in range(6)}
     assert {group['weight_decay'] for group in groups} == {0.0, 0.2}

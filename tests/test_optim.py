@@ -167,16 +167,30 @@ def test_fp16_overflow(name):
     guard.check(epoch=0, step=2, steps=4)
 
 
-def test_clipping():
-    """AdamW's first moment is a tenth of the first clipped gradient."""
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('clip_grad', [0.5, None])
+def test_clipping(name, clip_grad):
+    """The first moment is a tenth of the first gradient, clipped if asked."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 4)
-    groups = param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}, 0.0)
-    guard = GuardedStep(layer, adamw(groups, 1e-2, (0.9, 0.95)), torch.device('cpu'), fp16=False, clip_grad=0.5)
+    layer = nn.Linear(4, 4)
+    guard = guarded(layer, name, clip_grad=clip_grad)
     guard.backward(1e3 * layer(torch.ones(2, 4)).square().mean())
-    assert guard.step() > 100
+    norm = guard.step()
+    assert norm > 100
     moments = [guard.optimizer.state[p]['exp_avg'] for p in layer.parameters()]
-    assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.05, rel=1e-4)
+    assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.1 * (clip_grad or norm.item()), rel=1e-4)
+
+
+def test_lamb_never_waits():
+    """On the meta device, where nothing can be read."""
+    layer = nn.Linear(4, 4, device='meta')
+    groups = param_groups(layer, RULES, 0.05)
+    guard = GuardedStep(layer, OPTIMIZERS['lamb'](groups, 1e-2, (0.9, 0.95)), torch.device('meta'), False, 1.0)
+    for _ in range(2):
+        guard.backward(layer(torch.ones(2, 4, device='meta')).square().mean())
+        guard.step()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        guard.optimizer.state_dict()
 
 
 def test_lamb_is_timms():
