@@ -57,7 +57,11 @@ def get_args_parser() -> config.Parser:
     add('--ema_warmup_ratio', type=float, default=0.9, help='share of the decay that such a warm-up starts from')
 
     add('--crop_scale', type=float, nargs=2, default=[0.08, 1.0], help="smallest and largest share of the image's area")
+    add('--eval_size', type=int, help='evaluation: image side in pixels; default: --input_size')
     add('--crop_pct', type=float, default=0.875, help='evaluation: the centre crop as a share of the resized side')
+    add(
+        '--repeated_aug', type=int, default=1, help='copies of an image, augmented apart, in a row; epochs stay as long'
+    )
     add('--color_jitter', type=float, help='strength; used without --aa only')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augment policy, or 'none'")
     add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
@@ -82,7 +86,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
     method = find_method(args.model)
     rng.seed_all(args.seed, rng.INIT)
     options = {} if args.global_pool else {'global_pool': 'token'}
-    return construct(
+    core = construct(
         method.create_classifier,
         args.model,
         num_classes=num_classes,
@@ -91,6 +95,19 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
         **options,
         model_kwargs=args.model_kwargs,
     )
+    if args.eval_size not in (None, args.input_size):
+        check_takes(core, args.eval_size)
+    return core
+
+
+@torch.no_grad()
+def check_takes(core: nn.Module, size: int) -> None:
+    """Raise UserError if a network was made for another image side."""
+    try:
+        core.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f'--eval_size {size}: this network takes images of --input_size only: {error}') from error
+    core.train()
 
 
 def labelled_folders(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple[list, list]], int]:
@@ -156,7 +173,8 @@ def criterion(args: argparse.Namespace) -> nn.Module:
 def val_loader(args: argparse.Namespace, files: list[str], labels: list[int], pin_memory: bool) -> DataLoader:
     """This rank's share of the validation images, every image on exactly one rank."""
     here = dist.place()
-    images = datasets.ImageFiles(files, labels, datasets.eval_transform(args.input_size, args.crop_pct), args.seed)
+    transform = datasets.eval_transform(args.eval_size or args.input_size, args.crop_pct)
+    images = datasets.ImageFiles(files, labels, transform, args.seed)
     batches = datasets.eval_batches(len(files), args.batch_size, here.rank, here.world_size)
     return datasets.loader(images, batches, args.num_workers, pin_memory)
 

@@ -1,7 +1,9 @@
 """What the machinery does for networks with convolutions and BatchNorm, on a tiny ResNet."""
 
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import convnet
 import pytest
@@ -9,6 +11,7 @@ import timm
 import torch
 from training import MAINS, load, make_images, same, train
 
+import main_finetune
 import main_pretrain
 from util import config, datasets
 from util.errors import UserError
@@ -80,6 +83,44 @@ def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
     assert {int(group['step']) for group in whole['optimizer']['param_groups']} == {8}
     for key in ('model', 'ema', 'optimizer', 'record'):
         assert same(resumed[key], whole[key]), key
+
+
+def test_evaluation_at_another_size(data, tmp_path, capsys, monkeypatch):
+    """Trained at 32 and tested at 40, by --eval too; a network for one size says so."""
+    sides = []
+
+    def forward(self, x, forward=timm.models.resnet.ResNet.forward):
+        sides.append((self.training, x.shape[-1]))
+        return forward(self, x)
+
+    monkeypatch.setattr(timm.models.resnet.ResNet, 'forward', forward)
+    flags = [*FLAGS, '--eval_size', '40', '--crop_pct', '1']
+    train('finetune', data, tmp_path, *flags)
+    assert set(sides) == {(True, 32), (False, 40)}
+    line = re.findall(r'^\* Acc@1 .*', capsys.readouterr().out, re.MULTILINE)[-1]
+
+    def load_own(core, path, ema):
+        core.load_state_dict(torch.load(path, weights_only=True)['model'])
+        return SimpleNamespace(missing=[])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_finetune, 'load_published', load_own)
+        train('finetune', data, tmp_path, *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
+    assert line in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'--eval_size 40: this network takes images of --input_size only: .*40'):
+        train('finetune', data, tmp_path / 'vit', *flags, '--model', 'mirl_vit_tiny')
+
+
+def test_repeated_augmentation(data, tmp_path):
+    """Other images, as many steps; workers change nothing; not to be changed on resume."""
+    plain = train('finetune', data, tmp_path / 'plain', *FLAGS)
+    flags = [*FLAGS, '--repeated_aug', '3']
+    three = train('finetune', data, tmp_path / 'three', *flags)
+    assert not same(three['model'], plain['model'])
+    assert three['steps'] == plain['steps']
+    assert same(train('finetune', data, tmp_path / 'workers', *flags, '--num_workers', '2')['model'], three['model'])
+    with pytest.raises(UserError, match='repeated_aug: 3 then, 1 now'):
+        train('finetune', data, tmp_path / 'three', *FLAGS, '--resume', 'auto')
 
 
 def test_rule_kwargs_reach_the_rules(data, tmp_path):

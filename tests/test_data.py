@@ -45,6 +45,31 @@ def test_every_sample_once_and_the_same_order_for_any_split():
     assert global_batches(places(103, 24, 1, 1, seed=4), 1) != whole
 
 
+def test_repeated_augmentation():
+    """Each image three times in a row, for any split; copies on different ranks; an epoch of equal length."""
+
+    def items(batch_size, accum_iter, world_size, rank=0, copies=3, step=0):
+        batches = EpochBatches(103, batch_size, accum_iter, rank, world_size, 3, copies)
+        batches.start(1, step)
+        return list(batches)
+
+    assert items(24, 1, 1, copies=1) == [[(1, i) for i in batch] for batch in places(103, 24, 1, 1, epoch=1)[0]]
+    whole = items(24, 1, 1)
+    assert len(whole) == 4  # 7 places are left out, as without copies
+    flat = [item for batch in whole for item in batch]
+    order = [i for batch in places(103, 24, 1, 1, epoch=1)[0] for i in batch]
+    assert flat == [(1, i, copy) for i in order[:32] for copy in range(3)]
+    assert items(24, 1, 1, step=2) == whole[2:]
+    for batch_size, accum_iter, world_size in ((12, 2, 1), (12, 1, 2), (4, 2, 3), (2, 3, 4)):
+        ranks = [items(batch_size, accum_iter, world_size, rank) for rank in range(world_size)]
+        for step in range(4):
+            micros = range(step * accum_iter, (step + 1) * accum_iter)
+            together = [item for micro in micros for rank in ranks for item in rank[micro]]
+            assert sorted(together) == sorted(whole[step])
+        if world_size >= 3:
+            assert all(len({index for _, index, _ in batch}) == batch_size for rank in ranks for batch in rank)
+
+
 def test_evaluation_counts_every_image_once():
     for world_size in (1, 2, 3, 5):
         shares = [eval_batches(23, 4, rank, world_size) for rank in range(world_size)]
@@ -111,6 +136,10 @@ def test_an_augmentation_depends_on_seed_epoch_and_index_only(images):
     torch.manual_seed(99)
     assert torch.equal(dataset[3, 5][0], first)
     assert not torch.equal(dataset[4, 5][0], first)
+    copies = [dataset[3, 5, copy] for copy in (0, 1, 1)]
+    assert [label for _, label in copies] == [labels[5]] * 3
+    assert not torch.equal(copies[0][0], copies[1][0])
+    assert torch.equal(copies[1][0], copies[2][0])
 
 
 @pytest.mark.parametrize('bits', range(9))
@@ -119,6 +148,16 @@ def test_posterize_is_pillows_and_takes_no_bits_too(bits):
     expected = ImageOps.posterize(image, bits) if bits else Image.new('RGB', (9, 9))
     assert np.array_equal(np.asarray(datasets.posterize(image, bits)), np.asarray(expected))
     assert datasets.auto_augment.NAME_TO_OP['PosterizeIncreasing'] is datasets.posterize
+
+
+@pytest.mark.parametrize(('side', 'crop_pct', 'resized'), [(224, 0.875, 256), (224, 0.949, 236), (224, 0.95, 235)])
+def test_evaluation_crops_the_centre(side, crop_pct, resized):
+    """Rounded down, as in MAE and timm: 236 -> 224 is 0.949."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 350, 3), dtype=np.uint8))
+    small = image.resize((350 * resized // 300, resized), Image.Resampling.BICUBIC)
+    left, top = (round((length - side) / 2) for length in small.size)
+    expected = np.asarray(small.crop((left, top, left + side, top + side)))
+    assert np.array_equal(datasets.eval_transform(side, crop_pct)(image).permute(1, 2, 0).numpy(), expected)
 
 
 def test_a_flat_folder_serves_pretraining(tmp_path):

@@ -272,7 +272,7 @@ def add_model_args(parser: Parser, model: str) -> None:
 
 
 RANGES = {  # of flags that either main may have; none may be nan
-    'batch_size epochs accum_iter input_size print_freq save_freq recount': (1, math.inf),
+    'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug': (1, math.inf),
     'warmup_epochs weight_decay lr blr min_lr num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
     'mixup cutmix color_jitter ema_warmup_epochs': (0, math.inf),
     'hflip mixup_prob mixup_switch_prob ema_decay ema_warmup_ratio layer_decay warmup_lr_ratio': (0, 1),

@@ -23,9 +23,9 @@ from util.errors import UserError
 
 
 class ImageFiles(Dataset):
-    """Image files, with or without labels; item (epoch, index) is (uint8 [3, H, W], label).
+    """Image files, with or without labels; item (epoch, index) or (epoch, index, copy) is (uint8 [3, H, W], label).
 
-    Before a sample is augmented, all random generators are seeded from (seed, epoch, index): its augmentation depends
+    Before a sample is augmented, all random generators are seeded from the seed and its item: its augmentation depends
     on nothing else, whichever worker of whichever rank makes it.
     """
 
@@ -41,27 +41,40 @@ class ImageFiles(Dataset):
     def path(self, index: int) -> str:
         return os.fsdecode(self.files[index])
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = place
+    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int]:
+        index = item[1]
         try:
             with Image.open(self.path(index)) as image:
                 image = image.convert('RGB')
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise RuntimeError(f'cannot read the image {self.path(index)}: {error}') from error
-        rng.seed_all(self.seed, rng.SAMPLE, epoch, index)
+        rng.seed_all(self.seed, rng.SAMPLE, *item)
         return self.transform(image), int(self.labels[index])
 
 
 class EpochBatches:
-    """A batch sampler: this rank's micro-batches of one epoch, each a list of (epoch, index).
+    """A batch sampler: this rank's micro-batches of one epoch, each a list of `ImageFiles` items.
 
     Optimiser step s takes places [s G, (s + 1) G) of the epoch's seeded order, G = batch size B * ranks W * accum_iter;
     micro-step m of rank r takes places m W B + r B and following of those. The incomplete last G is left out.
+
+    With `copies` > 1 (repeated augmentation, Hoffer et al. 2020), each image takes that many places in a row, each with
+    an augmentation of its own, and an epoch, as long as before, sees so many times fewer images. Rank r then takes
+    every W-th of the micro-step's W B places, from its r-th on, so that copies fall to different ranks.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, accum_iter: int, rank: int, world_size: int, seed: int):
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        accum_iter: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        copies: int = 1,
+    ):
         self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
-        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.rank, self.world_size, self.seed, self.copies = rank, world_size, seed, copies
         self.global_batch = batch_size * accum_iter * world_size
         self.steps = num_samples // self.global_batch  # optimiser steps of an epoch
         self.start(0)
@@ -73,12 +86,17 @@ class EpochBatches:
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.accum_iter
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order = rng.generator(self.seed, rng.ORDER, self.epoch).permutation(self.num_samples)
         for step in range(self.first_step, self.steps):
             for micro in range(self.accum_iter):
-                first = step * self.global_batch + (micro * self.world_size + self.rank) * self.batch_size
-                yield [(self.epoch, i) for i in order[first : first + self.batch_size].tolist()]
+                first = step * self.global_batch + micro * self.world_size * self.batch_size
+                if self.copies == 1:
+                    first += self.rank * self.batch_size
+                    yield [(self.epoch, i) for i in order[first : first + self.batch_size].tolist()]
+                else:
+                    places = range(first + self.rank, first + self.world_size * self.batch_size, self.world_size)
+                    yield [(self.epoch, int(order[place // self.copies]), place % self.copies) for place in places]
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
@@ -210,7 +228,7 @@ def finetune_transform(
 
 
 def eval_transform(input_size: int, crop_pct: float) -> Callable:
-    """Resize the shorter side to input_size / crop_pct, bicubic, and crop the centre."""
+    """Resize the shorter side to input_size / crop_pct, rounded down, bicubic, and crop the centre."""
     return transforms.Compose(
         [
             transforms.Resize(int(input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),

@@ -29,8 +29,9 @@ class Run:
         self.args, self.stage, self.num_images = args, stage, num_images
         accum_iter = config.accumulation(args)
         self.lr, self.arithmetic = config.scaled_lr(args, accum_iter)
+        copies = getattr(args, 'repeated_aug', 1)
         self.sampler = datasets.EpochBatches(
-            num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed
+            num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed, copies
         )
         if not self.sampler.steps:
             raise UserError(
