@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from main_pretrain import METHODS
@@ -13,13 +14,38 @@ from util.datasets import to_device
 from util.optim import GuardedStep, adamw, param_groups
 
 MODELS = [(module, name) for module in METHODS for name in module.__all__]
-TINY = [(module, name) for module, name in MODELS if 'tiny' in name]
+# models for quick trials, one of each architecture, and the image side that suits them
+QUICK = {
+    'mirl_vit_tiny': 32,
+    'a2mim_vit_tiny': 32,
+    'a2mim_resnet_tiny': 32,
+    'a2mim_convnext_pico': 64,
+    'a2mim_timm': 64,
+    'simmim_swin_pico': 64,
+}
+TINY = [(module, name) for module, name in MODELS if name in QUICK]
 N = 2
 
 
 def size_of(name: str) -> int:
     """A small image for the model: few tokens, whatever its depth."""
-    return 32 if 'tiny' in name else 64
+    return QUICK.get(name, 64)
+
+
+def without_drop_path(model):
+    """Stochastic depth, where a recipe has it, is the one thing that is random in a forward."""
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
+def without_zeros(model):
+    """Gains that start at zero, like those of the last BatchNorms of residual branches, stop gradients behind them."""
+    for param in model.parameters():
+        if not param.any():
+            torch.nn.init.normal_(param, std=0.1)
+    return model
 
 
 def make(module, name):
@@ -45,7 +71,7 @@ def test_every_method_file_is_listed():
 
 @pytest.mark.parametrize(('module', 'name'), MODELS, ids=ids(MODELS))
 def test_contract(module, name):
-    model = make(module, name)
+    model = without_zeros(without_drop_path(make(module, name)))
     imgs, plan = batch(model, name)
 
     # the plan: tensors on the host, a function of the noise
@@ -67,7 +93,11 @@ def test_contract(module, name):
     assert terms
     assert all(term.shape == () and not term.requires_grad for term in terms.values())
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if 'running' not in key)
+    assert all(
+        torch.equal(value, before[key])
+        for key, value in model.state_dict().items()
+        if not key.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+    )
 
     # every trainable parameter gets a gradient, and the optimiser has a rule for each
     loss.backward()
@@ -124,7 +154,7 @@ def test_options(module, name):
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
 def test_compiles_whole_without_recompiling(module, name):
     """`fullgraph=True` raises at a graph break; a second plan must not trace again."""
-    model = make(module, name)
+    model = without_drop_path(make(module, name)).eval()  # in training, BatchNorm's statistics move between the two
     traces = []
 
     def backend(graph, example_inputs):

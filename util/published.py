@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -152,6 +153,176 @@ INTO_VIT = (
     Format('ViT', VIT_MARKS),  # MAE's and MIRL's encoders, fine-tuned ones, timm's, our own
 )
 
+# --------------------------------------------------------------------------
+# A2MIM and SimMIM: OpenMixup's names, one table for each family of encoders
+
+OPENMIXUP_VIT = (
+    (r'layers\.(\d+)\.ln([12])\.(.*)', r'blocks.\1.norm\2.\3'),
+    (r'layers\.(\d+)\.ffn\.layers\.0\.0\.(.*)', r'blocks.\1.mlp.fc1.\2'),
+    (r'layers\.(\d+)\.ffn\.layers\.1\.(.*)', r'blocks.\1.mlp.fc2.\2'),
+    (r'layers\.(\d+)\.(attn\..*|gamma_[12])', r'blocks.\1.\2'),
+    (r'patch_embed\.projection\.(.*)', r'patch_embed.proj.\1'),
+    (r'ln1\.(.*)', r'norm.\1'),
+    (r'((?:cls_token|pos_embed|fc_norm).*)', r'\1'),
+)
+OPENMIXUP_RESNET = ((r'((?:conv1|bn1|layer[1-4])\..*)', r'\1'),)
+OPENMIXUP_CONVNEXT = (
+    (r'downsample_layers\.0\.(.*)', r'stem.\1'),
+    (r'downsample_layers\.([1-3])\.(.*)', r'stages.\1.downsample.\2'),
+    (r'stages\.(\d)\.(\d+)\.depthwise_conv\.(.*)', r'stages.\1.blocks.\2.conv_dw.\3'),
+    (r'stages\.(\d)\.(\d+)\.pointwise_conv([12])\.(.*)', r'stages.\1.blocks.\2.mlp.fc\3.\4'),
+    (r'stages\.(\d)\.(\d+)\.(norm\..*|gamma)', r'stages.\1.blocks.\2.\3'),
+    (r'norm3\.(.*)', r'head.norm.\1'),
+)
+SWIN_DOWNSAMPLE = tuple((rf'layers\.{i}\.downsample\.(.*)', rf'layers.{i + 1}.downsample.\1') for i in range(3))
+OPENMIXUP_SWIN = (
+    *((pattern.replace('layers', 'stages', 1), name) for pattern, name in SWIN_DOWNSAMPLE),
+    (r'stages\.(\d)\.blocks\.(\d+)\.attn\.w_msa\.(.*)', r'layers.\1.blocks.\2.attn.\3'),
+    (r'stages\.(\d)\.blocks\.(\d+)\.ffn\.layers\.0\.0\.(.*)', r'layers.\1.blocks.\2.mlp.fc1.\3'),
+    (r'stages\.(\d)\.blocks\.(\d+)\.ffn\.layers\.1\.(.*)', r'layers.\1.blocks.\2.mlp.fc2.\3'),
+    (r'stages\.(\d)\.blocks\.(\d+)\.(norm[12]\..*)', r'layers.\1.blocks.\2.\3'),
+    (r'patch_embed\.projection\.(.*)', r'patch_embed.proj.\1'),
+    (r'patch_embed\.norm\.(.*)', r'patch_embed.norm.\1'),
+    (r'norm3\.(.*)', r'norm.\1'),
+)
+# Microsoft's SimMIM and Swin: timm's names, but that merging stands at the end of a stage
+MICROSOFT_SWIN = (*SWIN_DOWNSAMPLE, (r'((?:patch_embed|layers|norm)\..*)', r'\1'))
+MICROSOFT_VIT = ((r'((?:cls_token|pos_embed|patch_embed|blocks|norm|fc_norm|rel_pos_bias).*)', r'\1'),)
+
+
+def flat_tokens(state: State, model: nn.Module) -> State:
+    """Tokens and gammas are vectors here, there [1, 1, D] or [1, C, 1, 1]."""
+    return {key: value.flatten() if key in ('mask_token', 'mask_gamma') else value for key, value in state.items()}
+
+
+def openmixup_swin(state: State, model: nn.Module) -> State:
+    """Merging takes the channels of the four pixels as (channel, row, column) there, as (column, row, channel) here."""
+
+    def reorder(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
+
+    merging = re.compile(r'.*downsample\.(norm\.weight|norm\.bias|reduction\.weight)')
+    state = flat_tokens(state, model)
+    return {key: reorder(value) if merging.fullmatch(key) else value for key, value in state.items()}
+
+
+def microsoft_vit(state: State, model: nn.Module) -> State:
+    """One table of relative positions for all blocks becomes one for each; no absolute positions are positions of 0."""
+    state = flat_tokens(state, model)
+    own = model.state_dict()
+    into = 'encoder.' if 'encoder.cls_token' in own else ''
+    if (shared := state.pop(f'{into}rel_pos_bias.relative_position_bias_table', None)) is not None:
+        tables = [key for key in own if key.endswith('attn.relative_position_bias_table')]
+        state |= {key: shared.clone() for key in tables}
+    state.setdefault(f'{into}pos_embed', torch.zeros_like(own[f'{into}pos_embed']))
+    return state
+
+
+class Family(NamedTuple):
+    """One family of encoders in OpenMixup's files."""
+
+    name: str
+    mark: str  # a key that only this family has
+    renames: tuple[tuple[str, str], ...]
+    head: str  # what its classifier's last layer is called here
+    adapt: Callable[[State, nn.Module], State] = flat_tokens
+
+
+FAMILIES = {
+    'Beit': Family('ViT', 'layers.0.attn.qkv.weight', OPENMIXUP_VIT, 'head'),
+    'ResNet': Family('ResNet', 'layer1.0.conv1.weight', OPENMIXUP_RESNET, 'fc'),
+    'ConvNeXt': Family('ConvNeXt', 'downsample_layers.0.0.weight', OPENMIXUP_CONVNEXT, 'head.fc'),
+    'SwinTransformer': Family(
+        'Swin', 'stages.0.blocks.0.attn.w_msa.qkv.weight', OPENMIXUP_SWIN, 'head.fc', openmixup_swin
+    ),
+}
+COMPUTED = (r'.*relative_position_index', r'.*attn_mask')
+PRETRAINING_ONLY = (r'(?:backbone\.|encoder\.)?mask_(?:token|gamma)', r'(?:neck|decoder)\..*')
+MIM_DECODERS = ((r'neck\.decoder(?:_pred)?\.0\.(.*)', r'decoder.\1'), (r'decoder\.0\.(.*)', r'decoder.\1'))
+
+
+def inside(prefix: str, into: str, renames: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The same renames for names that have a prefix in the file, and another one here."""
+    return tuple((prefix + pattern, into + target) for pattern, target in renames)
+
+
+def into_a2mim(family: Family) -> Format:
+    tokens = ((r'backbone\.(mask_token|mask_gamma)', r'\1'),)
+    renames = tokens + MIM_DECODERS + inside(r'backbone\.', 'encoder.', family.renames)
+    ignorable = (*COMPUTED, r'ema_.*')
+    return Format(f'OpenMixup {family.name} pretraining', {f'backbone.{family.mark}'}, renames, ignorable, family.adapt)
+
+
+def into_classifier(family: Family) -> tuple[Format, ...]:
+    """Of OpenMixup's files: pretraining or fine-tuned ones as they are, and extracted backbones."""
+    head, ignorable = ((r'head\.fc\.(.*)', rf'{family.head}.\1'),), (*COMPUTED, *PRETRAINING_ONLY, r'ema_.*')
+    whole, extracted = inside(r'backbone\.', '', family.renames), family.renames
+    name = f'OpenMixup {family.name}'
+    return (
+        Format(name, {f'backbone.{family.mark}'}, head + whole, ignorable, family.adapt),
+        Format(f'{name}, extracted', {family.mark}, head + extracted, ignorable, family.adapt),
+    )
+
+
+OUR_A2MIM = Format('our A2MIM pretraining', {'decoder.weight'})
+MICROSOFT_VIT_MARKS = {'encoder.blocks.0.attn.qkv.weight', 'decoder.0.weight'}
+MICROSOFT_SWIN_MARKS = {'encoder.layers.0.blocks.0.attn.qkv.weight', 'decoder.0.weight'}
+MICROSOFT_TOKEN = ((r'encoder\.mask_token', 'mask_token'), *MIM_DECODERS)
+
+INTO_A2MIM = (
+    OUR_A2MIM,
+    *map(into_a2mim, FAMILIES.values()),
+    Format(
+        'Microsoft SimMIM ViT',
+        MICROSOFT_VIT_MARKS,
+        MICROSOFT_TOKEN + inside(r'encoder\.', 'encoder.', MICROSOFT_VIT),
+        COMPUTED,
+        microsoft_vit,
+    ),
+    Format(
+        'Microsoft SimMIM Swin',
+        MICROSOFT_SWIN_MARKS,
+        MICROSOFT_TOKEN + inside(r'encoder\.', 'encoder.', MICROSOFT_SWIN),
+        COMPUTED,
+        flat_tokens,
+    ),
+)
+OUR_A2MIM_ENCODER = Format(
+    'our A2MIM pretraining',
+    {'decoder.weight'},
+    ((r'encoder\.(.*)', r'\1'),),
+    ('mask_token', 'mask_gamma', r'decoder\..*'),
+)
+INTO_BEIT = (
+    OUR_A2MIM_ENCODER,
+    *into_classifier(FAMILIES['Beit']),
+    Format(
+        'Microsoft SimMIM ViT',
+        MICROSOFT_VIT_MARKS,
+        inside(r'encoder\.', '', MICROSOFT_VIT),
+        (*COMPUTED, *PRETRAINING_ONLY),
+        microsoft_vit,
+    ),
+    Format('BEiT', VIT_MARKS, ignorable=(*COMPUTED, 'mask_token'), adapt=microsoft_vit),  # timm's, our own, Microsoft's
+)
+INTO_SWIN = (
+    OUR_A2MIM_ENCODER,
+    *into_classifier(FAMILIES['SwinTransformer']),
+    Format(
+        'Microsoft SimMIM Swin',
+        MICROSOFT_SWIN_MARKS,
+        inside(r'encoder\.', '', MICROSOFT_SWIN),
+        (*COMPUTED, *PRETRAINING_ONLY),
+    ),
+    Format(
+        'Microsoft Swin',
+        {'layers.0.downsample.reduction.weight'},
+        (*SWIN_DOWNSAMPLE, (r'head\.(weight|bias)', r'head.fc.\1')),
+        COMPUTED,
+    ),
+    Format('Swin', {'layers.1.downsample.reduction.weight'}, ignorable=COMPUTED),  # timm's, our own
+)
+
 INTAKES = {
     'MIRL': Intake(
         wrappers=(),
@@ -165,7 +336,36 @@ INTAKES = {
         may_lack=(r'(head|fc_norm|norm)\..*',),
         may_drop=(r'(head|fc_norm|norm)\..*',),
     ),
+    'A2MIM': Intake(wrappers=(), formats=INTO_A2MIM, may_lack=(r'.*num_batches_tracked',)),
+    'Beit': Intake(
+        wrappers=('encoder',),
+        formats=INTO_BEIT,
+        may_lack=(r'(head|fc_norm|norm)\..*',),
+        may_drop=(r'(head|fc_norm|norm)\..*',),
+    ),
+    'ResNet': Intake(
+        wrappers=('encoder',),
+        formats=(OUR_A2MIM_ENCODER, *into_classifier(FAMILIES['ResNet'])),  # timm's names are OpenMixup's
+        may_lack=(r'fc\..*', r'.*num_batches_tracked'),
+        may_drop=(r'fc\..*',),
+    ),
+    'ConvNeXt': Intake(
+        wrappers=('encoder',),
+        formats=(OUR_A2MIM_ENCODER, *into_classifier(FAMILIES['ConvNeXt']), Format('ConvNeXt', {'stem.0.weight'})),
+        may_lack=(r'head\.(fc|norm)\..*',),
+        may_drop=(r'head\.fc\..*',),
+    ),
+    'SwinTransformer': Intake(
+        wrappers=('encoder',), formats=INTO_SWIN, may_lack=(r'(head|norm)\..*',), may_drop=(r'head\..*',)
+    ),
 }
+# any other network is one of timm's: its own names, or our pretraining's around them
+ANY_INTAKE = Intake(
+    wrappers=('encoder',),
+    formats=(OUR_A2MIM_ENCODER, Format("timm's names", set(), ignorable=COMPUTED)),
+    may_lack=(r'(.*\.)?(head|classifier|fc|last_linear)\d?\..*', r'.*num_batches_tracked'),
+    may_drop=(r'(.*\.)?(head|classifier|fc|last_linear)\d?\..*',),
+)
 
 # --------------------------------------------------------------------------
 # loading
@@ -188,9 +388,9 @@ def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = F
 
 
 def load(model: nn.Module, container: dict, label: str, ema: bool) -> Report:
-    if type(model).__name__ not in INTAKES:
+    intake = INTAKES.get(type(model).__name__, ANY_INTAKE if hasattr(model, 'pretrained_cfg') else None)
+    if intake is None:
         raise CheckpointError(f'no checkpoint format is known for a {type(model).__name__}')
-    intake = INTAKES[type(model).__name__]
     averaged = ema and isinstance(container.get('ema'), dict)
     wrappers = ('ema',) if averaged else (*intake.wrappers, *COMMON_WRAPPERS)
     weights = join_parts(find_weights(container, wrappers))
