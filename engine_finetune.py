@@ -61,6 +61,7 @@ def evaluate(
     """
     was_training = core.training
     core.eval()
+    dist.share_statistics(core)
     device = statistics[0].device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
     for imgs, labels in batches:

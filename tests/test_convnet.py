@@ -1,33 +1,26 @@
-"""What the machinery does for networks with convolutions and BatchNorm, on a tiny ResNet."""
+"""What the engines do for networks with convolutions and BatchNorm, on a tiny ResNet."""
 
 import json
 import re
 import shutil
 from types import SimpleNamespace
 
-import convnet
 import pytest
 import timm
 import torch
-from training import MAINS, load, make_images, same, train
+from training import MAINS, load, make_images, run, same, train
 
-import main_finetune
 import main_pretrain
 from util import config, datasets
 from util.errors import UserError
 from util.run import Run
 
-FLAGS = ['--model', 'tiny_resnet', '--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
+FLAGS = ['--model', 'a2mim_resnet_tiny', '--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp('images'))
-
-
-@pytest.fixture(autouse=True)
-def methods(monkeypatch):
-    monkeypatch.setattr(main_pretrain, 'METHODS', (*main_pretrain.METHODS, convnet))
 
 
 def parse(*flags):
@@ -59,7 +52,7 @@ def test_channels_last_changes_no_loss(data, tmp_path):
         moments = [state['exp_avg'] for state in saved['optimizer']['state'].values()]
         for weights in (saved['model'].values(), saved['ema'].values(), moments):
             kernels = [w for w in weights if w.ndim == 4 and w.shape[1] > 1 and w.shape[2] > 1]
-            assert len(kernels) == 9
+            assert len(kernels) == 9  # 7x7, and two of 3x3 in each block
             assert all(w.is_contiguous(memory_format=torch.channels_last) is last for w in kernels)
             assert all(w.is_contiguous() is not last for w in kernels)
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
@@ -98,14 +91,7 @@ def test_evaluation_at_another_size(data, tmp_path, capsys, monkeypatch):
     train('finetune', data, tmp_path, *flags)
     assert set(sides) == {(True, 32), (False, 40)}
     line = re.findall(r'^\* Acc@1 .*', capsys.readouterr().out, re.MULTILINE)[-1]
-
-    def load_own(core, path, ema):
-        core.load_state_dict(torch.load(path, weights_only=True)['model'])
-        return SimpleNamespace(missing=[])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(main_finetune, 'load_published', load_own)
-        train('finetune', data, tmp_path, *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
+    train('finetune', data, tmp_path, *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
     assert line in capsys.readouterr().out
     with pytest.raises(UserError, match=r'--eval_size 40: this network takes images of --input_size only: .*40'):
         train('finetune', data, tmp_path / 'vit', *flags, '--model', 'mirl_vit_tiny')
@@ -124,11 +110,45 @@ def test_repeated_augmentation(data, tmp_path):
 
 
 def test_rule_kwargs_reach_the_rules(data, tmp_path):
-    flags = [*FLAGS, '--weight_decay', '0.3']
-    decays = []
-    for more in ([], ['--rule_kwargs', 'decay_norms=True']):
-        groups = train('finetune', data, tmp_path, *flags, *more)['optimizer']['param_groups']
-        decays.append({group['weight_decay'] for group in groups})
-    assert decays == [{0.0, 0.3}, {0.3}]
-    with pytest.raises(UserError, match=r'convnet.param_rules has no option decay_norm; did you mean decay_norms\?'):
-        train('finetune', data, tmp_path, *flags, '--rule_kwargs', 'decay_norm=True')
+    rates = []
+    for more in ([], ['--rule_kwargs', 'gamma_as_weight=False']):
+        saved = train('pretrain', data, tmp_path, *FLAGS, '--weight_decay', '0.3', *more)
+        [group] = [g for g in saved['optimizer']['param_groups'] if 'mask_gamma' in g['names']]
+        rates.append((group['lr_scale'], group['weight_decay']))
+    assert rates == [(1.0, 0.3), (0.1, 0.0)]
+    with pytest.raises(UserError, match=r'param_rules has no option gamma_weight; did you mean gamma_as_weight\?'):
+        train('pretrain', data, tmp_path, *FLAGS, '--rule_kwargs', 'gamma_weight=True')
+
+
+def test_two_ranks(data, tmp_path):
+    """Statistics are rank 0's wherever ranks meet: evaluated as saved, and the same to the bit after a resume."""
+    flags = [*FLAGS, '--batch_size', '8', '--accum_iter', '2', '--save_freq_steps', '1']
+    tuned = run('finetune', data, tmp_path / 'tuned', *flags, '--use_ema', ranks=2)
+    assert tuned.returncode == 0, tuned.stderr
+    assert tuned.stdout.count('BatchNorm keeps its statistics per process on CPU') == 1
+    lines = re.findall(r'^\* Acc@1 .*', tuned.stdout, re.MULTILINE)
+    alone = run(
+        'finetune', data, tmp_path / 'eval', *flags, '--eval', '--resume', tmp_path / 'tuned/checkpoint-last.pth'
+    )
+    assert re.findall(r'^\* Acc@1 .*', alone.stdout, re.MULTILINE) == lines[-1:], alone.stderr
+
+    assert run('pretrain', data, tmp_path / 'whole', *flags, ranks=2).returncode == 0
+    assert run('pretrain', data, tmp_path / 'part', *flags, ranks=2, fault='exit:0:1').returncode == 1
+    resumed = run('pretrain', data, tmp_path / 'part', *flags, '--resume', 'auto', ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    whole, part = load(tmp_path / 'whole'), load(tmp_path / 'part')
+    assert whole['model']['encoder.bn1.num_batches_tracked'] == 8
+    assert all(same(part[key], whole[key]) for key in ('model', 'optimizer'))
+
+
+def test_gradient_checkpointing(data, tmp_path, capsys):
+    """Of timm's networks too, by the flag; BatchNorm's statistics are the one thing that it changes, which is said."""
+    flags = [*FLAGS, '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.1']
+    kept, made_again = (train('finetune', data, tmp_path, *flags, *more) for more in ([], ['--grad_checkpoint']))
+    assert same(made_again['optimizer'], kept['optimizer'])
+    assert (
+        made_again['model']['layer1.0.bn1.num_batches_tracked'] == 2 * kept['model']['layer1.0.bn1.num_batches_tracked']
+    )
+    assert capsys.readouterr().out.count('BatchNorm in what is computed twice move twice a step') == 1
+    with pytest.raises(UserError, match='--grad_checkpoint: nothing has no gradient checkpointing'):
+        main_pretrain.checkpointed(torch.nn.Linear(1, 1), SimpleNamespace(model='nothing'))

@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models.vision_transformer import VisionTransformer
 from training import arguments, load, make_images, run, same, train
 
 import main_finetune
 from engine_finetune import evaluate
+from models_mirl import MIRL
 from util import datasets, rng
 
 
@@ -114,6 +116,14 @@ def test_batch_augmentation():
     plain = ratio * imgs + (1 - ratio) * imgs.flip(0)
     erased = ~torch.isclose(mixed, plain)
     assert 0.05 < erased.float().mean() < 0.7  # boxes of noise, of at most a third, in most images and their partners
+
+
+def test_a_models_notice_is_printed_once(data, tmp_path, capsys, monkeypatch):
+    flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0']
+    for stage, network in (('pretrain', MIRL), ('finetune', VisionTransformer)):
+        monkeypatch.setattr(network, 'notice', f'the {stage}ing network is another', raising=False)
+        train(stage, data, tmp_path / stage, *flags)
+        assert capsys.readouterr().out.count(f'the {stage}ing network is another\n') == 1
 
 
 def test_criteria():

@@ -249,6 +249,7 @@ def add_common_args(
     layout = dict(dest='channels_last', default=None)
     add('--channels_last', action='store_true', help='NHWC in memory; default: for networks that convolve', **layout)
     add('--no_channels_last', action='store_false', help='NCHW in memory, whatever the network', **layout)
+    add('--grad_checkpoint', action='store_true', help='keep fewer activations, and make them again for the gradients')
     add('--compile', action='store_true', help='torch.compile the model')
     add('--deterministic', action='store_true', help='only deterministic kernels, for bit-exact repeats on a GPU')
     add('--dist_url', default='env://', help='rendezvous of the processes')

@@ -151,17 +151,27 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
         # DDP reorders its buckets after a process's first step, and so the rounding of sums of more than two numbers: a
         # resumed run would not repeat to the bit. This setting keeps the order; torch's warning about it is expected.
         to_the_bit = device.type == 'cpu' or torch.are_deterministic_algorithms_enabled()
-        running_statistics = any(isinstance(module, _BatchNorm) for module in core.modules())
         model = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == 'cuda' else None,
             gradient_as_bucket_view=True,
             find_unused_parameters=to_the_bit and world_size() > 2,
-            **{'forward_sync_buffers' if new_name else 'broadcast_buffers': running_statistics},
+            **{'forward_sync_buffers' if new_name else 'broadcast_buffers': has_batchnorm(core)},
         )
         # never freed: its end joins gloo's threads with Python's lock held, for which one of them may be waiting
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
     return model
+
+
+def has_batchnorm(core: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in core.modules())
+
+
+def share_statistics(core: nn.Module) -> None:
+    """Give every rank BatchNorm's statistics of rank 0, the ones that are saved; they differ without SyncBatchNorm."""
+    if active() and has_batchnorm(core):
+        for buffer in core.buffers():
+            torch_dist.broadcast(buffer, 0)
 
 
 def sync_batchnorm(core: nn.Module, device: torch.device) -> nn.Module:

@@ -97,6 +97,11 @@ class Run:
         info(f'{args.model}: {params:,} trainable parameters, {dtype} on {dist.world_size()} x {self.device.type}')
         info(self.arithmetic)
         info(f'{self.num_images} training images, {steps} steps an epoch; {left_out} images are left out of each epoch')
+        if dist.has_batchnorm(self.core):
+            if dist.world_size() > 1 and self.device.type == 'cpu':
+                info("BatchNorm keeps its statistics per process on CPU; rank 0's are saved and evaluated")
+            if args.grad_checkpoint:
+                info('--grad_checkpoint: running statistics of BatchNorm in what is computed twice move twice a step')
         if not args.config and (recipes := config.recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
         if self.resumed_from:
