@@ -10,6 +10,7 @@ import timm
 import torch
 from training import MAINS, load, make_images, run, same, train
 
+import main_finetune
 import main_pretrain
 from util import config, datasets
 from util.errors import UserError
@@ -120,17 +121,19 @@ def test_rule_kwargs_reach_the_rules(data, tmp_path):
         train('pretrain', data, tmp_path, *FLAGS, '--rule_kwargs', 'gamma_weight=True')
 
 
-def test_two_ranks(data, tmp_path):
+def test_two_ranks(data, tmp_path, monkeypatch):
     """Statistics are rank 0's wherever ranks meet: evaluated as saved, and the same to the bit after a resume."""
     flags = [*FLAGS, '--batch_size', '8', '--accum_iter', '2', '--save_freq_steps', '1']
     tuned = run('finetune', data, tmp_path / 'tuned', *flags, '--use_ema', ranks=2)
     assert tuned.returncode == 0, tuned.stderr
     assert tuned.stdout.count('BatchNorm keeps its statistics per process on CPU') == 1
-    lines = re.findall(r'^\* Acc@1 .*', tuned.stdout, re.MULTILINE)
-    alone = run(
-        'finetune', data, tmp_path / 'eval', *flags, '--eval', '--resume', tmp_path / 'tuned/checkpoint-last.pth'
-    )
-    assert re.findall(r'^\* Acc@1 .*', alone.stdout, re.MULTILINE) == lines[-1:], alone.stderr
+    logged = json.loads((tmp_path / 'tuned' / 'log.txt').read_text().splitlines()[-1])
+    reports = []
+    monkeypatch.setattr(main_finetune, 'report', reports.append)
+    source = ['--eval', '--resume', tmp_path / 'tuned' / 'checkpoint-last.pth']
+    for prefix, more in (('test', []), ('test_ema', ['--use_ema'])):
+        train('finetune', data, tmp_path / 'tuned', *flags, *source, *more)
+        assert reports[-1] == {key: pytest.approx(logged[f'{prefix}_{key}'], rel=1e-6) for key in reports[-1]}
 
     assert run('pretrain', data, tmp_path / 'whole', *flags, ranks=2).returncode == 0
     assert run('pretrain', data, tmp_path / 'part', *flags, ranks=2, fault='exit:0:1').returncode == 1
