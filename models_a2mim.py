@@ -654,7 +654,8 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
 
     Mask tokens are never decayed, and those of A2MIM's CNNs learn at a tenth of the rate. So does `mask_gamma`, but
     that the 300-epoch configurations of ResNets forget it: `gamma_as_weight`, by default true for ResNets, decays it at
-    the full rate. Layer ids are timm's, by stages where timm has none; ConvNeXt's third stage is cut into groups of three blocks.
+    the full rate. Layer ids are timm's, by stages where it has none; ConvNeXt's third stage goes by groups of three
+    blocks (BEiT's rule).
     """
     encoder = model.encoder if isinstance(model, A2MIM) else model
     if gamma_as_weight is None:
