@@ -56,17 +56,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     make = getattr(find_method(args.model), args.model)
     given = {'mask_ratio': args.mask_ratio, 'norm_pix_loss': args.norm_pix_loss}
     options = {name: value for name, value in given.items() if value is not None}
-    core = construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
-    return checkpointed(core, args) if args.grad_checkpoint else core
-
-
-def checkpointed(core: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model with gradient checkpointing. Raises UserError if it has none."""
-    try:
-        core.set_grad_checkpointing()
-    except (AttributeError, AssertionError) as error:
-        raise UserError(f'--grad_checkpoint: {args.model} has no gradient checkpointing') from error
-    return core
+    return construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
 
 
 def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules:

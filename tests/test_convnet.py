@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +10,6 @@ import torch
 from training import MAINS, load, make_images, run, same, train
 
 import main_finetune
-import main_pretrain
 from util import config, datasets
 from util.errors import UserError
 from util.run import Run
@@ -144,14 +142,9 @@ def test_two_ranks(data, tmp_path, monkeypatch):
     assert all(same(part[key], whole[key]) for key in ('model', 'optimizer'))
 
 
-def test_gradient_checkpointing(data, tmp_path, capsys):
-    """Of timm's networks too, by the flag; BatchNorm's statistics are the one thing that it changes, which is said."""
+def test_gradient_checkpointing(data, tmp_path):
+    """The same run, byte for byte, BatchNorm's statistics included."""
     flags = [*FLAGS, '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.1']
     kept, made_again = (train('finetune', data, tmp_path, *flags, *more) for more in ([], ['--grad_checkpoint']))
     assert same(made_again['optimizer'], kept['optimizer'])
-    assert (
-        made_again['model']['layer1.0.bn1.num_batches_tracked'] == 2 * kept['model']['layer1.0.bn1.num_batches_tracked']
-    )
-    assert capsys.readouterr().out.count('BatchNorm in what is computed twice move twice a step') == 1
-    with pytest.raises(UserError, match='--grad_checkpoint: nothing has no gradient checkpointing'):
-        main_pretrain.checkpointed(torch.nn.Linear(1, 1), SimpleNamespace(model='nothing'))
+    assert same(made_again['model'], kept['model'])
