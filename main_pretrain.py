@@ -95,6 +95,7 @@ def get_args_parser() -> config.Parser:
     add_target_args(parser)
     add = parser.add_argument
     add('--crop_scale', type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
+    add('--interpolation', choices=('bicubic', 'bilinear'), default='bicubic', help='how the crop is resized')
     add('--vis_freq', type=int, default=0, help='epochs between pictures of the same images, in PNG and TensorBoard')
     return parser
 
@@ -107,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
     core = create_model(args)
     run.start(core, param_rules(method, core, args.rule_kwargs))
 
-    batches = run.loader(files, None, datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip))
+    crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
+    batches = run.loader(files, None, crop)
     pictures = Pictures(core, files, args) if args.vis_freq and dist.is_main() else None
     for epoch, logger in run.epochs():
         stats = train_one_epoch(run, batches, epoch, logger)

@@ -76,8 +76,8 @@ def without_initialisation(monkeypatch):
     """Make networks without filling them: the large ones take seconds to draw."""
     for name in ('xavier_uniform_', 'normal_', 'trunc_normal_', 'kaiming_uniform_', 'kaiming_normal_', 'uniform_'):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
-    monkeypatch.setattr(torch.Tensor, 'normal_', lambda self, *args, **kwargs: self)
-    monkeypatch.setattr(torch.Tensor, 'erfinv_', lambda self: self)  # of timm's truncated normal
+    for name in ('normal_', 'uniform_'):  # timm's truncated normal draws with the latter
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
 
 
 def without_storage(model, mode):
