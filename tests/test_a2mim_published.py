@@ -779,8 +779,8 @@ TIMM = {  # name: a key from the depth of the network
 @pytest.mark.parametrize('name', TIMM)
 def test_any_network(tmp_path, name):
     """Our own checkpoints and timm's of networks that this file knows nothing of: no key less, no key more."""
-    is_vit = name.startswith('vit')
-    options = {'name': name, 'img_size': 64} | ({'depth': 1} if is_vit else {})
+    sizes = dict(depth=1, class_token=False, global_pool='avg') if name.startswith('vit') else {}
+    options = {'name': name, 'img_size': 64} | sizes
     torch.manual_seed(0)
     source = models_a2mim.a2mim_timm(**options)
     own_checkpoint(tmp_path / 'a.pth', source)
@@ -794,7 +794,7 @@ def test_any_network(tmp_path, name):
     classifier = net.pretrained_cfg['classifier']
     assert report.missing == [f'{classifier}.weight', f'{classifier}.bias']
 
-    stock = timm.create_model(name, num_classes=5, **({'img_size': 64, 'depth': 1} if is_vit else {}))
+    stock = timm.create_model(name, num_classes=5, **({'img_size': 64} | sizes if sizes else {}))
     state = stock.state_dict()
     assert not load_published(net, state).missing
     assert torch.equal(net(images()), stock.eval()(images()))

@@ -213,7 +213,7 @@ def microsoft_vit(state: State, model: nn.Module) -> State:
     state, own = flat_tokens(state, model), model.state_dict()
     for key in [key for key in state if key.endswith('rel_pos_bias.relative_position_bias_table') and key not in own]:
         shared = state.pop(key)
-        state |= {name: shared.clone() for name in own if name.endswith('attn.relative_position_bias_table')}
+        state |= {name: shared for name in own if name.endswith('attn.relative_position_bias_table')}
     return {name: torch.zeros_like(own[name]) for name in ('pos_embed', 'encoder.pos_embed') if name in own} | state
 
 
