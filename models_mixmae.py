@@ -304,6 +304,10 @@ class MixMAE(MixMIMEncoder):
             x = block(x)
         return x.chunk(2)
 
+    def assemble(self, own: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+        """What two passes decoded, [N, L, E] each -> of each image all cells, each from the pass that had it hidden."""
+        return torch.where(mask.bool().unsqueeze(-1), own, partner.flip(0))
+
     def forward_pred(self, x: Tensor) -> Tensor:
         """Decoded cells [N, L, E] -> their pixels [N, L, P]."""
         return self.decoder_pred(self.decoder_norm(x))
@@ -334,9 +338,8 @@ class MixMAE(MixMIMEncoder):
             plan = MixPlan(plan.mask.to(imgs.device))
         x = self.forward_features(self.mix(imgs, plan.mask), plan.mask)  # [N, L, D]
         own, partner = self.forward_decoder(x, plan.mask)
-        # a cell is scored where it was hidden: only there is it predicted
-        x = torch.where(plan.mask.bool().unsqueeze(-1), own, partner.flip(0))
-        return self.forward_loss(imgs, self.forward_pred(x), plan.mask)
+        pred = self.forward_pred(self.assemble(own, partner, plan.mask))  # half of what was decoded: what is scored
+        return self.forward_loss(imgs, pred, plan.mask)
 
     # --------------------------------------------------------------------------
     # pictures, export

@@ -61,49 +61,54 @@ def reference_model(data: dict) -> models_mixmae.MixMAE:
     return model
 
 
-def pretraining_differences(name: str) -> dict[str, float]:
-    """Largest differences of losses, of features and predictions, and of gradient norms."""
-    data = golden(f'mixmae/{name}.json')
-    model = reference_model(data)
+def run(model: models_mixmae.MixMAE, data: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, mask, and the other tensors that the reference recorded."""
     imgs = torch.from_numpy(fill.images(data['batch'], data['size']))
-    plan = model.plan_from_noise(torch.from_numpy(fill.uniform('mixmae', model.noise_shape(data['batch']))))
-    features = recorded(model, [*(f'layers.{s}.downsample' for s in range(4)), 'norm', 'decoder_embed'])
-    loss, _ = model(imgs, plan)
-    loss.backward()
-    params = dict(model.named_parameters())
-    norms = {key: params[key].grad.double().norm() for key in data['grad_l2']}
-    total = torch.stack([param.grad.double().norm() for param in params.values()]).norm()
-
-    # every cell of both passes, those that enter no loss included
-    x = model.forward_features(model.mix(imgs, plan.mask), plan.mask)
-    halves = model.forward_decoder(x, plan.mask)
-    pred = torch.cat([model.forward_pred(half) for half in halves])
-    own, partner = pred.chunk(2)
-    unmixed = torch.where(plan.mask.bool().unsqueeze(-1), own, partner.flip(0))
-    target = model.target(imgs)
-    errors = (unmixed - target).square().mean(dim=-1)
-    ours = {name.removesuffix('.downsample'): tensor for name, tensor in features.items()} | {
-        'patch_embed': model.patch_embed(imgs).flatten(1, 2),
-        'decoder_norm': model.decoder_norm(torch.cat(halves)),
-        'absolute_pos_embed': model.absolute_pos_embed,
-        'decoder_pos_embed': model.decoder_pos_embed,
-        'pred': pred,
-        'target': target,
-        'unmixed_pred': unmixed,
+    mask = model.plan_from_noise(torch.from_numpy(fill.uniform('mixmae', model.noise_shape(data['batch'])))).mask
+    modules = {f'layers.{s}': f'layers.{s}.downsample' for s in range(4)} | {
+        'norm': 'norm',
+        'decoder_embed': 'decoder_embed',
     }
-    theirs = data['encoder'] | data['pos_embed'] | {key: data[key] for key in ('pred', 'target', 'unmixed_pred')}
-    assert ours.keys() == theirs.keys()
+    features = recorded(model, list(modules.values()))
+    loss, _ = model(imgs, models_mixmae.MixPlan(mask))
+
+    # every cell as both passes predict it, those that enter no loss included
+    halves = model.forward_decoder(model.forward_features(model.mix(imgs, mask), mask), mask)
+    preds = [model.forward_pred(half) for half in halves]
+    return (
+        loss,
+        mask,
+        {key: features[name] for key, name in modules.items()}
+        | {
+            'patch_embed': model.patch_embed(imgs).flatten(1, 2),
+            'decoder_norm': model.decoder_norm(torch.cat(halves)),
+            'absolute_pos_embed': model.absolute_pos_embed,
+            'decoder_pos_embed': model.decoder_pos_embed,
+            'pred': torch.cat(preds),
+            'target': model.target(imgs),
+            'unmixed_pred': model.assemble(*preds, mask),
+        },
+    )
+
+
+def differences(model: models_mixmae.MixMAE, data: dict) -> dict[str, float]:
+    """How far the model is from the reference, by kind."""
+    loss, mask, ours = run(model, data)
+    loss.backward()
+    norms = {name: param.grad.double().norm() for name, param in model.named_parameters()}
+    total = torch.stack(list(norms.values())).norm()
+    errors = (ours['unmixed_pred'] - ours['target']).square().mean(dim=-1)
     per_image = zip(errors.mean(dim=1), data['loss_per_image'], strict=True)
     per_cell = zip(errors[0], data['loss_per_token_first_image'], strict=True)
+    theirs = data['encoder'] | data['pos_embed'] | {key: data[key] for key in ('pred', 'target', 'unmixed_pred')}
+    assert ours.keys() == theirs.keys()
+    gradients = [(total, data['grad_total_l2']), *((norms[key], norm) for key, norm in data['grad_l2'].items())]
     return {
-        'mask': float(hashlib.sha256(plan.mask.numpy().tobytes()).hexdigest() != data['mask']['sha256_float32']),
+        'mask': float(hashlib.sha256(mask.numpy().tobytes()).hexdigest() != data['mask']['sha256_float32']),
         'loss': relative(loss, data['loss']),
         'losses of images and cells': max(relative(a, b) for a, b in (*per_image, *per_cell)),
         'features and predictions': max(difference(ours[key], theirs[key]) for key in theirs),
-        'gradient norms': max(
-            relative(total, data['grad_total_l2']),
-            *(relative(norms[key], norm) for key, norm in data['grad_l2'].items()),
-        ),
+        'gradient norms': max(relative(a, b) for a, b in gradients),
     }
 
 
@@ -116,15 +121,152 @@ LIMITS = {
 }
 
 
+def exceeded(found: dict[str, float]) -> list[str]:
+    return [what for what, limit in LIMITS.items() if not found[what] <= limit]
+
+
 @pytest.mark.parametrize('name', PRETRAINING)
 def test_pretraining(name, measured):
-    found = pretraining_differences(name)
-    measured(f'mixmae/{name}: ' + ', '.join(f'{what} {value:.1e}' for what, value in found.items()))
-    assert all(found[what] <= limit for what, limit in LIMITS.items())
     data = golden(f'mixmae/{name}.json')
     model = reference_model(data)
-    assert sum(p.numel() for p in model.parameters()) == data['num_params']['trainable']
-    assert sum(t.numel() for t in model.state_dict().values()) == data['num_params']['total']
+    found = differences(model, data)
+    measured(f'mixmae/{name}: ' + ', '.join(f'{what} {value:.1e}' for what, value in found.items()))
+    assert not exceeded(found)
+    assert total(model) == data['num_params']
+
+
+def test_drawn_ratio_and_odd_batch(measured):
+    """The reference's loss of three images (the middle one is its own partner), the ratio drawn as 0.4 + 0.5 * 0.3."""
+    data = golden('mixmae/tiny_b_normpix.json')
+    model = models_mixmae.MixMAE(**data['args'], mask_ratio=0.4, range_mask_ratio=0.3)
+    load_published(model, state_of(data))
+    noise = torch.cat([torch.from_numpy(fill.uniform('mixmae', (1, 9))), torch.tensor([[0.5]])], dim=1)
+    plan = model.plan_from_noise(noise)
+    assert plan.mask.sum() == 4  # of 9: 0.55 * 9 = 4.95
+    loss, _ = model(torch.from_numpy(fill.images(3, 96)), plan)
+    measured(f'mixmae/tiny_c_range_oddbatch: loss {relative(loss, 1.3137146235):.1e}')
+    assert relative(loss, 1.3137146235) <= 5e-7
+
+
+# --------------------------------------------------------------------------
+# mistakes: each changes loss and predictions as it changes the reference's, and no test above would miss it
+
+
+def without_mask(model, patch):
+    patch.setattr(models_mixmae, 'separating_mask', lambda *sizes: None)
+
+
+def transposed_bias(model, patch):
+    bias = models_mixmae.WindowAttention.relative_position_bias
+    patch.setattr(models_mixmae.WindowAttention, 'relative_position_bias', lambda attn: bias(attn).transpose(1, 2))
+
+
+def without_bias(model, patch):
+    bias = models_mixmae.WindowAttention.relative_position_bias
+    patch.setattr(models_mixmae.WindowAttention, 'relative_position_bias', lambda attn: 0 * bias(attn))
+
+
+def smaller_eps(model, patch):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+
+
+def row_major_merging(model, patch):
+    def forward(merging, x):
+        n, h, w, _ = x.shape
+        x = x.reshape(n, h // 2, 2, w // 2, 2, -1).permute(0, 1, 3, 2, 4, 5).flatten(3)
+        return merging.reduction(merging.norm(x))
+
+    patch.setattr(models_mixmae.PatchMerging, 'forward', forward)
+
+
+def without_encoder_positions(model, patch):
+    model.absolute_pos_embed.zero_()
+
+
+def without_decoder_positions(model, patch):
+    model.decoder_pos_embed.zero_()
+
+
+def transposed_positions(model, patch):
+    model.absolute_pos_embed.copy_(torch.cat(model.absolute_pos_embed.chunk(2, dim=-1)[::-1], dim=-1))
+
+
+def biased_variance(model, patch):
+    def stats(patches):
+        var, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
+        return mean, (var + 1e-6).sqrt()
+
+    patch.setattr(models_mixmae, 'patch_stats', stats)
+
+
+def without_flip_back(model, patch):
+    assemble = model.assemble
+    patch.setattr(model, 'assemble', lambda own, partner, mask: assemble(own, partner.flip(0), mask))
+
+
+def scored_where_visible(model, patch):
+    assemble = model.assemble
+    patch.setattr(model, 'assemble', lambda own, partner, mask: assemble(own, partner, 1 - mask))
+
+
+def channel_major_target(model, patch):
+    patchify = models_mixmae.patchify
+    patch.setattr(models_mixmae, 'patchify', lambda x, p: patchify(x, p).unflatten(-1, (p * p, 3)).mT.flatten(-2))
+
+
+def inverted_mask(model, patch):
+    plan = model.plan_from_noise
+    patch.setattr(model, 'plan_from_noise', lambda noise: models_mixmae.MixPlan(1 - plan(noise).mask))
+
+
+def rolled_partner(model, patch):
+    cell_mask = models_mixmae.patch_mask_to_pixels
+
+    def mix(imgs, mask):
+        return torch.where(cell_mask(mask, 32).bool(), imgs.roll(1, 0), imgs)
+
+    patch.setattr(model, 'mix', mix)
+    assemble = model.assemble
+    patch.setattr(model, 'assemble', lambda own, partner, mask: assemble(own, partner.roll(-1, 0).flip(0), mask))
+
+
+MISTAKES = {
+    'attention not masked': without_mask,
+    'relative_position_index transposed': transposed_bias,
+    'relative position bias dropped': without_bias,
+    'LayerNorm eps 1e-6': smaller_eps,
+    'patch merging in row-major order': row_major_merging,
+    'encoder pos embed dropped': without_encoder_positions,
+    'decoder pos embed dropped': without_decoder_positions,
+    'encoder pos embed transposed (h first)': transposed_positions,
+    'target var biased': biased_variance,
+    'second half not flipped back': without_flip_back,
+    'visible instead of masked positions': scored_where_visible,
+    'target channel-major (c,p,q)': channel_major_target,
+    'mask inverted (largest noise replaced)': inverted_mask,
+    'partner = roll by one instead of flip': rolled_partner,
+}
+
+
+def test_all_mistakes_are_tried():
+    assert MISTAKES.keys() | {'reference'} == golden('mixmae/mutations.json')['tiny'].keys()
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistakes_are_noticed(mistake, monkeypatch, measured):
+    data, theirs = golden('mixmae/tiny_b_normpix.json'), golden('mixmae/mutations.json')['tiny'][mistake]
+    model = reference_model(data)
+    right, _, before = run(model, data)
+    MISTAKES[mistake](model, monkeypatch)
+    wrong, _, after = run(model, data)
+    assert ((wrong - right) / right).item() == pytest.approx(theirs['rel_loss'], rel=1e-2, abs=3e-7)
+    change = (after['pred'] - before['pred']).norm() / before['pred'].norm()
+    assert change.item() == pytest.approx(theirs['rel_l2_pred'] or 0, rel=1e-2)
+    found = differences(model, data)
+    measured(f'mixmae, {mistake}: noticed in ' + ', '.join(f'{what} {found[what]:.1e}' for what in exceeded(found)))
+    assert exceeded(found)
 
 
 # --------------------------------------------------------------------------
