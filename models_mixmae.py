@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed
-from timm.models.swin_transformer import PatchMerging
+from timm.models.swin_transformer import PatchMerging, get_relative_position_index
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -57,31 +57,28 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads, self.window_size = num_heads, window_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        index = get_relative_position_index(window_size, window_size)  # [T, T]: each pair's row in the table
+        self.register_buffer('relative_position_index', index.flatten(), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def relative_position_bias(self) -> Tensor:
-        """[heads, T, T]; row i, column j holds the table's entry for the offset of token i from token j.
-
-        Token row y meets offsets y - (w-1) ... y, a run of w table rows, from its last to its first; columns alike.
-        """
-        w = self.window_size
-        table = self.relative_position_bias_table.unflatten(0, (2 * w - 1, 2 * w - 1))
-        bias = table.unfold(0, w, 1).unfold(1, w, 1).flip(-2, -1)  # [row i, column i, heads, row j, column j]
-        return bias.permute(2, 0, 1, 3, 4).reshape(self.num_heads, w * w, w * w)
+        """[heads, T, T]: what is added to the logit of token i's query and token j's key."""
+        size = self.window_size**2
+        return self.relative_position_bias_table.t().index_select(1, self.relative_position_index).view(-1, size, size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [N, R, R, D] -> the same; mask [W, T, T] is added to the logits of each image's windows (0 or -inf)."""
         n, side, _, dim = x.shape
-        w, k = self.window_size, side // self.window_size
+        heads, w, windows = self.num_heads, self.window_size, side // self.window_size
         bias = self.relative_position_bias()
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # [W * heads, T, T]: it broadcasts over the batch
-        qkv = self.qkv(x).view(n, k, w, k, w, 3, self.num_heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        qkv = self.qkv(x).view(n, windows, w, windows, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # [N, W * heads, T, D / heads] under a mask, else [N * W, heads, T, D / heads]
-        q, k_, v = qkv.reshape(3, -1, bias.shape[0], w * w, dim // self.num_heads)
-        x = F.scaled_dot_product_attention(q, k_, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
-        x = x.reshape(n, k, k, self.num_heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        q, k, v = qkv.reshape(3, -1, bias.shape[0], w * w, dim // heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
+        x = x.reshape(n, windows, windows, heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(x.reshape(n, side, side, dim))
 
 
@@ -211,9 +208,9 @@ def fit_windows(windows: list[int], sides: list[int]) -> list[int]:
 
 def separating_mask(mask: Tensor, side: int, window_size: int) -> Tensor:
     """Cells' mask [1, L] -> [W, T, T] for a stage of side x side tokens: 0 between equals, -inf between others."""
-    k, cell = side // window_size, side // round(mask.shape[1] ** 0.5)
-    tokens = patch_mask_to_pixels(mask, cell).view(k, window_size, k, window_size)
-    tokens = tokens.transpose(1, 2).reshape(k * k, window_size**2)
+    windows, cell = side // window_size, side // round(mask.shape[1] ** 0.5)
+    tokens = patch_mask_to_pixels(mask, cell).view(windows, window_size, windows, window_size)
+    tokens = tokens.transpose(1, 2).reshape(windows**2, window_size**2)
     differs = tokens.unsqueeze(1) != tokens.unsqueeze(2)
     return torch.zeros_like(differs, dtype=torch.float32).masked_fill(differs, -torch.inf)
 
