@@ -38,7 +38,7 @@ def inputs(model):
 
 
 def test_mask_polarity_and_partner(model):
-    """1 = hidden: the int(L * ratio) cells of the smallest noise show image N-1-i; an odd N's middle image stays whole."""
+    """1 = hidden: the int(L * ratio) cells of the smallest noise show image N-1-i; an odd N's middle stays whole."""
     noise = torch.linspace(0.99, 0, 9)
     plan = model.plan_from_noise(noise.view(1, 9))
     assert plan.mask.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1]]
