@@ -380,9 +380,9 @@ def test_every_format_loads(model):
         (model, in_mmpretrain(pretrained), 'mmpretrain MixMIM pretraining', []),
         (network, pretrained, 'MixMAE pretraining', head),
         (network, in_mmpretrain(pretrained), 'mmpretrain MixMIM', head),
-        (network, tuned, 'MixMIM classifier', []),
+        (network, tuned, 'MixMIM', []),
         (network, in_mmpretrain(tuned), 'mmpretrain MixMIM', []),
-        (network, encoder, 'MixMIM classifier', head),
+        (network, encoder, 'MixMIM', head),
     ]
     for net, source, name, missing in cases:
         drawn(net)

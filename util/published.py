@@ -197,7 +197,7 @@ INTO_MIXMAE = (
 )
 INTO_MIXMIM_CLASSIFIER = (
     Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=(*COMPUTED, *MIXMAE_DECODER)),
-    Format('MixMIM classifier', MIXMIM_MARKS, ignorable=COMPUTED),  # published, our own, and our bare encoder
+    Format('MixMIM', MIXMIM_MARKS, ignorable=COMPUTED),  # classifiers, published and our own, and our encoder alone
     Format(
         'mmpretrain MixMIM',
         MM_MIXMIM_MARKS,
