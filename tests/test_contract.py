@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import main_pretrain
 from main_pretrain import METHODS
 from util.datasets import to_device
 from util.grad_checkpoint import blocks, checkpoint_blocks
@@ -25,6 +26,7 @@ QUICK = {
     'a2mim_convnext_pico': 64,
     'a2mim_timm': 64,
     'simmim_swin_pico': 64,
+    'mixmae_tiny': 32,
 }
 TINY = [(module, name) for module, name in MODELS if name in QUICK]
 N = 2
@@ -178,6 +180,21 @@ def test_checkpointing_changes_nothing(module, name):
     for param in next(iter(blocks(again))).parameters():
         torch.nn.init.zeros_(param)
     assert torch.equal(copied.eval()(imgs, plan)[0], model.eval()(imgs, plan)[0])
+
+
+@pytest.mark.parametrize('name', ['mirl_vit_tiny', 'a2mim_resnet_tiny'])
+def test_checkpointing_compiles_whole(name):
+    model = without_drop_path(make(main_pretrain.find_method(name), name))
+    again = copy.deepcopy(model)
+    checkpoint_blocks(again)
+    imgs, plan = batch(model, name)
+    torch.compiler.reset()
+    torch.compile(again, fullgraph=True, backend='aot_eager')(imgs, plan)[0].backward()
+    model(imgs, plan)[0].backward()
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(again.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))

@@ -1,7 +1,8 @@
-"""Position embeddings: the fixed 2-D sin-cos table of MAE, and the resizing of learned or fixed ones."""
+"""Position embeddings: the fixed 2-D sin-cos table of MAE, and the resizing of learned or fixed tables."""
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -27,3 +28,11 @@ def resize_pos_embed(pos_embed: Tensor, length: int, num_prefix_tokens: int = 1)
     """[1, L0, D] -> [1, length, D], bicubic on the (square) grid; the prefix rows are kept as they are."""
     side = round((length - num_prefix_tokens) ** 0.5)
     return resample_abs_pos_embed(pos_embed, [side, side], num_prefix_tokens=num_prefix_tokens, antialias=False)
+
+
+def resize_bias_table(table: Tensor, rows: int) -> Tensor:
+    """Swin's [(2 w0 - 1)^2, heads] -> [rows, heads] of another window, bicubic on the (square) grid of offsets."""
+    old, new = round(table.shape[0] ** 0.5), round(rows**0.5)
+    grid = table.t().reshape(1, -1, old, old)
+    grid = F.interpolate(grid.float(), size=(new, new), mode='bicubic', align_corners=False)
+    return grid.reshape(-1, rows).t().to(table.dtype).contiguous()

@@ -8,6 +8,7 @@ What no file can tell: the number of attention heads (12 in MIRL's small models,
 unequal length end. Both are the model's to get right.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import CheckpointError
-from util.pos_embed import resize_pos_embed, sincos_2d
+from util.pos_embed import resize_bias_table, resize_pos_embed, sincos_2d
 from util.unpickle import printable
 from util.weight_files import read_checkpoint
 
@@ -196,14 +197,19 @@ def flat_tokens(state: State, model: nn.Module) -> State:
 
 
 def openmixup_swin(state: State, model: nn.Module) -> State:
-    """Merging takes the channels of the four pixels as (channel, row, column) there, as (column, row, channel) here."""
+    return mmcv_mergings(flat_tokens(state, model), model)
 
-    def reorder(x: Tensor) -> Tensor:
+
+def mmcv_mergings(state: State, model: nn.Module) -> State:
+    """Patch merging takes the channels of 2 x 2 pixels in mmcv's order (channel, row, column); here (column, row,
+    channel)."""
+
+    def reorder(x: Tensor) -> Tensor:  # [..., C * 4] -> [..., 4 * C]
         return x.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
 
     merging = re.compile(r'.*downsample\.(norm\.weight|norm\.bias|reduction\.weight)')
-    state = flat_tokens(state, model)
-    return {key: reorder(value) if merging.fullmatch(key) else value for key, value in state.items()}
+    fits = {key for key, x in state.items() if merging.fullmatch(key) and x.ndim and x.shape[-1] % 4 == 0}
+    return {key: reorder(x) if key in fits else x for key, x in state.items()}
 
 
 def microsoft_vit(state: State, model: nn.Module) -> State:
@@ -236,7 +242,7 @@ FAMILIES = {
         'Swin', 'stages.0.blocks.0.attn.w_msa.qkv.weight', OPENMIXUP_SWIN, 'head.fc', openmixup_swin
     ),
 }
-COMPUTED = (r'.*relative_position_index', r'.*attn_mask')
+COMPUTED = (r'.*relative_position_index', r'.*attn_mask')  # from the window's size alone
 PRETRAINING_ONLY = (r'(?:backbone\.|encoder\.)?mask_(?:token|gamma)', r'(?:neck|decoder)\..*')
 MIM_DECODERS = ((r'neck\.decoder(?:_pred)?\.0\.(.*)', r'decoder.\1'), (r'decoder\.0\.(.*)', r'decoder.\1'))
 
@@ -323,6 +329,47 @@ INTO_SWIN = (
     Format('Swin', {'layers.1.downsample.reduction.weight'}, ignorable=COMPUTED),  # timm's, our own
 )
 
+# --------------------------------------------------------------------------
+# MixMAE
+
+
+MIXMIM_MARKS = {'patch_embed.norm.weight', 'layers.0.blocks.0.attn.relative_position_bias_table', 'norm.weight'}
+MIXMAE_MARKS = MIXMIM_MARKS | MAE_MARKS
+MM_MIXMIM_MARKS = {'backbone.patch_embed.norm.weight', 'backbone.layers.0.blocks.0.ffn.layers.1.weight'}
+MM_MIXMAE_MARKS = MM_MIXMIM_MARKS | {'neck.mask_token', 'neck.decoder_embed.weight'}
+MM_IGNORABLE = (*COMPUTED, r'(backbone\.)?(data_preprocessor|avgpool)\..*')
+MM_BLOCK = r'(?:backbone|neck)\.((?:layers\.\d+\.|decoder_)blocks\.\d+)'
+MM_RENAMES = (
+    (MM_BLOCK + r'\.ln(\d)\.(.*)', r'\1.norm\2.\3'),
+    (MM_BLOCK + r'\.ffn\.layers\.0\.0\.(.*)', r'\1.mlp.fc1.\2'),
+    (MM_BLOCK + r'\.ffn\.layers\.1\.(.*)', r'\1.mlp.fc2.\2'),
+    (r'backbone\.patch_embed\.projection\.(.*)', r'patch_embed.proj.\1'),
+    (r'neck\.ln1\.(.*)', r'decoder_norm.\1'),
+    (r'head\.fc\.(.*)', r'head.\1'),
+    (r'(?:backbone|neck)\.(.*)', r'\1'),
+)
+MIXMAE_DECODER = ('mask_token', r'decoder_.*')
+
+INTO_MIXMAE = (
+    Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=COMPUTED),  # the published one and our own
+    Format('mmpretrain MixMIM pretraining', MM_MIXMAE_MARKS, MM_RENAMES, MM_IGNORABLE, adapt=mmcv_mergings),
+    *(
+        Format(f'{origin}MixMIM classifier', marks, refusal='holds no decoder: main_finetune.py --finetune takes it')
+        for origin, marks in (('', MIXMIM_MARKS), ('mmpretrain ', MM_MIXMIM_MARKS))
+    ),
+)
+INTO_MIXMIM_CLASSIFIER = (
+    Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=(*COMPUTED, *MIXMAE_DECODER)),
+    Format('MixMIM', MIXMIM_MARKS, ignorable=COMPUTED),  # classifiers, published and our own, and our encoder alone
+    Format(
+        'mmpretrain MixMIM',
+        MM_MIXMIM_MARKS,
+        MM_RENAMES,
+        (*MM_IGNORABLE, r'neck\..*'),
+        adapt=mmcv_mergings,
+    ),
+)
+
 INTAKES = {
     'MIRL': Intake(
         wrappers=(),
@@ -357,6 +404,13 @@ INTAKES = {
     ),
     'SwinTransformer': Intake(
         wrappers=('encoder',), formats=INTO_SWIN, may_lack=(r'(head|norm)\..*',), may_drop=(r'head\..*',)
+    ),
+    'MixMAE': Intake(wrappers=(), formats=INTO_MIXMAE, may_lack=('absolute_pos_embed', 'decoder_pos_embed')),
+    'MixMIMClassifier': Intake(
+        wrappers=('encoder',),
+        formats=INTO_MIXMIM_CLASSIFIER,
+        may_lack=('absolute_pos_embed', r'head\..*'),
+        may_drop=(r'head\..*',),
     ),
 }
 # any other network is one of timm's: its own names, or our pretraining's around them
@@ -472,22 +526,39 @@ def recognise(state: State, formats: tuple[Format, ...]) -> Format:
 
 
 def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
-    """Resize position embeddings and drop what may be dropped. Changes `renamed`."""
+    """Resize position tables and drop what may be dropped. Changes `renamed`."""
     for name, value in list(renamed.items()):
         if not same(name, renamed, target):
             wanted = target.get(name)
-            if name == 'pos_embed' and wanted is not None and resizable(value, wanted):
-                renamed[name] = resize_pos_embed(value, wanted.shape[1])
+            table = None if wanted is None else resized(name, value, wanted)
+            if table is not None:
+                renamed[name] = table
                 report.resized.append(f'{name} {list(value.shape)} -> {list(wanted.shape)}')
             elif any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
                 del renamed[name]
                 report.ignored.append(f'{name} {list(value.shape)}')
 
 
-def resizable(value: Tensor, wanted: Tensor) -> bool:
-    """Both [1, 1 + side * side, D]."""
-    squares = all(t.ndim == 3 and round((t.shape[1] - 1) ** 0.5) ** 2 == t.shape[1] - 1 > 0 for t in (value, wanted))
-    return squares and value.shape[::2] == wanted.shape[::2] and value.is_floating_point()
+def resized(name: str, value: Tensor, wanted: Tensor) -> Tensor | None:
+    """A table of positions in the model's size: an embedding [1, L, D] or biases [L, heads]. None for all else."""
+    kind, axis = name.rpartition('.')[2], value.ndim - 2
+    if value.ndim != wanted.ndim or axis not in (0, 1) or not value.is_floating_point():
+        return None
+    prefix = num_prefix_tokens(wanted.shape[axis])
+    others_equal = value.shape[:axis] == wanted.shape[:axis] and value.shape[axis + 1 :] == wanted.shape[axis + 1 :]
+    if prefix is None or prefix != num_prefix_tokens(value.shape[axis]) or not others_equal:
+        return None
+    if kind.endswith('pos_embed') and axis == 1:
+        return resize_pos_embed(value, wanted.shape[1], prefix)
+    if kind == 'relative_position_bias_table' and axis == prefix == 0:
+        return resize_bias_table(value, wanted.shape[0])
+    return None
+
+
+def num_prefix_tokens(length: int) -> int | None:
+    """0 for a square grid of tokens, 1 for a class token before it, None if it is neither."""
+    squares = (prefix for prefix in (0, 1) if length > prefix and math.isqrt(length - prefix) ** 2 == length - prefix)
+    return next(squares, None)
 
 
 def same(name: str, renamed: State, target: State) -> bool:
