@@ -1,0 +1,611 @@
+"""LocalMIM: masked image modeling with local multi-scale reconstruction (Wang et al., CVPR 2023).
+
+Four layers of the encoder, shallow to deep, each have a small decoder of their own, which rebuilds the hidden part of the
+image at that layer's scale: fine targets for shallow layers, coarse ones for deep layers. The loss is their plain sum.
+
+    visible tokens --stage 0--> --stage 1--> --stage 2--> --stage 3-->
+                           |            |            |            |
+                        norm_0       norm_1       norm_2       norm_3
+                           |            |            |            |
+                       decoder 0    decoder 1    decoder 2    decoder 3      (with mask tokens)
+                           |            |            |            |
+                        finest        fine        coarse      coarsest       HOG or pixels
+
+    prediction grids at 224:   ViT 56, 28, 14, 7: convolutions on decoders' 14 x 14; Swin 28, 14, 7, 7, its stages' own
+
+Shapes: N batch, L places of a grid, K visible patches (ViT) or mask units of 8 x 8 patches (Swin), V visible tokens, D
+encoder width, E decoder width, p patch side. Mask: 1 = hidden.
+
+This follows the published code, whose weights fit only it. It gives the ViT no pixel target; here it has Swin's. Of its
+Swin, `coords` says what is kept.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, Mlp, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from util.hog import draw_hog, hog
+from util.patches import MaskPlan, gather_tokens, mask_plan, patch_mask_to_pixels, patch_stats, patchify, unpatchify
+from util.pos_embed import sincos_2d
+from util.windows import Windows, make_windows  # noqa
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class SwinPlan(NamedTuple):
+    """The one mask of a batch: K of U units are visible, and so V_i tokens in stage i, unit after unit."""
+
+    ids_keep: Tensor  # [1, K] int64, visible units, ascending
+    mask: Tensor  # [1, U] float32, 1 = hidden
+    places: Tensor  # [1, V_1 + V_2 + V_3] int64, raster places of the visible tokens in the grids of stages 1, 2, 3
+    coords: Tensor  # [V_0 + V_1 + V_2 + V_3, 2] int64, (row, column) of the visible tokens as windows see it
+
+
+Plan = MaskPlan | SwinPlan
+
+
+class LocalDecoder(nn.Module):
+    """One scale's decoder: projected visible tokens, mask tokens elsewhere, blocks over the whole grid, `pred`."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        pos_embed: Tensor,
+        pred: nn.Module,
+    ):
+        super().__init__()
+        self.embed = nn.Linear(embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer('pos_embed', pos_embed, persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim)
+        self.pred = pred
+
+    def forward(self, latent: Tensor, places: Tensor) -> Tensor:
+        """latent [N, C + V, D] with C class tokens, raster places [N or 1, V] of the others -> [N, predictions, .]."""
+        num_cls = latent.shape[1] - places.shape[1]
+        cls, visible = self.embed(latent).tensor_split([num_cls], dim=1)
+        tokens = self.mask_token.to(visible.dtype).expand(len(visible), self.pos_embed.shape[1] - num_cls, -1)
+        tokens = tokens.scatter(1, places.unsqueeze(-1).expand_as(visible), visible)  # [N, L, E]
+        x = torch.cat([cls, tokens], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x)[:, num_cls:])
+
+
+class ConvHead(nn.Sequential):
+    """Layers over the map of a square grid's tokens: [N, L, E] -> [N, L', out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = round(x.shape[1] ** 0.5)
+        x = x.transpose(1, 2).unflatten(2, (side, side))
+        return super().forward(x).flatten(2).transpose(1, 2)
+
+
+class LocalMIM(nn.Module):
+    """What both backbones share: targets, loss, pictures. A backbone adds its plan, its encoder and its decoders.
+
+    `target='hog'`: histograms of oriented gradients in cells of `cells` pixels, `hog_bins` per colour. With `hog_bias`
+    a random constant is added to the gradients of each scale; it is never trained and is saved with the weights.
+    `target='pixel'`: patches of `cells` pixels, normalised one by one if `norm_pix_loss`.
+    """
+
+    def __init__(self, *, cells: Sequence[int], target: str, hog_bins: int, hog_bias: bool, norm_pix_loss: bool):
+        super().__init__()
+        if target not in ('hog', 'pixel'):
+            raise ValueError(f"target {target!r} is neither 'hog' nor 'pixel'")
+        if hog_bins < 1:
+            raise ValueError(f'hog_bins {hog_bins} must be at least 1')
+        self.cells, self.target, self.hog_bins, self.norm_pix_loss = tuple(cells), target, hog_bins, norm_pix_loss
+        self.num_outputs = [3 * (hog_bins if target == 'hog' else cell**2) for cell in cells]
+        if target == 'hog' and hog_bias:  # what a 3 x 3 convolution's bias starts from
+            biases = [nn.Parameter(torch.empty(2).uniform_(-1 / 3, 1 / 3), requires_grad=False) for _ in cells]
+            self.hog_bias = nn.ParameterList(biases)
+        else:
+            self.hog_bias = None
+
+    def init_weights(self) -> None:
+        """Linear and patch projection xavier-uniform, tokens and bias tables N(0, 0.02), LayerNorm 1 and 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        projection = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(len(projection), -1))
+        for name, param in self.named_parameters():
+            if name.endswith('_token'):
+                nn.init.normal_(param, std=0.02)
+            elif name.endswith('relative_position_bias_table'):
+                nn.init.trunc_normal_(param, std=0.02)
+
+    # --------------------------------------------------------------------------
+    # masking
+
+    def draw_plan(self, n: int, rng: np.random.Generator) -> Plan:
+        """A plan for n samples, from float32 draws."""
+        return self.plan_from_noise(torch.from_numpy(rng.random(self.noise_shape(n), dtype='float32')))
+
+    # --------------------------------------------------------------------------
+    # decoders, loss
+
+    def forward(self, imgs: Tensor, plan: Plan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """imgs [N, 3, H, W], normalised -> scalar loss and the four scales' losses, `local_loss0` the finest."""
+        if plan is None:
+            plan = self.plan_from_noise(torch.rand(self.noise_shape(imgs.shape[0])))
+            plan = type(plan)(*(tensor.to(imgs.device) for tensor in plan))
+        latents = self.forward_encoder(imgs, plan)
+        preds = self.forward_decoders(latents, plan)
+        return self.forward_loss(imgs, preds, plan)
+
+    def forward_decoders(self, latents: list[Tensor], plan: Plan) -> list[Tensor]:
+        """Four predictions [N, L_k, P_k] in raster order, finest first."""
+        places = self.visible_places(plan)
+        return [decoder(*inputs) for decoder, *inputs in zip(self.decoders, latents, places, strict=True)]
+
+    @torch.no_grad()
+    def forward_targets(self, imgs: Tensor) -> list[Tensor]:
+        """Four targets [N, L_k, P_k] in raster order, finest first, for all places."""
+        if self.target == 'hog':
+            return hog(imgs, self.cells, self.hog_bins, self.hog_bias)
+        targets = [patchify(imgs, cell) for cell in self.cells]
+        if self.norm_pix_loss:
+            stats = map(patch_stats, targets)
+            targets = [(target - mean) / std for target, (mean, std) in zip(targets, stats, strict=True)]
+        return targets
+
+    def loss_weights(self, mask: Tensor, length: int) -> Tensor:
+        """Mask [N, L] -> the hidden share of each of `length` places, [N, length]."""
+        side, mask_side = round(length**0.5), round(mask.shape[1] ** 0.5)
+        # repeats where `length` is finer; averages where it is coarser, to 0, 1/4, 1/2, 3/4 or 1
+        return F.adaptive_avg_pool2d(mask.unflatten(1, (1, mask_side, mask_side)), side).flatten(1)
+
+    def forward_loss(self, imgs: Tensor, preds: list[Tensor], plan: Plan) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over scales of the squared error, averaged by hidden share over batch and places. In float32."""
+        losses = []
+        with torch.autocast(imgs.device.type, enabled=False):
+            for pred, target in zip(preds, self.forward_targets(imgs.float()), strict=True):
+                error = (pred.float() - target).square().mean(dim=-1)  # [N, L_k]
+                weight = self.loss_weights(plan.mask, error.shape[1]).expand_as(error)
+                losses.append((error * weight).sum() / weight.sum())
+            loss = torch.stack(losses).sum()
+        return loss, {f'local_loss{k}': term.detach() for k, term in enumerate(losses)}
+
+
+class LocalMIMViT(LocalMIM):
+    """LocalMIM with a ViT (published `MaskedAutoencoderViT`): per-sample masks of patches, a class token.
+
+    Decoders read blocks 1, 3, depth - 3 and depth - 1, and work on the patch grid; their heads predict at 4, 2, 1 and
+    1/2 times its side. Raises ValueError for sizes that do not divide, a depth below 7, and a mask ratio that hides
+    nothing or everything.
+    """
+
+    mask_scope = 'sample'
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        decoder_dim: int = 256,
+        decoder_depth: int = 1,
+        decoder_num_heads: int = 8,
+        target: str = 'hog',
+        hog_bins: int = 9,
+        hog_bias: bool = False,
+        norm_pix_loss: bool = True,
+        mask_ratio: float = 0.75,
+    ):
+        if patch_size % 4:
+            raise ValueError(f'patch_size {patch_size} is not a multiple of 4, so its finest cells are not whole')
+        check_divides(img_size, 2 * patch_size, 'twice the patch_size, the coarsest cell')
+        check_heads((embed_dim, num_heads, 'embed_dim'), (decoder_dim, decoder_num_heads, 'decoder_dim'))
+        if depth < 7:
+            raise ValueError(f'depth {depth} is below 7: blocks 1, 3, depth - 3, depth - 1 must be four')
+        cells = [patch_size // 4, patch_size // 2, patch_size, 2 * patch_size]
+        super().__init__(
+            cells=cells, target=target, hog_bins=hog_bins, hog_bias=hog_bias, norm_pix_loss=norm_pix_loss
+        )
+        grid_size = img_size // patch_size
+        self.mask_size = patch_size
+        self.num_patches = grid_size**2
+        self.num_keep = int(self.num_patches * (1 - mask_ratio))
+        check_kept(self.num_keep, self.num_patches, mask_ratio, 'patches')
+        self.local_layers = (1, 3, depth - 3, depth - 1)
+
+        # encoder
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_buffer('pos_embed', sincos_2d(embed_dim, grid_size))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+        )
+        self.norms = nn.ModuleList(LayerNorm(embed_dim) for _ in self.local_layers)
+
+        # decoders, one per local layer
+        pos_embed = sincos_2d(decoder_dim, grid_size)
+        self.decoders = nn.ModuleList(
+            LocalDecoder(embed_dim, decoder_dim, decoder_depth, decoder_num_heads, mlp_ratio, pos_embed, pred)
+            for pred in conv_heads(decoder_dim, self.num_outputs)
+        )
+        self.init_weights()
+
+    def noise_shape(self, n: int) -> tuple[int, int]:
+        """[n, L]: one number per patch of each sample."""
+        return n, self.num_patches
+
+    def plan_from_noise(self, noise: Tensor) -> MaskPlan:
+        """U[0, 1) CPU noise [n, L] -> MaskPlan; the K = int(L * (1 - mask_ratio)) smallest of a row stay visible."""
+        return mask_plan(noise, self.num_keep)
+
+    def visible_places(self, plan: MaskPlan) -> list[Tensor]:
+        return [plan.ids_keep] * len(self.decoders)
+
+    def forward_encoder(self, imgs: Tensor, plan: MaskPlan) -> list[Tensor]:
+        """Four normed latents [N, 1 + K, D], shallow to deep."""
+        x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # [N, L, D]
+        x = gather_tokens(x, plan.ids_keep)  # [N, K, D]
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        latents = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.local_layers:  # the stream itself goes on without the norm
+                latents.append(self.norms[len(latents)](x))
+        return latents
+
+    def encoder_state_dict(self) -> dict[str, Tensor]:
+        """The encoder under the classifier's (timm's) names."""
+        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in VIT_ENCODER_NAMES}
+
+
+VIT_ENCODER_NAMES = ('cls_token', 'pos_embed', 'patch_embed', 'blocks')
+
+
+def conv_heads(dim: int, num_outputs: list[int]) -> list[ConvHead]:
+    """Heads from the patch grid to 4, 2, 1 and 1/2 times its side."""
+    half, quarter = dim // 2, dim // 4
+    # at dim 256 the widths are the published 128 and 64
+    return [
+        ConvHead(
+            nn.ConvTranspose2d(dim, half, 2, 2),
+            LayerNorm2d(half, eps=1e-6),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, quarter, 2, 2),
+            nn.Conv2d(quarter, num_outputs[0], 1),
+        ),
+        ConvHead(nn.ConvTranspose2d(dim, half, 2, 2), nn.Conv2d(half, num_outputs[1], 1)),
+        ConvHead(nn.Conv2d(dim, num_outputs[2], 1)),
+        ConvHead(nn.AvgPool2d(2), nn.Conv2d(dim, num_outputs[3], 1)),
+    ]
+
+
+def check_divides(size: int, divisor: int, what: str) -> None:
+    if size % divisor or size < divisor:
+        raise ValueError(f'img_size {size} is not a multiple of {divisor}, {what}')
+
+
+def check_heads(*dims: tuple[int, int, str]) -> None:
+    for dim, heads, what in dims:
+        if dim % heads:
+            raise ValueError(f'{what} {dim} is not a multiple of its {heads} heads')
+
+
+def check_kept(num_keep: int, total: int, mask_ratio: float, what: str) -> None:
+    if not 0 < num_keep < total:
+        raise ValueError(
+            f'mask_ratio {mask_ratio} keeps {num_keep} of {total} {what}; at least one must be kept and one hidden'
+        )
+
+
+# --------------------------------------------------------------------------
+# Swin
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within windows, with a learned bias per relative position."""
+
+    def __init__(self, dim: int, window_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        """x [N, L, D] in any order; `windows` tells which tokens share a window, and computes G groups of S slots."""
+        (n, length, dim), (groups, size, _) = x.shape, windows.mask.shape
+        qkv = self.qkv(x)
+        if windows.slots is not None:
+            qkv = qkv.new_zeros(n, groups * size, 3 * dim).index_copy(1, windows.slots, qkv)
+        qkv = qkv.view(n, groups, size, 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = qkv.flatten(2, 3)  # each [N, G * heads, S, D / heads]: groups beside heads, so that N shares the mask
+        bias = self.relative_position_bias_table[windows.bias_index].permute(0, 3, 1, 2)  # [G or 1, heads, S, S]
+        bias = (bias + windows.mask.unsqueeze(1)).flatten(0, 1).unsqueeze(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x.unflatten(1, (groups, self.num_heads)).transpose(2, 3).reshape(n, groups * size, dim)
+        if windows.slots is not None:
+            x = x.index_select(1, windows.slots)
+        return self.proj(x)
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm block: window attention, MLP."""
+
+    def __init__(
+        self, dim: int, window_size: int, num_heads: int, mlp_ratio: float, drop_path: float, norm2_eps: float
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = WindowAttention(dim, window_size, num_heads)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=norm2_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), windows))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Each 2 x 2 neighbours become one token of twice the width.
+
+    `by_column`: the upper left, lower left, upper right, lower right, as every Swin has it; else row by row, which the
+    published pretraining does.
+    """
+
+    def __init__(self, dim: int, by_column: bool):
+        super().__init__()
+        self.by_column = by_column
+        self.norm = LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor, units: int) -> Tensor:
+        """x [N, units * r * r, D], each unit an r x r raster -> [N, units * r/2 * r/2, 2 D]."""
+        n, length, dim = x.shape
+        half = round((length // units) ** 0.5) // 2
+        x = x.view(n, units, half, 2, half, 2, dim)  # N, unit, row, child row, column, child column, D
+        x = x.permute(0, 1, 2, 4, 5, 3, 6) if self.by_column else x.permute(0, 1, 2, 4, 3, 5, 6)
+        return self.reduction(self.norm(x.reshape(n, length // 4, 4 * dim)))
+
+
+class SwinStage(nn.Module):
+    """Blocks of one width, with windows shifted in every second one, and the merging after them."""
+
+    def __init__(self, blocks: list[SwinBlock], downsample: PatchMerging | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, windows: Sequence[Windows], units: int = 1) -> Tensor:
+        """x [N, L, D], windows unshifted and shifted -> [N, L / 4, 2 D]; in the last stage [N, L, D]."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, windows[i % 2])
+        return x if self.downsample is None else self.downsample(x, units)
+
+
+class SwinGeometry:
+    """Sides, windows and shifts of the four stages. Raises ValueError where something does not divide."""
+
+    unit = 8  # patches to the side of a mask unit: one token in the last stage
+
+    def __init__(self, img_size: int, patch_size: int, window_size: int):
+        check_divides(img_size, self.unit * patch_size, f'the mask unit of {self.unit} patches of {patch_size}')
+        self.units = img_size // (self.unit * patch_size)
+        self.sides = [self.units * self.unit >> stage for stage in range(4)]
+        # a window no smaller than the grid is the grid, and is not shifted
+        self.windows = [min(window_size, side) for side in self.sides]
+        self.shifts = [window_size // 2 if window_size < side else 0 for side in self.sides]
+        for side, window in zip(self.sides, self.windows, strict=True):
+            if side % window:
+                raise ValueError(
+                    f'img_size {img_size} gives stages of {self.sides} tokens to the side, '
+                    f'of which {side} is not a multiple of window_size {window}'
+                )
+
+
+def swin_stages(
+    geometry: SwinGeometry,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    mlp_ratio: float,
+    *,
+    by_column: bool,
+    drop_path_rate: float = 0.0,
+    norm2_eps: float = 1e-6,
+) -> nn.ModuleList:
+    rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
+    stages = []
+    for i, (depth, heads, window) in enumerate(zip(depths, num_heads, geometry.windows, strict=True)):
+        dim = embed_dim << i
+        check_heads((dim, heads, f'stage {i} width'))
+        blocks = [SwinBlock(dim, window, heads, mlp_ratio, next(rates), norm2_eps) for _ in range(depth)]
+        stages.append(SwinStage(blocks, PatchMerging(dim, by_column) if i < 3 else None))
+    return nn.ModuleList(stages)
+
+
+class LocalMIMSwin(LocalMIM):
+    """LocalMIM with a Swin (published `MaskedAutoencoderSwin`) over the visible tokens alone; one mask for a batch.
+
+    A mask unit is 8 x 8 patches, one token of the last stage; int(mask_ratio * U) + 1 of U units are hidden. Decoders
+    read all four stages, after their merging, and predict on those grids.
+
+    `coords='published'` keeps two slips that the published weights were trained with. Behind the first merging, tokens
+    are windowed as if they lay elsewhere: the visible units' tokens are numbered unit by unit, and their coordinates row
+    by row. And merging concatenates neighbours row by row, where the classifier does column by column. `'correct'`
+    mends both: the encoder of a fully visible image is then the plain Swin. Our own weights are taken as they are;
+    published ones are put into the other order when loaded.
+
+    Raises ValueError for sizes that do not divide and for a mask ratio that hides nothing or everything.
+    """
+
+    mask_scope = 'batch'
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 4,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        coords: str = 'published',
+        decoder_dim: int = 128,
+        decoder_depth: int = 1,
+        decoder_num_heads: int = 4,
+        target: str = 'hog',
+        hog_bins: int = 18,
+        hog_bias: bool = True,
+        norm_pix_loss: bool = True,
+        mask_ratio: float = 0.75,
+    ):
+        check_coords(coords)
+        geometry = SwinGeometry(img_size, patch_size, window_size)
+        decoder_dims = [decoder_dim // 2, decoder_dim, decoder_dim, decoder_dim]
+        check_heads(*((dim, decoder_num_heads, 'decoder width') for dim in decoder_dims))
+        cells = [patch_size * size for size in (2, 4, 8, 8)]
+        super().__init__(
+            cells=cells, target=target, hog_bins=hog_bins, hog_bias=hog_bias, norm_pix_loss=norm_pix_loss
+        )
+        self.geometry, self.coords = geometry, coords
+        self.mask_size = geometry.unit * patch_size
+        self.num_units = geometry.units**2
+        self.num_keep = self.num_units - 1 - int(mask_ratio * self.num_units)
+        check_kept(self.num_keep, self.num_units, mask_ratio, 'units')
+
+        # encoder
+        self.patch_embed = PatchEmbed(self.mask_size, patch_size, 3, embed_dim, norm_layer=LayerNorm)  # one unit
+        by_column = coords == 'correct'
+        self.layers = swin_stages(geometry, embed_dim, depths, num_heads, mlp_ratio, by_column=by_column)
+        widths = [embed_dim << stage for stage in (1, 2, 3, 3)]
+        self.norms = nn.ModuleList(map(LayerNorm, widths))
+
+        # decoders, one per stage
+        grids = [geometry.sides[stage] for stage in (1, 2, 3, 3)]
+        self.decoders = nn.ModuleList(
+            LocalDecoder(
+                width,
+                dim,
+                decoder_depth,
+                decoder_num_heads,
+                mlp_ratio,
+                sincos_2d(dim, grid, cls_token=False),
+                nn.Linear(dim, num_outputs),
+            )
+            for width, dim, grid, num_outputs in zip(widths, decoder_dims, grids, self.num_outputs, strict=True)
+        )
+        self.init_weights()
+
+    @property
+    def notice(self) -> str | None:
+        """One line to print when training starts."""
+        if self.coords == 'published':
+            return (
+                "coords='published': as in the published code, tokens of stages 1 and 2 are windowed by scrambled "
+                "coordinates, and merging's order is not the classifier's; --model_kwargs coords=correct mends both"
+            )
+
+    def noise_shape(self, n: int) -> tuple[int, int]:
+        """[1, U]: one number per unit, whatever the batch."""
+        return 1, self.num_units
+
+    def plan_from_noise(self, noise: Tensor) -> SwinPlan:
+        """U[0, 1) CPU noise [1, U] (of more rows the first counts) -> SwinPlan; the K smallest stay visible."""
+        order = noise[:1].argsort(dim=1, stable=True)
+        return self.plan_of(order[:, : self.num_keep].sort(dim=1).values)
+
+    def plan_of(self, ids_keep: Tensor) -> SwinPlan:
+        """Visible units [1, K], ascending, on the CPU -> SwinPlan."""
+        mask = torch.ones(1, self.num_units).scatter_(1, ids_keep, 0.0)
+        places, coords = [], []
+        for side in self.geometry.sides:
+            r = side // self.geometry.units  # a unit is r x r tokens
+            numbers = torch.arange(side * side).view(-1, r * r)  # of tokens counted unit by unit, [U, r * r]
+            grid = torch.arange(side * side).view(side // r, r, side // r, r).transpose(1, 2).reshape(-1, r * r)
+            raster = grid[ids_keep[0]].flatten()
+            places.append(raster)
+            scrambled = self.coords == 'published' and side != self.geometry.sides[0]
+            seen = numbers[ids_keep[0]].flatten() if scrambled else raster
+            coords.append(torch.stack([seen // side, seen % side], dim=1))
+        return SwinPlan(ids_keep, mask, torch.cat(places[1:]).unsqueeze(0), torch.cat(coords))
+
+    def visible_places(self, plan: SwinPlan) -> list[Tensor]:
+        lengths = [plan.ids_keep.shape[1] * size for size in (16, 4, 1)]
+        places = plan.places.split(lengths, dim=1)
+        return [*places, places[2]]
+
+    def stage_windows(self, plan: SwinPlan) -> list[list[Windows]]:
+        """Of each stage, the plain and the shifted windows over the visible tokens."""
+        lengths = [plan.ids_keep.shape[1] * size for size in (64, 16, 4, 1)]
+        stages = zip(plan.coords.split(lengths), self.geometry.windows, self.geometry.shifts, strict=True)
+        return [[make_windows(coords, window, s) for s in (0, shift)] for coords, window, shift in stages]
+
+    def forward_encoder(self, imgs: Tensor, plan: SwinPlan) -> list[Tensor]:
+        """Four normed latents [N, V, D] of doubling width, each stage's after its merging; the last two of one size."""
+        n, num_keep = imgs.shape[0], plan.ids_keep.shape[1]
+        units = gather_tokens(patchify(imgs, self.mask_size), plan.ids_keep.expand(n, -1))  # [N, K, .]
+        units = units.reshape(-1, self.mask_size, self.mask_size, 3).permute(0, 3, 1, 2)
+        x = self.patch_embed(units).reshape(n, num_keep * self.geometry.unit**2, -1)  # [N, V_0, D]
+        latents = []
+        for layer, norm, windows in zip(self.layers, self.norms, self.stage_windows(plan), strict=True):
+            x = layer(x, windows, num_keep)
+            latents.append(norm(x))  # the stream itself goes on without the norm
+        return latents
+
+    def encoder_state_dict(self) -> dict[str, Tensor]:
+        """The encoder under the classifier's names."""
+        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ('patch_embed', 'layers')}
+
+
+def check_coords(coords: str) -> None:
+    if coords not in ('published', 'correct'):
+        raise ValueError(f"coords {coords!r} is neither 'published' nor 'correct'")
+
+
+# --------------------------------------------------------------------------
+# sizes, classifier, optimiser rules
+
+VIT_ENCODERS = {
+    # for quick trials; not in the paper
+    'localmim_vit_tiny': dict(patch_size=8, embed_dim=96, depth=8, num_heads=3),
+    'localmim_vit_small': dict(embed_dim=384, depth=12, num_heads=6),
+    'localmim_vit_base': dict(embed_dim=768, depth=12, num_heads=12),
+    'localmim_vit_large': dict(embed_dim=1024, depth=24, num_heads=16),
+}
+
+
+def localmim_vit_tiny(**kwargs) -> LocalMIMViT:
+    tiny = dict(decoder_dim=48, decoder_num_heads=3)
+    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_tiny'], **tiny, **kwargs})
+
+
+def localmim_vit_small(**kwargs) -> LocalMIMViT:
+    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_small'], **kwargs})
+
+
+def localmim_vit_base(**kwargs) -> LocalMIMViT:
+    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_base'], **kwargs})
+
+
+def localmim_vit_large(**kwargs) -> LocalMIMViT:
+    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_large'], 'hog_bins': 18, 'hog_bias': True, **kwargs})
