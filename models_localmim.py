@@ -20,7 +20,7 @@ This follows the published code, whose weights fit only it. It gives the ViT no 
 Swin, `coords` says what is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from util.hog import draw_hog, hog
 from util.patches import MaskPlan, gather_tokens, mask_plan, patch_mask_to_pixels, patch_stats, patchify, unpatchify
 from util.pos_embed import sincos_2d
-from util.windows import Windows, make_windows  # noqa
+from util.windows import Windows, grid_coords, grid_windows, group_shape, group_slots, make_windows
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -46,6 +46,7 @@ class SwinPlan(NamedTuple):
     mask: Tensor  # [1, U] float32, 1 = hidden
     places: Tensor  # [1, V_1 + V_2 + V_3] int64, raster places of the visible tokens in the grids of stages 1, 2, 3
     coords: Tensor  # [V_0 + V_1 + V_2 + V_3, 2] int64, (row, column) of the visible tokens as windows see it
+    slots: Tensor  # [V_0 + V_1 + V_2 + V_3, 2] int64, their slots in the groups of the plain and the shifted windows
 
 
 Plan = MaskPlan | SwinPlan
@@ -420,6 +421,16 @@ class SwinGeometry:
                     f'of which {side} is not a multiple of window_size {window}'
                 )
 
+    def stages(self) -> Iterator[tuple[int, int, int]]:
+        """(side, window, shift) of each."""
+        return zip(self.sides, self.windows, self.shifts, strict=True)
+
+
+def unit_major(side: int, units: int) -> Tensor:
+    """Raster numbers of a grid's tokens, unit by unit: [units * units, r * r], r = side / units."""
+    r = side // units
+    return torch.arange(side * side).view(units, r, units, r).transpose(1, 2).reshape(-1, r * r)
+
 
 def swin_stages(
     geometry: SwinGeometry,
@@ -537,28 +548,34 @@ class LocalMIMSwin(LocalMIM):
     def plan_of(self, ids_keep: Tensor) -> SwinPlan:
         """Visible units [1, K], ascending, on the CPU -> SwinPlan."""
         mask = torch.ones(1, self.num_units).scatter_(1, ids_keep, 0.0)
-        places, coords = [], []
-        for side in self.geometry.sides:
-            r = side // self.geometry.units  # a unit is r x r tokens
-            numbers = torch.arange(side * side).view(-1, r * r)  # of tokens counted unit by unit, [U, r * r]
-            grid = torch.arange(side * side).view(side // r, r, side // r, r).transpose(1, 2).reshape(-1, r * r)
-            raster = grid[ids_keep[0]].flatten()
-            places.append(raster)
-            scrambled = self.coords == 'published' and side != self.geometry.sides[0]
-            seen = numbers[ids_keep[0]].flatten() if scrambled else raster
-            coords.append(torch.stack([seen // side, seen % side], dim=1))
-        return SwinPlan(ids_keep, mask, torch.cat(places[1:]).unsqueeze(0), torch.cat(coords))
+        places, coords, slots = [], [], []
+        for side, window, shift in self.geometry.stages():
+            by_unit = unit_major(side, self.geometry.units)  # [U, r * r]
+            visible = by_unit[ids_keep[0]].flatten()
+            places.append(visible)
+            if self.coords == 'published' and side < self.geometry.sides[0]:
+                # the slip: numbers that count by unit are taken for places that count by row
+                visible = torch.arange(side * side).view_as(by_unit)[ids_keep[0]].flatten()
+            coords.append(grid_coords(side)[visible])
+            slots.append(torch.stack([group_slots(coords[-1], window, s) for s in (0, shift)], dim=1))
+        return SwinPlan(ids_keep, mask, torch.cat(places[1:]).unsqueeze(0), torch.cat(coords), torch.cat(slots))
 
     def visible_places(self, plan: SwinPlan) -> list[Tensor]:
-        lengths = [plan.ids_keep.shape[1] * size for size in (16, 4, 1)]
-        places = plan.places.split(lengths, dim=1)
-        return [*places, places[2]]
+        """Raster places [1, V] of what each decoder is given; the last two grids are the same."""
+        places = plan.places.split([plan.ids_keep.shape[1] * size for size in (16, 4, 1)], dim=1)
+        return [*places, places[-1]]
 
     def stage_windows(self, plan: SwinPlan) -> list[list[Windows]]:
         """Of each stage, the plain and the shifted windows over the visible tokens."""
         lengths = [plan.ids_keep.shape[1] * size for size in (64, 16, 4, 1)]
-        stages = zip(plan.coords.split(lengths), self.geometry.windows, self.geometry.shifts, strict=True)
-        return [[make_windows(coords, window, s) for s in (0, shift)] for coords, window, shift in stages]
+        stages = zip(self.geometry.stages(), plan.coords.split(lengths), plan.slots.split(lengths), strict=True)
+        return [
+            [
+                make_windows(coords, slots[:, i], *group_shape(len(coords), window), window, s)
+                for i, s in enumerate((0, shift))
+            ]
+            for (_, window, shift), coords, slots in stages
+        ]
 
     def forward_encoder(self, imgs: Tensor, plan: SwinPlan) -> list[Tensor]:
         """Four normed latents [N, V, D] of doubling width, each stage's after its merging; the last two of one size."""
