@@ -14,6 +14,7 @@ from typing import get_type_hints
 from PIL import Image
 from torch import nn
 
+import models_localmim
 import models_mirl
 from engine_pretrain import train_one_epoch
 from util import config, datasets, dist, rng
@@ -22,7 +23,7 @@ from util.log import info
 from util.pictures import Pictures
 from util.run import Run
 
-METHODS = (models_mirl,)  # a method is one file; a new one is added here
+METHODS = (models_mirl, models_localmim)  # a method is one file; a new one is added here
 
 
 def find_method(name: str) -> ModuleType:

@@ -1,7 +1,7 @@
 """LocalMIM: masked image modeling with local multi-scale reconstruction (Wang et al., CVPR 2023).
 
-Four layers of the encoder, shallow to deep, each have a small decoder of their own, which rebuilds the hidden part of the
-image at that layer's scale: fine targets for shallow layers, coarse ones for deep layers. The loss is their plain sum.
+Four layers of the encoder, shallow to deep, have a small decoder each, which rebuilds the hidden part of the image at
+that layer's scale: fine targets for shallow layers, coarse ones for deep layers. The loss is their plain sum.
 
     visible tokens --stage 0--> --stage 1--> --stage 2--> --stage 3-->
                            |            |            |            |
@@ -20,21 +20,22 @@ This follows the published code, whose weights fit only it. It gives the ViT no 
 Swin, `coords` says what is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, PatchEmbed
+from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from util.hog import draw_hog, hog
 from util.patches import MaskPlan, gather_tokens, mask_plan, patch_mask_to_pixels, patch_stats, patchify, unpatchify
 from util.pos_embed import sincos_2d
-from util.windows import Windows, grid_coords, grid_windows, group_shape, group_slots, make_windows
+from util.swin import GridWindows, WindowAttention, stage_grids, swin_stages
+from util.windows import Windows, grid_coords, group_shape, group_slots, make_windows, unit_major
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -185,6 +186,44 @@ class LocalMIM(nn.Module):
             loss = torch.stack(losses).sum()
         return loss, {f'local_loss{k}': term.detach() for k, term in enumerate(losses)}
 
+    # --------------------------------------------------------------------------
+    # pictures
+
+    @torch.no_grad()
+    def reconstruct(self, imgs: Tensor, plan: Plan) -> dict[str, Tensor]:
+        """Panels [N, 3, H, W] in the input's normalised space: original, masked, and each scale's, 0 the finest.
+
+        HOG targets and predictions are drawn as strokes along the edges, from the images' darkest to their brightest
+        value. Pixels that were normalised per patch need a mean and a deviation: `oracle` takes each patch's own, which
+        leaks the answer's brightness and contrast, `honest` the visible patches' average. All places are drawn; visible
+        ones enter no loss, and what is predicted there means nothing.
+        """
+        was_training = self.training
+        self.eval()
+        preds = self.forward_decoders(self.forward_encoder(imgs, plan), plan)
+        self.train(was_training)
+        panels = {'original': imgs, 'masked': imgs * (1 - patch_mask_to_pixels(plan.mask, self.mask_size))}
+        for k, (pred, target, cell) in enumerate(zip(preds, self.forward_targets(imgs), self.cells, strict=True)):
+            if self.target == 'hog':
+                dark, bright = imgs.amin((0, 2, 3), keepdim=True), imgs.amax((0, 2, 3), keepdim=True)
+                for what, hist in (('target', target), ('prediction', pred.float())):
+                    panels[f'{what} {k}'] = dark + (bright - dark) * draw_hog(hist, self.hog_bins, cell)
+            elif self.norm_pix_loss:
+                mean, std = patch_stats(patchify(imgs, cell))
+                visible_mean, visible_std = self.visible_stats(imgs, plan.mask, cell)
+                panels[f'prediction {k} (honest)'] = unpatchify(pred.float() * visible_std + visible_mean, cell)
+                panels[f'prediction {k} (oracle)'] = unpatchify(pred.float() * std + mean, cell)
+            else:
+                panels[f'prediction {k}'] = unpatchify(pred.float(), cell)
+        return panels
+
+    def visible_stats(self, imgs: Tensor, mask: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of visible patches, averaged: two [N, 1, 1]."""
+        cell = min(cell, self.mask_size)  # larger ones are rarely wholly visible
+        mean, std = patch_stats(patchify(imgs, cell))
+        visible = 1 - self.loss_weights(mask, mean.shape[1]).unsqueeze(-1)
+        return tuple((stat * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True) for stat in (mean, std))
+
 
 class LocalMIMViT(LocalMIM):
     """LocalMIM with a ViT (published `MaskedAutoencoderViT`): per-sample masks of patches, a class token.
@@ -221,9 +260,7 @@ class LocalMIMViT(LocalMIM):
         if depth < 7:
             raise ValueError(f'depth {depth} is below 7: blocks 1, 3, depth - 3, depth - 1 must be four')
         cells = [patch_size // 4, patch_size // 2, patch_size, 2 * patch_size]
-        super().__init__(
-            cells=cells, target=target, hog_bins=hog_bins, hog_bias=hog_bias, norm_pix_loss=norm_pix_loss
-        )
+        super().__init__(cells=cells, target=target, hog_bins=hog_bins, hog_bias=hog_bias, norm_pix_loss=norm_pix_loss)
         grid_size = img_size // patch_size
         self.mask_size = patch_size
         self.num_patches = grid_size**2
@@ -320,150 +357,17 @@ def check_kept(num_keep: int, total: int, mask_ratio: float, what: str) -> None:
 # Swin
 
 
-class WindowAttention(nn.Module):
-    """Multi-head attention within windows, with a learned bias per relative position."""
-
-    def __init__(self, dim: int, window_size: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """x [N, L, D] in any order; `windows` tells which tokens share a window, and computes G groups of S slots."""
-        (n, length, dim), (groups, size, _) = x.shape, windows.mask.shape
-        qkv = self.qkv(x)
-        if windows.slots is not None:
-            qkv = qkv.new_zeros(n, groups * size, 3 * dim).index_copy(1, windows.slots, qkv)
-        qkv = qkv.view(n, groups, size, 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.flatten(2, 3)  # each [N, G * heads, S, D / heads]: groups beside heads, so that N shares the mask
-        bias = self.relative_position_bias_table[windows.bias_index].permute(0, 3, 1, 2)  # [G or 1, heads, S, S]
-        bias = (bias + windows.mask.unsqueeze(1)).flatten(0, 1).unsqueeze(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        x = x.unflatten(1, (groups, self.num_heads)).transpose(2, 3).reshape(n, groups * size, dim)
-        if windows.slots is not None:
-            x = x.index_select(1, windows.slots)
-        return self.proj(x)
-
-
-class SwinBlock(nn.Module):
-    """Pre-norm block: window attention, MLP."""
-
-    def __init__(
-        self, dim: int, window_size: int, num_heads: int, mlp_ratio: float, drop_path: float, norm2_eps: float
-    ):
-        super().__init__()
-        self.norm1 = LayerNorm(dim)
-        self.attn = WindowAttention(dim, window_size, num_heads)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=norm2_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), windows))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchMerging(nn.Module):
-    """Each 2 x 2 neighbours become one token of twice the width.
-
-    `by_column`: the upper left, lower left, upper right, lower right, as every Swin has it; else row by row, which the
-    published pretraining does.
-    """
-
-    def __init__(self, dim: int, by_column: bool):
-        super().__init__()
-        self.by_column = by_column
-        self.norm = LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor, units: int) -> Tensor:
-        """x [N, units * r * r, D], each unit an r x r raster -> [N, units * r/2 * r/2, 2 D]."""
-        n, length, dim = x.shape
-        half = round((length // units) ** 0.5) // 2
-        x = x.view(n, units, half, 2, half, 2, dim)  # N, unit, row, child row, column, child column, D
-        x = x.permute(0, 1, 2, 4, 5, 3, 6) if self.by_column else x.permute(0, 1, 2, 4, 3, 5, 6)
-        return self.reduction(self.norm(x.reshape(n, length // 4, 4 * dim)))
-
-
-class SwinStage(nn.Module):
-    """Blocks of one width, with windows shifted in every second one, and the merging after them."""
-
-    def __init__(self, blocks: list[SwinBlock], downsample: PatchMerging | None):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor, windows: Sequence[Windows], units: int = 1) -> Tensor:
-        """x [N, L, D], windows unshifted and shifted -> [N, L / 4, 2 D]; in the last stage [N, L, D]."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, windows[i % 2])
-        return x if self.downsample is None else self.downsample(x, units)
-
-
-class SwinGeometry:
-    """Sides, windows and shifts of the four stages. Raises ValueError where something does not divide."""
-
-    unit = 8  # patches to the side of a mask unit: one token in the last stage
-
-    def __init__(self, img_size: int, patch_size: int, window_size: int):
-        check_divides(img_size, self.unit * patch_size, f'the mask unit of {self.unit} patches of {patch_size}')
-        self.units = img_size // (self.unit * patch_size)
-        self.sides = [self.units * self.unit >> stage for stage in range(4)]
-        # a window no smaller than the grid is the grid, and is not shifted
-        self.windows = [min(window_size, side) for side in self.sides]
-        self.shifts = [window_size // 2 if window_size < side else 0 for side in self.sides]
-        for side, window in zip(self.sides, self.windows, strict=True):
-            if side % window:
-                raise ValueError(
-                    f'img_size {img_size} gives stages of {self.sides} tokens to the side, '
-                    f'of which {side} is not a multiple of window_size {window}'
-                )
-
-    def stages(self) -> Iterator[tuple[int, int, int]]:
-        """(side, window, shift) of each."""
-        return zip(self.sides, self.windows, self.shifts, strict=True)
-
-
-def unit_major(side: int, units: int) -> Tensor:
-    """Raster numbers of a grid's tokens, unit by unit: [units * units, r * r], r = side / units."""
-    r = side // units
-    return torch.arange(side * side).view(units, r, units, r).transpose(1, 2).reshape(-1, r * r)
-
-
-def swin_stages(
-    geometry: SwinGeometry,
-    embed_dim: int,
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    mlp_ratio: float,
-    *,
-    by_column: bool,
-    drop_path_rate: float = 0.0,
-    norm2_eps: float = 1e-6,
-) -> nn.ModuleList:
-    rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
-    stages = []
-    for i, (depth, heads, window) in enumerate(zip(depths, num_heads, geometry.windows, strict=True)):
-        dim = embed_dim << i
-        check_heads((dim, heads, f'stage {i} width'))
-        blocks = [SwinBlock(dim, window, heads, mlp_ratio, next(rates), norm2_eps) for _ in range(depth)]
-        stages.append(SwinStage(blocks, PatchMerging(dim, by_column) if i < 3 else None))
-    return nn.ModuleList(stages)
-
-
 class LocalMIMSwin(LocalMIM):
     """LocalMIM with a Swin (published `MaskedAutoencoderSwin`) over the visible tokens alone; one mask for a batch.
 
     A mask unit is 8 x 8 patches, one token of the last stage; int(mask_ratio * U) + 1 of U units are hidden. Decoders
     read all four stages, after their merging, and predict on those grids.
 
-    `coords='published'` keeps two slips that the published weights were trained with. Behind the first merging, tokens
-    are windowed as if they lay elsewhere: the visible units' tokens are numbered unit by unit, and their coordinates row
-    by row. And merging concatenates neighbours row by row, where the classifier does column by column. `'correct'`
-    mends both: the encoder of a fully visible image is then the plain Swin. Our own weights are taken as they are;
-    published ones are put into the other order when loaded.
+    `coords='published'` keeps two slips that the published weights were trained with. After the first merging, tokens
+    are windowed as if they lay elsewhere: they are counted unit by unit, their coordinates row by row. And merging
+    concatenates neighbours row by row, where the classifier does column by column. `'correct'` mends both: the encoder
+    of a fully visible image is then the plain Swin. Published weights are put into the other order when they are
+    loaded; our own are taken as they are.
 
     Raises ValueError for sizes that do not divide and for a mask ratio that hides nothing or everything.
     """
@@ -491,28 +395,26 @@ class LocalMIMSwin(LocalMIM):
         mask_ratio: float = 0.75,
     ):
         check_coords(coords)
-        geometry = SwinGeometry(img_size, patch_size, window_size)
+        grids = stage_grids(img_size, patch_size, window_size)
         decoder_dims = [decoder_dim // 2, decoder_dim, decoder_dim, decoder_dim]
         check_heads(*((dim, decoder_num_heads, 'decoder width') for dim in decoder_dims))
         cells = [patch_size * size for size in (2, 4, 8, 8)]
-        super().__init__(
-            cells=cells, target=target, hog_bins=hog_bins, hog_bias=hog_bias, norm_pix_loss=norm_pix_loss
-        )
-        self.geometry, self.coords = geometry, coords
-        self.mask_size = geometry.unit * patch_size
-        self.num_units = geometry.units**2
+        super().__init__(cells=cells, target=target, hog_bins=hog_bins, hog_bias=hog_bias, norm_pix_loss=norm_pix_loss)
+        self.grids, self.coords = grids, coords
+        self.mask_size = 8 * patch_size
+        self.num_units = grids[-1].side ** 2
         self.num_keep = self.num_units - 1 - int(mask_ratio * self.num_units)
         check_kept(self.num_keep, self.num_units, mask_ratio, 'units')
 
         # encoder
         self.patch_embed = PatchEmbed(self.mask_size, patch_size, 3, embed_dim, norm_layer=LayerNorm)  # one unit
         by_column = coords == 'correct'
-        self.layers = swin_stages(geometry, embed_dim, depths, num_heads, mlp_ratio, by_column=by_column)
+        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, by_column=by_column)
         widths = [embed_dim << stage for stage in (1, 2, 3, 3)]
         self.norms = nn.ModuleList(map(LayerNorm, widths))
 
         # decoders, one per stage
-        grids = [geometry.sides[stage] for stage in (1, 2, 3, 3)]
+        sides = [grids[stage].side for stage in (1, 2, 3, 3)]
         self.decoders = nn.ModuleList(
             LocalDecoder(
                 width,
@@ -520,10 +422,10 @@ class LocalMIMSwin(LocalMIM):
                 decoder_depth,
                 decoder_num_heads,
                 mlp_ratio,
-                sincos_2d(dim, grid, cls_token=False),
+                sincos_2d(dim, side, cls_token=False),
                 nn.Linear(dim, num_outputs),
             )
-            for width, dim, grid, num_outputs in zip(widths, decoder_dims, grids, self.num_outputs, strict=True)
+            for width, dim, side, num_outputs in zip(widths, decoder_dims, sides, self.num_outputs, strict=True)
         )
         self.init_weights()
 
@@ -549,11 +451,11 @@ class LocalMIMSwin(LocalMIM):
         """Visible units [1, K], ascending, on the CPU -> SwinPlan."""
         mask = torch.ones(1, self.num_units).scatter_(1, ids_keep, 0.0)
         places, coords, slots = [], [], []
-        for side, window, shift in self.geometry.stages():
-            by_unit = unit_major(side, self.geometry.units)  # [U, r * r]
+        for side, window, shift in self.grids:
+            by_unit = unit_major(side, self.grids[-1].side)  # [U, r * r]
             visible = by_unit[ids_keep[0]].flatten()
             places.append(visible)
-            if self.coords == 'published' and side < self.geometry.sides[0]:
+            if self.coords == 'published' and side < self.grids[0].side:
                 # the slip: numbers that count by unit are taken for places that count by row
                 visible = torch.arange(side * side).view_as(by_unit)[ids_keep[0]].flatten()
             coords.append(grid_coords(side)[visible])
@@ -568,7 +470,7 @@ class LocalMIMSwin(LocalMIM):
     def stage_windows(self, plan: SwinPlan) -> list[list[Windows]]:
         """Of each stage, the plain and the shifted windows over the visible tokens."""
         lengths = [plan.ids_keep.shape[1] * size for size in (64, 16, 4, 1)]
-        stages = zip(self.geometry.stages(), plan.coords.split(lengths), plan.slots.split(lengths), strict=True)
+        stages = zip(self.grids, plan.coords.split(lengths), plan.slots.split(lengths), strict=True)
         return [
             [
                 make_windows(coords, slots[:, i], *group_shape(len(coords), window), window, s)
@@ -582,7 +484,7 @@ class LocalMIMSwin(LocalMIM):
         n, num_keep = imgs.shape[0], plan.ids_keep.shape[1]
         units = gather_tokens(patchify(imgs, self.mask_size), plan.ids_keep.expand(n, -1))  # [N, K, .]
         units = units.reshape(-1, self.mask_size, self.mask_size, 3).permute(0, 3, 1, 2)
-        x = self.patch_embed(units).reshape(n, num_keep * self.geometry.unit**2, -1)  # [N, V_0, D]
+        x = self.patch_embed(units).reshape(n, num_keep * 64, -1)  # [N, V_0, D]
         latents = []
         for layer, norm, windows in zip(self.layers, self.norms, self.stage_windows(plan), strict=True):
             x = layer(x, windows, num_keep)
@@ -594,6 +496,83 @@ class LocalMIMSwin(LocalMIM):
         return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ('patch_embed', 'layers')}
 
 
+class LocalMIMSwinClassifier(nn.Module):
+    """The Swin that is fine-tuned (published `SwinTransformer`): tokens are averaged *before* the last norm.
+
+    `norm2` has an epsilon of 1e-5, every other norm 1e-6. `coords` tells `load_published` what to do with a published
+    pretraining checkpoint: take it as it is, which gave the published accuracies, or mend its order of merging.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        patch_size: int = 4,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        coords: str = 'published',
+    ):
+        super().__init__()
+        check_coords(coords)
+        self.coords = coords
+        grids = stage_grids(img_size, patch_size, window_size)
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=LayerNorm)
+        rates = dict(drop_path_rate=drop_path_rate, norm2_eps=1e-5)
+        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, **rates)
+        self.windows = nn.ModuleList(
+            nn.ModuleList(GridWindows(side, window, s) for s in (0, shift)) for side, window, shift in grids
+        )
+        self.norm = LayerNorm(8 * embed_dim)
+        self.head = nn.Linear(8 * embed_dim, num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear and bias tables N(0, 0.02), the head close to zero, zero bias."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """imgs [N, 3, H, W] -> tokens [N, L, D] of the last stage, in raster order and not normed."""
+        x = self.patch_embed(imgs)
+        for layer, windows in zip(self.layers, self.windows, strict=True):
+            x = layer(x, windows)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens [N, L, D] -> logits [N, classes], or what the head would be given, [N, D]."""
+        x = self.norm(x.mean(dim=1))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(imgs))
+
+    def timm_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of timm's `SwinTransformer`, where merging begins a stage.
+
+        timm norms the tokens before it averages them, and has one epsilon: the features are the same, logits are not.
+        """
+
+        def rename(name: str) -> str:
+            first, _, rest = name.partition('.')
+            if '.downsample.' in name:
+                stage, _, rest = rest.partition('.')
+                return f'layers.{int(stage) + 1}.{rest}'
+            return f'head.fc.{rest}' if first == 'head' else name
+
+        return {rename(name): value for name, value in self.state_dict().items()}
+
+
 def check_coords(coords: str) -> None:
     if coords not in ('published', 'correct'):
         raise ValueError(f"coords {coords!r} is neither 'published' nor 'correct'")
@@ -603,11 +582,18 @@ def check_coords(coords: str) -> None:
 # sizes, classifier, optimiser rules
 
 VIT_ENCODERS = {
-    # for quick trials; not in the paper
-    'localmim_vit_tiny': dict(patch_size=8, embed_dim=96, depth=8, num_heads=3),
+    'localmim_vit_tiny': dict(patch_size=8, embed_dim=96, depth=8, num_heads=3),  # for quick trials; not in the paper
     'localmim_vit_small': dict(embed_dim=384, depth=12, num_heads=6),
     'localmim_vit_base': dict(embed_dim=768, depth=12, num_heads=12),
     'localmim_vit_large': dict(embed_dim=1024, depth=24, num_heads=16),
+}
+SWIN_ENCODERS = {
+    'localmim_swin_pico': dict(  # for quick trials; not in the paper
+        patch_size=2, embed_dim=24, depths=(2, 2, 2, 2), num_heads=(2, 2, 4, 4), window_size=4
+    ),
+    'localmim_swin_tiny': dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7),
+    'localmim_swin_base': dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=7),
+    'localmim_swin_large': dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=14),
 }
 
 
@@ -626,3 +612,72 @@ def localmim_vit_base(**kwargs) -> LocalMIMViT:
 
 def localmim_vit_large(**kwargs) -> LocalMIMViT:
     return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_large'], 'hog_bins': 18, 'hog_bias': True, **kwargs})
+
+
+def localmim_swin_pico(**kwargs) -> LocalMIMSwin:
+    pico = dict(decoder_dim=48, decoder_num_heads=3, mask_ratio=0.5)
+    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_pico'], **pico, **kwargs})
+
+
+def localmim_swin_tiny(**kwargs) -> LocalMIMSwin:
+    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_tiny'], **kwargs})
+
+
+def localmim_swin_base(**kwargs) -> LocalMIMSwin:
+    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_base'], **kwargs})
+
+
+def localmim_swin_large(**kwargs) -> LocalMIMSwin:
+    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_large'], **kwargs})
+
+
+__all__ = [*VIT_ENCODERS, *SWIN_ENCODERS]
+
+
+def create_classifier(
+    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
+) -> VisionTransformer | LocalMIMSwinClassifier:
+    """What a pretraining model is fine-tuned as: timm's ViT, which norms the average patch token, or the Swin above.
+
+    The head starts close to zero. Raises ValueError for a size that does not divide.
+    """
+    sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
+    if name in SWIN_ENCODERS:
+        return LocalMIMSwinClassifier(**{**SWIN_ENCODERS[name], **sizes, **kwargs})
+    fixed = dict(global_pool='avg', norm_layer=LayerNorm, weight_init='jax')
+    options = {'patch_size': 16, **VIT_ENCODERS[name], **fixed, **sizes, **kwargs}
+    check_divides(img_size, options['patch_size'], 'the patch_size')
+    model = VisionTransformer(**options)
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    return model
+
+
+def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
+    """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as the published optimiser groups them.
+
+    Layer ids: 0 = tokens, position and patch embedding; i + 1 = block i, counted over all stages, and merging with the
+    block before it; depth + 1 = the rest. 1-D parameters are not decayed. Nor are, in pretraining, a Swin's mask tokens
+    and bias tables, but a ViT's tokens are; in fine-tuning, a ViT's class token and position embedding, but a Swin's
+    bias tables are.
+    """
+    if isinstance(model, LocalMIMSwin | LocalMIMSwinClassifier):
+        depths = [len(layer.blocks) for layer in model.layers]
+        undecayed = ('_token', 'relative_position_bias_table') if isinstance(model, LocalMIMSwin) else ()
+    else:
+        depths = [len(model.blocks)]
+        undecayed = () if isinstance(model, LocalMIMViT) else ('cls_token', 'pos_embed')
+
+    def layer_id(name: str) -> int:
+        first, *rest = name.split('.')
+        if first == 'blocks':
+            return int(rest[0]) + 1
+        if first == 'layers':
+            stage = int(rest[0])
+            return sum(depths[:stage]) + (int(rest[2]) + 1 if rest[1] == 'blocks' else depths[stage])
+        return 0 if first in VIT_ENCODER_NAMES else sum(depths) + 1
+
+    return {
+        name: (layer_id(name), 1.0, param.ndim > 1 and not name.endswith(undecayed))
+        for name, param in model.named_parameters()
+        if param.requires_grad
+    }

@@ -13,12 +13,14 @@ from util.datasets import to_device
 from util.optim import GuardedStep, adamw, param_groups
 
 MODELS = [(module, name) for module in METHODS for name in module.__all__]
-TINY = [(module, name) for module, name in MODELS if 'tiny' in name]
+TINY = [(module, name) for module, name in MODELS if 'tiny' in name or 'pico' in name]
 N = 2
 
 
 def size_of(name: str) -> int:
     """A small image for the model: few tokens, whatever its depth."""
+    if name.startswith('localmim_swin'):  # windows divide every stage
+        return 64 if 'pico' in name else 224
     return 32 if 'tiny' in name else 64
 
 

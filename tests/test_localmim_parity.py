@@ -3,6 +3,7 @@
 import fill
 import pytest
 import torch
+import torch.nn.functional as F
 from parity import filled_state, golden, relative, summary_difference
 
 import models_localmim
@@ -56,8 +57,10 @@ def compare(name: str, data: dict, model, renamed, measured) -> None:
     trainable = {key: param for key, param in model.named_parameters() if param.requires_grad}
     assert {renamed(key) for key in data['grad_l2']} == trainable.keys()
     gradients = max(relative(trainable[renamed(key)].grad.norm(), norm) for key, norm in data['grad_l2'].items())
-    measured(f'localmim/{name}: losses {losses:.1e}, latents, predictions, targets {values:.1e}, '
-             f'gradient norms {gradients:.1e}')
+    measured(
+        f'localmim/{name}: losses {losses:.1e}, latents, predictions, targets {values:.1e}, '
+        f'gradient norms {gradients:.1e}'
+    )
     assert max(losses, values) < 1e-5
     assert gradients < 1e-4
     assert sum(param.numel() for param in trainable.values()) == data['n_params_trainable']
@@ -92,3 +95,32 @@ def test_swin(name, measured):
     else:
         load_published(model, state)
     compare(name, data, model, rename, measured)
+
+
+@pytest.mark.parametrize('name', ['ft_tiny_vit', 'ft_tiny_swin'])
+def test_classifier(name, measured):
+    data = golden(f'localmim/{name}.json')
+    config = data['config']
+    keys = ['img_size', 'patch_size', 'embed_dim', 'num_heads', 'mlp_ratio', 'num_classes']
+    keys += ['depths', 'window_size'] if 'depths' in config else ['depth']
+    model = models_localmim.create_classifier(
+        'localmim_swin_base' if 'depths' in config else 'localmim_vit_base', **{key: config[key] for key in keys}
+    )
+    report = load_published(model, reference_state(data))
+    assert not report.missing + report.ignored
+    model.eval()
+    imgs = torch.from_numpy(fill.images(2, config['img_size']))
+    features = model.forward_head(model.forward_features(imgs), pre_logits=True)
+    logits = model(imgs)
+    values = max(summary_difference(features, data['features']), summary_difference(logits, data['logits']))
+    assert logits.argmax(dim=1).tolist() == data['argmax']
+
+    loss = F.cross_entropy(logits, torch.tensor([1, 3]))
+    loss.backward()
+    params = dict(model.named_parameters())
+    gradients = max(relative(params[key].grad.norm(), norm) for key, norm in data['grad_l2'].items())
+    losses = relative(loss, data['loss_ce'])
+    measured(f'localmim/{name}: loss {losses:.1e}, features and logits {values:.1e}, gradient norms {gradients:.1e}')
+    assert max(losses, values) < 1e-5
+    assert gradients < 1e-4
+    assert sum(param.numel() for param in params.values()) == data['n_params_trainable']

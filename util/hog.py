@@ -1,10 +1,10 @@
 """Histograms of oriented gradients, as targets and as pictures: pure tensor functions, no state.
 
-Orientation is unsigned: pi is cut into `bins` parts, and every pixel gives its gradient's magnitude to one of them, without
-interpolation. A cell's histogram is the mean over its pixels, of unit length per colour; there is no block
-normalisation across cells.
+Orientation is unsigned: pi is cut into `bins` parts, and every pixel gives its gradient's magnitude to one of them,
+without interpolation. A cell's histogram has unit length per colour; there is no block normalisation across cells.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def hog(imgs: Tensor, cells: Sequence[int], bins: int, biases: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """[N, C, H, W] -> for each cell side in pixels, finest first, [N, L, C * bins]; cells in raster order, colours outermost.
+    """[N, C, H, W] -> per cell side in pixels, finest first, [N, L, C * bins]; cells in raster order, bins innermost.
 
     The gradient is taken once for all colours and scales, and binned into the finest cells alone; the others, multiples
     of it, are pooled from those, which is exact. `biases`, one [2] per cell side, are added to both components of the
@@ -23,7 +23,7 @@ def hog(imgs: Tensor, cells: Sequence[int], bins: int, biases: Sequence[Tensor] 
     across, down = sobel(imgs)
     if biases is None:
         hists = [histogram(across, down, cells[0], bins)]
-        for finer, cell in zip(cells, cells[1:], strict=False):
+        for finer, cell in itertools.pairwise(cells):
             hists.append(pooled(hists[-1], cell // finer))
     else:
         hists = [histogram(across + b[0], down + b[1], cell, bins) for cell, b in zip(cells, biases, strict=True)]

@@ -154,9 +154,9 @@ SWIN_BUFFERS = (r'.*\.relative_position_index', r'.*\.attn_mask')
 
 
 def merging_order(state: State, model: nn.Module) -> State:
-    """The published Swin was pretrained with the 2 x 2 neighbours merged row by row, other Swins merge column by column.
+    """The published Swin was pretrained with neighbours merged row by row; other Swins merge them column by column.
 
-    A model that is to be correct gets its weights in the other order: the middle two of four parts change places.
+    A model that is to be correct gets the weights in its order: the middle two of four parts change places.
     """
     if model.coords != 'correct':
         return state
@@ -185,9 +185,7 @@ INTO_LOCALMIM_SWIN = (
 )
 
 INTO_LOCALMIM_SWIN_CLASSIFIER = (
-    Format(
-        'our LocalMIM pretraining', OUR_LOCALMIM_SWIN_MARKS, ignorable=(r'(decoders|norms|hog_bias)\..*',)
-    ),
+    Format('our LocalMIM pretraining', OUR_LOCALMIM_SWIN_MARKS, ignorable=(r'(decoders|norms|hog_bias)\..*',)),
     Format(
         'published LocalMIM pretraining',
         LOCALMIM_SWIN_MARKS,

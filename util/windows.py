@@ -3,8 +3,9 @@
 A shifted window is a plain one of a grid that is cut elsewhere. It does not wrap around the border, where windows are
 simply smaller; that equals the masked cyclic shift.
 
-Windows that hold some of their tokens only are packed into groups of one window's size, the emptier ones together, and
-attention within a group is masked to windows. How many groups are needed depends on the mask, how many there are does not.
+Windows of which only some tokens are there are packed into groups of one window's size, the emptier ones together, and
+attention within a group is masked to windows. How many groups are filled depends on the tokens; how many there are, and
+so every shape, does not.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,17 @@ class Windows(NamedTuple):
     bias_index: Tensor  # [G or 1, S, S] int64, which of the (2 * window - 1)^2 relative positions a pair has
     mask: Tensor  # [G, S, S] float32, 0 within a window, -inf elsewhere
     slots: Tensor | None  # [L] int64, the slot of each token; None: one group of all tokens, in their order
+
+
+def grid_coords(side: int) -> Tensor:
+    """(row, column) of all tokens of a grid in raster order, [side * side, 2]."""
+    return torch.cartesian_prod(torch.arange(side), torch.arange(side))
+
+
+def unit_major(side: int, units: int) -> Tensor:
+    """Raster places of all tokens of a grid, mask unit by mask unit: [units * units, r * r], r = side / units."""
+    r = side // units
+    return torch.arange(side * side).view(units, r, units, r).transpose(1, 2).reshape(-1, r * r)
 
 
 def window_ids(coords: Tensor, window: int, shift: int) -> Tensor:
@@ -37,7 +49,7 @@ def group_shape(num_tokens: int, window: int) -> tuple[int, int]:
 
 
 def group_slots(coords: Tensor, window: int, shift: int) -> Tensor:
-    """Pack the windows over tokens [L, 2], distinct, into groups, largest first, each into the first that has room: [L]."""
+    """Slots [L] of tokens at distinct (row, column) [L, 2]: fullest windows first, into the first group with room."""
     groups, size = group_shape(len(coords), window)
     if groups == 1:
         return torch.arange(len(coords))
@@ -69,11 +81,6 @@ def make_windows(coords: Tensor, slots: Tensor, groups: int, size: int, window: 
     bias_index = torch.where(same, row * (2 * window - 1) + col, 0)
     mask = torch.zeros(same.shape, device=same.device).masked_fill(~same, -torch.inf)
     return Windows(bias_index, mask, slots)
-
-
-def grid_coords(side: int) -> Tensor:
-    """(row, column) of all tokens of a grid, [side * side, 2]."""
-    return torch.cartesian_prod(torch.arange(side), torch.arange(side))
 
 
 def grid_windows(side: int, window: int, shift: int) -> Windows:
