@@ -62,19 +62,19 @@ def pooled(hist: Tensor, factor: int) -> Tensor:
 def draw_hog(hist: Tensor, bins: int, cell: int) -> Tensor:
     """Histograms [N, L, 3 * bins] of a square image -> strokes along the edges, [N, 3, H, W] in 0..1.
 
-    Every cell shows one stroke per orientation, as bright as its share, in the three colours' own channels; strokes of
-    cells below 8 pixels reach into the neighbours, so that their direction can be seen.
+    Every cell shows one stroke per orientation in its three colours, as bright as its share of the cell's energy.
+    Strokes of cells below 8 pixels reach into the neighbours, so that their direction can be seen.
     """
     n, length, _ = hist.shape
     side = round(length**0.5)
-    size = max(cell, 8)
+    size = max(cell, 8 + cell % 2)
     centre = torch.arange(size, device=hist.device) - (size - 1) / 2
     angle = ((torch.arange(bins, device=hist.device) + 0.5) * math.pi / bins).view(-1, 1, 1)
     # an angle is that of (across, down) = (sin, cos); the edge runs at right angles to it
     distance = (angle.sin() * centre + angle.cos() * centre.unsqueeze(1)).abs()
     radius = torch.hypot(centre, centre.unsqueeze(1))
-    strokes = (1 - distance).clamp(0, 1) * (radius < size / 2)  # [bins, size, size]
+    strokes = (1 - distance).clamp(0, 1) * (radius < size / 2) * cell / size  # [bins, size, size]
 
-    maps = hist.clamp(min=0).transpose(1, 2).reshape(n * 3, bins, side, side)
+    maps = hist.clamp(min=0).square().transpose(1, 2).reshape(n * 3, bins, side, side)
     picture = F.conv_transpose2d(maps, strokes.unsqueeze(1), stride=cell, padding=(size - cell) // 2)
     return picture.view(n, 3, side * cell, side * cell).clamp(max=1)
