@@ -194,9 +194,9 @@ class LocalMIM(nn.Module):
         """Panels [N, 3, H, W] in the input's normalised space: original, masked, and each scale's, 0 the finest.
 
         HOG targets and predictions are drawn as strokes along the edges, from the images' darkest to their brightest
-        value. Pixels that were normalised per patch need a mean and a deviation: `oracle` takes each patch's own, which
-        leaks the answer's brightness and contrast, `honest` the visible patches' average. All places are drawn; visible
-        ones enter no loss, and what is predicted there means nothing.
+        value; predictions where something is hidden. Pixels that were normalised per patch need a mean and a deviation:
+        `oracle` takes each patch's own, which leaks the answer's brightness and contrast, `honest` the visible patches'
+        average. They are drawn everywhere; visible ones enter no loss, and what is predicted there means nothing.
         """
         was_training = self.training
         self.eval()
@@ -206,7 +206,8 @@ class LocalMIM(nn.Module):
         for k, (pred, target, cell) in enumerate(zip(preds, self.forward_targets(imgs), self.cells, strict=True)):
             if self.target == 'hog':
                 dark, bright = imgs.amin((0, 2, 3), keepdim=True), imgs.amax((0, 2, 3), keepdim=True)
-                for what, hist in (('target', target), ('prediction', pred.float())):
+                hidden = self.loss_weights(plan.mask, pred.shape[1]).unsqueeze(-1) > 0
+                for what, hist in (('target', target), ('prediction', pred.float() * hidden)):
                     panels[f'{what} {k}'] = dark + (bright - dark) * draw_hog(hist, self.hog_bins, cell)
             elif self.norm_pix_loss:
                 mean, std = patch_stats(patchify(imgs, cell))

@@ -75,6 +75,7 @@ def draw_hog(hist: Tensor, bins: int, cell: int) -> Tensor:
     radius = torch.hypot(centre, centre.unsqueeze(1))
     strokes = (1 - distance).clamp(0, 1) * (radius < size / 2) * cell / size  # [bins, size, size]
 
-    maps = hist.clamp(min=0).square().transpose(1, 2).reshape(n * 3, bins, side, side)
+    energy = F.normalize(hist.clamp(min=0).unflatten(2, (3, bins)), dim=-1).square()  # [N, L, 3, bins]
+    maps = energy.permute(0, 2, 3, 1).reshape(n * 3, bins, side, side)
     picture = F.conv_transpose2d(maps, strokes.unsqueeze(1), stride=cell, padding=(size - cell) // 2)
     return picture.view(n, 3, side * cell, side * cell).clamp(max=1)
