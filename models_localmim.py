@@ -35,7 +35,7 @@ from util.hog import draw_hog, hog
 from util.patches import MaskPlan, gather_tokens, mask_plan, patch_mask_to_pixels, patch_stats, patchify, unpatchify
 from util.pos_embed import sincos_2d
 from util.swin import GridWindows, WindowAttention, stage_grids, swin_stages
-from util.windows import Windows, grid_coords, group_shape, group_slots, make_windows, unit_major
+from util.windows import Windows, group_shape, group_slots, make_windows, unit_major
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -459,7 +459,7 @@ class LocalMIMSwin(LocalMIM):
             if self.coords == 'published' and side < self.grids[0].side:
                 # the slip: numbers that count by unit are taken for places that count by row
                 visible = torch.arange(side * side).view_as(by_unit)[ids_keep[0]].flatten()
-            coords.append(grid_coords(side)[visible])
+            coords.append(torch.stack([visible // side, visible % side], dim=1))
             slots.append(torch.stack([group_slots(coords[-1], window, s) for s in (0, shift)], dim=1))
         return SwinPlan(ids_keep, mask, torch.cat(places[1:]).unsqueeze(0), torch.cat(coords), torch.cat(slots))
 

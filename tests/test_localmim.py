@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import filled_state
+from test_localmim_parity import published_names
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
@@ -20,7 +21,6 @@ from util.patches import patch_mask_to_pixels
 from util.published import load_published
 from util.windows import grid_windows, group_shape, group_slots, make_windows, window_ids
 
-SWIN = models_localmim.LocalMIMSwin
 TINY_SWIN = dict(embed_dim=8, depths=(2, 2, 2, 2), num_heads=(2, 2, 4, 4), decoder_dim=16)
 
 
@@ -520,26 +520,6 @@ def test_rules():
 
 # --------------------------------------------------------------------------
 # published files
-
-
-def published_names(model) -> dict[str, torch.Tensor]:
-    """A model's weights and the published files' computed buffers, under the published names."""
-    state, prefix = {}, 'encoder.' if isinstance(model, SWIN) else ''
-    for key, value in model.state_dict().items():
-        first, _, rest = key.partition('.')
-        if first == 'decoders':
-            state[f'decoder.{rest}'] = value
-        elif first == 'norms':
-            state[f'{prefix}norm.{rest}'] = value
-        elif first == 'hog_bias':
-            state[f'hog_enc.{rest}.conv.bias'] = value
-            state[f'hog_enc.{rest}.conv.weight'] = torch.zeros(2, 1, 3, 3)
-        else:
-            state[prefix + key] = value
-            if key.endswith('relative_position_bias_table'):
-                name = key.replace('bias_table', 'index')
-                state[prefix + name] = torch.zeros(16, 16, dtype=torch.int64)
-    return state | {f'decoder.{k}.pos_embed': decoder.pos_embed for k, decoder in enumerate(model.decoders)}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """LocalMIM against the numbers of the published code: losses, latents, predictions, targets, gradients, classifiers."""
 
+import hashlib
+import re
+
 import fill
 import pytest
 import torch
@@ -8,6 +11,7 @@ from parity import filled_state, golden, relative, summary_difference
 
 import models_localmim
 from util.published import INTO_LOCALMIM_SWIN, INTO_LOCALMIM_VIT, load_published
+from util.windows import make_windows, window_ids
 
 
 def target_options(config: dict) -> dict:
@@ -95,6 +99,83 @@ def test_swin(name, measured):
     else:
         load_published(model, state)
     compare(name, data, model, rename, measured)
+
+
+@pytest.mark.parametrize('name', SWIN)
+def test_windows(name):
+    """Coordinates, windows and relative positions of every stage, plain and shifted."""
+    data = golden(f'localmim/{name}.json')
+    model = reference_swin(data, 'correct' if 'FIXED' in name else 'published')
+    plan = model.plan_from_noise(torch.from_numpy(fill.uniform('localmim', (2, 49))))
+    found = []
+    for coords, (side, window, shift) in zip(plan.coords.split([768, 192, 48, 12]), model.grids, strict=True):
+        for s in (0, shift) if window < side else (0,):
+            windows = make_windows(coords, None, 1, len(coords), window, s)
+            counts = window_ids(coords, window, s).unique(dim=0, return_counts=True)[1]
+            sums = windows.bias_index.sum().item(), (windows.mask == 0).sum().item()
+            found.append((hashlib.sha256(coords.numpy().tobytes()).hexdigest(), sums[0], window, s))
+            assert (counts**2).sum() == sums[1]
+            if (theirs := data['grouping'][len(found) - 1])['mode'] == 'grouping':
+                assert counts.tolist() == theirs['window_counts']
+            assert sums[1] == theirs['attn_mask']['n_zero']
+    keys = ('coords_sha256_int64', 'window_size', 'shift_size')
+    wanted = [[g[key] for key in keys] for g in data['grouping']]
+    assert [[sha, window, s] for sha, _, window, s in found] == wanted
+    sums = [g['rel_pos_idx']['sum_where_attendable'] for g in data['grouping']]
+    assert [total for _, total, _, _ in found] == sums
+
+
+# what the published code gives for models whose files are not here: the loss of each scale
+TINY_SWIN = dict(embed_dim=24, depths=(2, 2, 2, 2), num_heads=(2, 2, 4, 4), decoder_dim=32)
+LOSSES = {
+    'vit_base_hog': ('localmim_vit_base', {}, (0.1246471, 0.1598453, 0.4220069, 0.3049193)),
+    'swin_base_hog': ('localmim_swin_base', {}, (0.3663964, 0.3457933, 0.3953286, 0.3723552)),
+    'tiny_swin_pixel_nonorm': (
+        'LocalMIMSwin',
+        dict(TINY_SWIN, target='pixel', norm_pix_loss=False),
+        (1.2765877, 1.4510148, 1.4255967, 1.4367654),
+    ),
+    'tiny_swin_win14_hog_bias18': (
+        'LocalMIMSwin',
+        dict(TINY_SWIN, window_size=14),
+        (0.1948502, 0.3574173, 0.3720941, 0.4730059),
+    ),
+}
+
+
+def published_names(model) -> dict[str, torch.Tensor]:
+    """A model's weights and the published files' computed buffers, under the published names."""
+    state, prefix = {}, '' if 'cls_token' in model.state_dict() else 'encoder.'
+    for key, value in model.state_dict().items():
+        first, _, rest = key.partition('.')
+        if first == 'decoders':
+            state[f'decoder.{rest}'] = value
+        elif first == 'norms':
+            state[f'{prefix}norm.{rest}'] = value
+        elif first == 'hog_bias':
+            state[f'hog_enc.{rest}.conv.bias'] = value
+            state[f'hog_enc.{rest}.conv.weight'] = torch.zeros(2, 1, 3, 3)
+        else:
+            state[prefix + key] = value
+            if key.endswith('relative_position_bias_table'):
+                name = key.replace('bias_table', 'index')
+                state[prefix + name] = torch.zeros(16, 16, dtype=torch.int64)
+    return state | {f'decoder.{k}.pos_embed': decoder.pos_embed for k, decoder in enumerate(model.decoders)}
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_losses(name, measured):
+    make, options, wanted = LOSSES[name]
+    model = getattr(models_localmim, make)(**options)
+    computed = r'.*(pos_embed|position_index|conv\.weight)'
+    shapes = [[key, value.shape] for key, value in published_names(model).items() if not re.fullmatch(computed, key)]
+    load_published(model, filled_state(shapes))
+    plan = model.plan_from_noise(torch.from_numpy(fill.uniform('localmim', model.noise_shape(2))))
+    with torch.no_grad():
+        loss, terms = model(torch.from_numpy(fill.images(2, 224)), plan)
+    losses = max(map(relative, [loss, *terms.values()], [sum(wanted), *wanted]))
+    measured(f'localmim/{name}: losses {losses:.1e}')
+    assert losses < 1e-5
 
 
 @pytest.mark.parametrize('name', ['ft_tiny_vit', 'ft_tiny_swin'])

@@ -138,10 +138,10 @@ INTO_MIRL = (
 # --------------------------------------------------------------------------
 # LocalMIM: a ViT and a Swin, pretrained, and a fine-tuned Swin whose merging layers end a stage
 
-LOCALMIM_MARKS = {'norm.0.weight', 'decoder.0.mask_token', 'cls_token'}
-LOCALMIM_SWIN_MARKS = {'encoder.norm.0.weight', 'decoder.0.mask_token'}
-OUR_LOCALMIM_MARKS = {'norms.0.weight', 'decoders.0.mask_token', 'cls_token'}
-OUR_LOCALMIM_SWIN_MARKS = {'norms.0.weight', 'decoders.0.mask_token', 'layers.0.downsample.norm.weight'}
+LOCALMIM_MARKS = {'cls_token', 'decoder.0.pred.4.weight'}
+LOCALMIM_SWIN_MARKS = {'encoder.norm.0.weight', 'decoder.0.pred.weight'}
+OUR_LOCALMIM_MARKS = {'cls_token', 'decoders.0.pred.4.weight'}
+OUR_LOCALMIM_SWIN_MARKS = {'layers.0.downsample.norm.weight', 'decoders.0.pred.weight'}
 SWIN_MARKS = {'layers.0.blocks.0.attn.relative_position_bias_table', 'layers.0.downsample.norm.weight'}
 LOCALMIM_RENAMES = (
     (r'(?:encoder\.)?norm\.(\d.*)', r'norms.\1'),
@@ -198,18 +198,6 @@ INTO_LOCALMIM_SWIN_CLASSIFIER = (
 
 INTO_VIT = (
     Format(
-        'our LocalMIM pretraining',
-        OUR_LOCALMIM_MARKS,
-        ignorable=(r'(decoders|norms|hog_bias)\..*',),
-        adapt=sincos_table,
-    ),
-    Format(
-        'published LocalMIM pretraining',
-        LOCALMIM_MARKS,
-        ignorable=(r'decoder\..*', r'hog_enc\..*', r'norm\.\d\..*'),
-        adapt=sincos_table,
-    ),
-    Format(
         'our MIRL pretraining',
         OUR_MIRL_MARKS,
         ignorable=(r'(memory_embed|decoders|norm_low)\..*', r'norms\.\d+\..*'),
@@ -219,6 +207,18 @@ INTO_VIT = (
         'published MIRL pretraining',
         MIRL_MARKS,
         ignorable=(r'mask_token\d+', r'decoder_.*', r'norm_low\..*', r'norm\d+\..*'),
+        adapt=sincos_table,
+    ),
+    Format(
+        'our LocalMIM pretraining',
+        OUR_LOCALMIM_MARKS,
+        ignorable=(r'(decoders|norms|hog_bias)\..*',),
+        adapt=sincos_table,
+    ),
+    Format(
+        'published LocalMIM pretraining',
+        LOCALMIM_MARKS,
+        ignorable=(r'decoder\..*', r'hog_enc\..*', r'norm\.\d\..*'),
         adapt=sincos_table,
     ),
     Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),

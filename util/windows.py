@@ -55,13 +55,13 @@ def group_slots(coords: Tensor, window: int, shift: int) -> Tensor:
         return torch.arange(len(coords))
     row, col = window_ids(coords, window, shift).unbind(-1)
     _, members, counts = (row * len(coords) + col).unique(return_inverse=True, return_counts=True)
-    filled, starts, counts = [0] * groups, [0] * len(counts), counts.tolist()
-    for i in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
-        group = next(g for g in range(groups) if filled[g] + counts[i] <= size)
+    sizes, filled, starts = counts.tolist(), [0] * groups, [0] * len(counts)
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        group = next(g for g, used in enumerate(filled) if used + sizes[i] <= size)
         starts[i] = group * size + filled[group]
-        filled[group] += counts[i]
+        filled[group] += sizes[i]
     order = members.argsort(stable=True)  # tokens, window after window
-    firsts = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+    firsts = counts.cumsum(0) - counts
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(order)) + (torch.tensor(starts) - firsts)[members[order]]
     return slots
