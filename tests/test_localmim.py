@@ -275,9 +275,9 @@ def test_every_mask_fits_the_groups(window, coords, measured):
     shapes, milliseconds = set(), []
     for seed in range(100):
         noise = torch.from_numpy(np.random.default_rng(seed).random((1, 49), dtype='float32'))
-        began = time.perf_counter()
+        began = time.process_time()
         plan = model.plan_from_noise(noise)
-        milliseconds.append(1e3 * (time.perf_counter() - began))
+        milliseconds.append(1e3 * (time.process_time() - began))
         shapes.add(tuple(tensor.shape for tensor in plan))
         lengths = [768, 192, 48, 12]
         for xy, slots, grid in zip(plan.coords.split(lengths), plan.slots.split(lengths), model.grids, strict=True):
@@ -290,7 +290,7 @@ def test_every_mask_fits_the_groups(window, coords, measured):
                 pairs = torch.stack([ids, slots[:, column] // size], dim=1).unique(dim=0)
                 assert len(pairs) == len(ids.unique())
     assert len(shapes) == 1
-    measured(f'plan of a Swin at 224, window {window}, {coords}: {np.median(milliseconds):.2f} ms on the host')
+    measured(f'plan of a Swin at 224, window {window}, {coords}: {np.median(milliseconds):.2f} ms of CPU time')
 
 
 def test_groups_suffice_in_the_worst_case():
@@ -418,6 +418,7 @@ def test_compiles_once_for_all_plans(name, options):
 def test_published_sizes(name, options, trainable, classifier):
     with torch.device('meta'):
         model = getattr(models_localmim, name)(**options)
+    with torch.device('cpu' if 'vit' in name else 'meta'):  # older timm's ViT needs real numbers
         network = models_localmim.create_classifier(name)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
     assert sum(p.numel() for p in network.parameters()) == classifier
