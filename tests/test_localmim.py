@@ -189,14 +189,16 @@ def test_hog_is_fast(measured):
     )
 
 
-def test_targets_are_float32_under_autocast():
-    model = make('localmim_vit_tiny')
+def test_targets_and_loss_are_float32_under_autocast():
+    model, seen = make('localmim_vit_tiny'), []
     imgs, plan = inputs(model)
-    preds = [torch.randn_like(target) for target in model.forward_targets(imgs)]
-    loss, _ = model.forward_loss(imgs, preds, plan)
+    targets = model.forward_targets(imgs)
+    preds = [torch.randn_like(target).bfloat16() for target in targets]
+    loss, _ = model.forward_loss(imgs, [pred.float() for pred in preds], plan)
+    model.forward_targets = lambda x: seen.append((x.dtype, torch.is_autocast_enabled('cpu'))) or targets
     with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(model.forward_loss(imgs, preds, plan)[0], loss)
-        assert model(imgs, plan)[0].dtype == torch.float32
+        assert torch.equal(model.forward_loss(imgs.double(), preds, plan)[0], loss)
+    assert seen == [(torch.float32, False)]
 
 
 def test_hog_bias_is_kept_and_never_trained():
