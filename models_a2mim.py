@@ -242,7 +242,7 @@ def any_timm(*, name: str, img_size: int, num_classes: int = 0, drop_path_rate: 
         try:
             return timm.create_model(name, num_classes=num_classes, **options, **sizes)
         except TypeError as error:  # convolutions know no img_size, DenseNet and VGG no drop path
-            refused = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
+            refused = re.search('unexpected keyword.*(img_size|drop_path_rate)', str(error))
             if not refused or refused[1] not in options:
                 raise
             if options.pop(refused[1]) and refused[1] == 'drop_path_rate':
@@ -625,7 +625,7 @@ __all__ = [name for name in globals() if re.match('(a2mim|simmim)_', name)]
 
 
 def create_classifier(
-    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
+    name: str, /, num_classes: int = 1000, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
 ) -> nn.Module:
     """timm's network of a pretraining model's size: what it is fine-tuned as.
 
@@ -654,7 +654,8 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
 
     Mask tokens are never decayed, and those of A2MIM's CNNs learn at a tenth of the rate. So does `mask_gamma`, but
     that the 300-epoch configurations of ResNets forget it: `gamma_as_weight`, by default true for ResNets, decays it at
-    the full rate. Layer ids are timm's; ConvNeXt's last two stages are cut into groups of three blocks (BEiT's rule).
+    the full rate. Layer ids are timm's, by stages where it has none; ConvNeXt's third stage goes by groups of three
+    blocks (BEiT's rule).
     """
     encoder = model.encoder if isinstance(model, A2MIM) else model
     if gamma_as_weight is None:
@@ -664,8 +665,10 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
         undecayed = 'bias|gamma'
     if isinstance(encoder, ConvNeXt):
         layer_ids = {name: convnext_layer(name, encoder) for name, _ in encoder.named_parameters()}
-    else:
+    elif hasattr(encoder, 'group_matcher'):
         layer_ids = group_parameters(encoder, encoder.group_matcher(), reverse=True)
+    else:
+        layer_ids = stage_layers(encoder)
     last = max(layer_ids.values()) + isinstance(model, A2MIM)
 
     rules = {}
@@ -681,6 +684,17 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
             decays = not re.search(undecayed, own) if undecayed else param.ndim > 1 and 'bias' not in own
             rules[name] = (layer_ids.get(own, last), 1.0, decays)
     return rules
+
+
+def stage_layers(encoder: nn.Module) -> dict[str, int]:
+    """{name: layer id} by the stages of `feature_info`; 0 before the first, and one for what follows the last."""
+    stages = [info['module'] for info in encoder.feature_info]
+    layer_ids, layer_id = {}, 0
+    for name, _ in encoder.named_parameters():  # in the order of the network
+        inside = [i + 1 for i, stage in enumerate(stages) if name.startswith(f'{stage}.')]
+        layer_id = inside[0] if inside else len(stages) + 1 if layer_id else 0
+        layer_ids[name] = layer_id
+    return layer_ids
 
 
 def convnext_layer(name: str, encoder: ConvNeXt) -> int:
