@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engine_finetune import evaluate, train_one_epoch
-from main_pretrain import checkpointed, construct, find_method, param_rules
+from main_pretrain import construct, find_method, param_rules
 from util import checkpoint, config, datasets, dist, rng
 from util.errors import UserError, run_main
 from util.log import info
@@ -97,7 +97,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
     )
     if args.eval_size not in (None, args.input_size):
         check_takes(core, args.eval_size)
-    return checkpointed(core, args) if args.grad_checkpoint else core
+    return core
 
 
 @torch.no_grad()

@@ -56,17 +56,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     make = getattr(find_method(args.model), args.model)
     given = {'mask_ratio': args.mask_ratio, 'norm_pix_loss': args.norm_pix_loss}
     options = {name: value for name, value in given.items() if value is not None}
-    core = construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
-    return checkpointed(core, args) if args.grad_checkpoint else core
-
-
-def checkpointed(core: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model with gradient checkpointing. Raises UserError if it has none."""
-    try:
-        core.set_grad_checkpointing()
-    except (AttributeError, AssertionError) as error:
-        raise UserError(f'--grad_checkpoint: {args.model} has no gradient checkpointing') from error
-    return core
+    return construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
 
 
 def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules:
@@ -105,6 +95,7 @@ def get_args_parser() -> config.Parser:
     add_target_args(parser)
     add = parser.add_argument
     add('--crop_scale', type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
+    add('--interpolation', choices=('bicubic', 'bilinear'), default='bicubic', help='how the crop is resized')
     add('--vis_freq', type=int, default=0, help='epochs between pictures of the same images, in PNG and TensorBoard')
     return parser
 
@@ -117,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
     core = create_model(args)
     run.start(core, param_rules(method, core, args.rule_kwargs))
 
-    batches = run.loader(files, None, datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip))
+    crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
+    batches = run.loader(files, None, crop)
     pictures = Pictures(core, files, args) if args.vis_freq and dist.is_main() else None
     for epoch, logger in run.epochs():
         stats = train_one_epoch(run, batches, epoch, logger)

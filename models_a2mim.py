@@ -155,7 +155,9 @@ def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) 
 
     Raises ValueError for a place that the mask token cannot have.
     """
-    trial = copy.deepcopy(encoder).to('meta').eval()
+    shapes = {id(p): nn.Parameter(torch.empty_like(p, device='meta')) for p in encoder.parameters()}
+    shapes |= {id(b): torch.empty_like(b, device='meta') for b in encoder.buffers()}
+    trial = copy.deepcopy(encoder, shapes).eval()
     try:
         module = trial.get_submodule(name)
     except AttributeError as error:

@@ -29,7 +29,6 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import checkpoint
 
 from util.patches import (
     MaskPlan,
@@ -81,18 +80,6 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.norm4(x))
 
 
-class Blocks(nn.ModuleList):
-    """Blocks in a row; with `grad_checkpointing` their activations are made again for the gradients, not kept."""
-
-    grad_checkpointing = False
-
-    def run(self, x: Tensor, *others: Tensor, start: int = 0, end: int | None = None) -> Tensor:
-        """x [N, T, D] through the blocks from `start` up to `end`; `others` go to each."""
-        for block in self[start:end]:
-            x = checkpoint(block, x, *others, use_reentrant=False) if self.grad_checkpointing else block(x, *others)
-        return x
-
-
 class SegmentDecoder(nn.Module):
     """One segment's decoder: projected visible tokens, mask tokens, cross-attention to the shallower segments."""
 
@@ -109,7 +96,7 @@ class SegmentDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.blocks = Blocks(DecoderBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DecoderBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, num_outputs)
         if weight_norm_pred:  # dim=1: a unit vector per *input* feature; torch's default would be per output
@@ -121,7 +108,8 @@ class SegmentDecoder(nn.Module):
         num_hidden = pos_embed.shape[1] - embedded.shape[1]
         mask_tokens = self.mask_token.expand(embedded.shape[0], num_hidden, -1)
         x = torch.cat([embedded, mask_tokens.to(embedded.dtype)], dim=1) + pos_embed
-        x = self.blocks.run(x, memory)
+        for block in self.blocks:
+            x = block(x, memory)
         return self.pred(self.norm(x[:, -num_pred:]))
 
 
@@ -173,7 +161,7 @@ class MIRL(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer('pos_embed', sincos_2d(embed_dim, grid_size))
-        self.blocks = Blocks(
+        self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
         )
         self.norm_low = LayerNorm(embed_dim)
@@ -204,11 +192,6 @@ class MIRL(nn.Module):
         for token in (self.cls_token, *(decoder.mask_token for decoder in self.decoders)):
             nn.init.normal_(token, std=0.02)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade a second forward pass for the memory of the blocks' activations, in encoder and decoders."""
-        for blocks in (self.blocks, *(decoder.blocks for decoder in self.decoders)):
-            blocks.grad_checkpointing = enable
-
     # --------------------------------------------------------------------------
     # masking
 
@@ -235,7 +218,8 @@ class MIRL(nn.Module):
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # [N, V, D]
         low, features, start = self.norm_low(x), [], 0
         for end, norm in zip(self.out_indices, self.norms, strict=True):
-            x = self.blocks.run(x, start=start, end=end + 1)
+            for block in self.blocks[start : end + 1]:
+                x = block(x)
             features.append(norm(x))  # the stream itself goes on without the norm
             start = end + 1
         return low, features

@@ -1,5 +1,6 @@
 """Every function of every method file, through everything that a pretraining model promises."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from timm.layers import DropPath
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from main_pretrain import METHODS
 from util.datasets import to_device
+from util.grad_checkpoint import blocks, checkpoint_blocks
 from util.optim import GuardedStep, adamw, param_groups
 
 MODELS = [(module, name) for module in METHODS for name in module.__all__]
@@ -69,9 +72,31 @@ def test_every_method_file_is_listed():
     assert len(names) == len(set(names))
 
 
+def without_initialisation(monkeypatch):
+    """Make networks without filling them: the large ones take seconds to draw."""
+    for name in ('xavier_uniform_', 'normal_', 'trunc_normal_', 'kaiming_uniform_', 'kaiming_normal_', 'uniform_'):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    for name in ('normal_', 'uniform_'):  # timm's truncated normal draws with the latter
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
+
+
+def without_storage(model, mode):
+    """Its parameters and buffers become shapes, for a forward and backward that compute nothing."""
+    for module in model.modules():
+        for key, param in module._parameters.items():
+            if param is not None:
+                module._parameters[key] = torch.nn.Parameter(mode.from_tensor(param), param.requires_grad)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = mode.from_tensor(buffer)
+    return model
+
+
 @pytest.mark.parametrize(('module', 'name'), MODELS, ids=ids(MODELS))
-def test_contract(module, name):
-    model = without_zeros(without_drop_path(make(module, name)))
+def test_contract(module, name, monkeypatch):
+    """Of every size: plan, loss, what trains, optimiser rules, and the classifier that the encoder belongs to."""
+    without_initialisation(monkeypatch)
+    model = make(module, name)
     imgs, plan = batch(model, name)
 
     # the plan: tensors on the host, a function of the noise
@@ -83,43 +108,76 @@ def test_contract(module, name):
     if model.mask_scope == 'sample':
         assert model.noise_shape(N)[0] == N
 
-    # forward: a float32 scalar, detached scalars, no randomness, no state
-    random_state = torch.get_rng_state()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    loss, terms = model(imgs, plan)
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
-    assert loss.isfinite()
-    assert terms
-    assert all(term.shape == () and not term.requires_grad for term in terms.values())
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(
-        torch.equal(value, before[key])
-        for key, value in model.state_dict().items()
-        if not key.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
-    )
-
-    # every trainable parameter gets a gradient, and the optimiser has a rule for each
-    loss.backward()
-    trainable = {key: param for key, param in model.named_parameters() if param.requires_grad}
-    without = [key for key, param in trainable.items() if param.grad is None or not param.grad.isfinite().all()]
-    assert not without
-    zero = [key for key, param in trainable.items() if not param.grad.any()]
-    assert not zero
-    assert module.param_rules(model).keys() == trainable.keys()
-
     # the encoder's names are its classifier's, and sharing its storage costs a checkpoint nothing
     weights = model.encoder_state_dict()
     shared = {value.data_ptr() for value in model.state_dict().values()}
     assert all(value.data_ptr() in shared for value in weights.values())
     classifier = module.create_classifier(name, num_classes=5, img_size=size_of(name))
-    result = classifier.load_state_dict(weights, strict=False)
+    own = {key: value.shape for key, value in classifier.state_dict().items()}
+    assert all(own[key] == value.shape for key, value in weights.items() if key in own)
+    assert all(key.startswith('norm.') for key in weights.keys() - own.keys())
     rules = module.param_rules(classifier)
     last = max(layer_id for layer_id, _, _ in rules.values())
     assert rules.keys() == {key for key, param in classifier.named_parameters() if param.requires_grad}
-    assert all(rules[key][0] == last for key in result.missing_keys)
-    assert all(key.startswith('norm.') for key in result.unexpected_keys)
-    assert classifier(imgs).shape == (N, 5)
+    assert all(rules[key][0] == last for key in own.keys() - weights.keys())
+
+    # a float32 scalar, detached scalars; every trainable parameter gets a gradient, and has a rule
+    with FakeTensorMode() as mode:
+        model, classifier = without_storage(model, mode), without_storage(classifier, mode)
+        imgs, plan = mode.from_tensor(imgs), type(plan)(*map(mode.from_tensor, plan))
+        loss, terms = model(imgs, plan)
+        assert classifier(imgs).shape == (N, 5)
+        loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert terms
+    assert all(term.shape == () and not term.requires_grad for term in terms.values())
+    trainable = {key: param for key, param in model.named_parameters() if param.requires_grad}
+    assert not [key for key, param in trainable.items() if param.grad is None]
+    assert module.param_rules(model).keys() == trainable.keys()
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_forward_is_pure(module, name):
+    """No randomness but drop path, no state but BatchNorm's, finite gradients that reach every parameter."""
+    model = without_zeros(without_drop_path(make(module, name)))
+    imgs, plan = batch(model, name)
+    random_state = torch.get_rng_state()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loss, _ = model(imgs, plan)
+    assert loss.isfinite()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert all(key.endswith(('running_mean', 'running_var', 'num_batches_tracked')) for key in changed)
+    loss.backward()
+    trainable = {key: param.grad for key, param in model.named_parameters() if param.requires_grad}
+    assert not [key for key, grad in trainable.items() if not grad.isfinite().all() or not grad.any()]
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_checkpointing_changes_nothing(module, name):
+    """Loss, gradients, BatchNorm's statistics and random draws are the same to the bit; fewer activations are kept."""
+    model = make(module, name)
+    again = copy.deepcopy(model)
+    assert checkpoint_blocks(again) >= 2
+    imgs, plan = batch(model, name)
+    kept = []
+    for network in (model, again):
+        sizes = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            loss, _ = network(imgs, plan)
+        loss.backward()
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0]
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert ours.grad is None if theirs.grad is None else torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(again.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    copied = copy.deepcopy(again)  # has blocks of its own
+    for param in next(iter(blocks(again))).parameters():
+        torch.nn.init.zeros_(param)
+    assert torch.equal(copied.eval()(imgs, plan)[0], model.eval()(imgs, plan)[0])
 
 
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))

@@ -57,7 +57,7 @@ BOTH = ('pretrain', 'finetune')
     ('flags', 'words'),
     [
         (['--model', 'mirl_vit_bas'], r'unknown --model mirl_vit_bas; did you mean mirl_vit_base'),
-        (['--model', 'resnet50'], r'unknown --model resnet50; known: mirl_vit_tiny'),
+        (['--model', 'xyz'], r'unknown --model xyz; known: mirl_vit_tiny'),
         (['--epoch', '3'], r'unknown argument --epoch; did you mean --epochs'),
         (['--epochs', 'many'], r'argument --epochs: invalid int value'),
         (['--epochs', '0'], r'--epochs must be at least 1, got 0'),

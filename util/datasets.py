@@ -184,11 +184,13 @@ def labelled_files(data_path: Path, split: str) -> tuple[list[str], list[int], l
 # transforms: PIL image -> uint8 tensor
 
 
-def pretrain_transform(input_size: int, crop_scale: tuple[float, float], hflip: float) -> Callable:
-    """MAE's: a random crop of this share of the area, resized bicubically, and a flip."""
+def pretrain_transform(
+    input_size: int, crop_scale: tuple[float, float], hflip: float, interpolation: str = 'bicubic'
+) -> Callable:
+    """MAE's: a random crop of this share of the area, resized, and a flip."""
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation)),
             transforms.RandomHorizontalFlip(hflip),
             transforms.PILToTensor(),
         ]

@@ -147,6 +147,7 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
     """`core`, compiled if asked, in DistributedDataParallel if there are several processes."""
     model = torch.compile(core, fullgraph=True) if compiled else core
     if active():
+        # training uses a batch's own statistics; the running ones are shared when they are used (`share_statistics`)
         new_name = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
         # DDP reorders its buckets after a process's first step, and so the rounding of sums of more than two numbers: a
         # resumed run would not repeat to the bit. This setting keeps the order; torch's warning about it is expected.
@@ -156,7 +157,7 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
             device_ids=[device.index] if device.type == 'cuda' else None,
             gradient_as_bucket_view=True,
             find_unused_parameters=to_the_bit and world_size() > 2,
-            **{'forward_sync_buffers' if new_name else 'broadcast_buffers': has_batchnorm(core)},
+            **{'forward_sync_buffers' if new_name else 'broadcast_buffers': False},
         )
         # never freed: its end joins gloo's threads with Python's lock held, for which one of them may be waiting
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from util import checkpoint, config, datasets, dist, rng, signals
 from util.errors import UserError
+from util.grad_checkpoint import checkpoint_blocks
 from util.log import MetricLogger, RunLog, info
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
 from util.weight_files import read_checkpoint
@@ -61,6 +62,8 @@ class Run:
     def start(self, core: nn.Module, rules: Rules, layer_decay: float = 1.0, ema: nn.Module | None = None) -> None:
         """Join the process group, move the model, build its optimiser, and load the checkpoint that is resumed."""
         args = self.args
+        if args.grad_checkpoint and not checkpoint_blocks(core):
+            raise UserError(f'--grad_checkpoint: {args.model} has no blocks to make again')
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
             if ema and 'ema' not in self.saved:
@@ -97,11 +100,8 @@ class Run:
         info(f'{args.model}: {params:,} trainable parameters, {dtype} on {dist.world_size()} x {self.device.type}')
         info(self.arithmetic)
         info(f'{self.num_images} training images, {steps} steps an epoch; {left_out} images are left out of each epoch')
-        if dist.has_batchnorm(self.core):
-            if dist.world_size() > 1 and self.device.type == 'cpu':
-                info("BatchNorm keeps its statistics per process on CPU; rank 0's are saved and evaluated")
-            if args.grad_checkpoint:
-                info('--grad_checkpoint: running statistics of BatchNorm in what is computed twice move twice a step')
+        if dist.has_batchnorm(self.core) and dist.world_size() > 1 and self.device.type == 'cpu':
+            info("BatchNorm keeps its statistics per process on CPU; rank 0's are saved and evaluated")
         if not args.config and (recipes := config.recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
         if self.resumed_from:
