@@ -1,6 +1,8 @@
 """Recipes of A2MIM and SimMIM: the published values, learning rates and groups, resolved as a run resolves them."""
 
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ PRETRAIN = dict(
     mask_ratio=0.6,
     norm_pix_loss=None,
     input_size=224,
+    interpolation='bilinear',
     hflip=0.5,
     seed=0,
 )
@@ -288,7 +291,8 @@ def resolve(name: str, *flags: str):
 
 def network(args) -> torch.nn.Module:
     """The pretraining model or the classifier of a recipe, without storage."""
-    with torch.device('meta'):
+    linspace = partial(torch.linspace, device='cpu')  # from which older timm reads the rates of drop path
+    with torch.device('meta'), mock.patch.object(torch, 'linspace', linspace):
         return main_finetune.create_classifier(args, 1000) if 'drop_path' in args else main_pretrain.create_model(args)
 
 
