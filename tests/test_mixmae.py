@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import models_mixmae
 from models_mixmae import MixPlan
 from util.errors import CheckpointError
+from util.grad_checkpoint import checkpoint_blocks
 from util.patches import patch_mask_to_pixels, patchify
 from util.published import load_published
 
@@ -173,6 +174,30 @@ def test_loss_under_autocast(model, inputs):
         loss, _ = model(imgs, plan)
     assert loss.dtype == torch.float32
     assert torch.allclose(loss, model(imgs, plan)[0], rtol=0.05)
+
+
+def test_checkpointing_changes_nothing(model, inputs):
+    """Under masks, and with drawn paths, which must repeat: same loss and gradients, with a fraction kept."""
+    imgs, plan = inputs
+    classifier = models_mixmae.MixMIMClassifier(**SMALL, num_classes=5, drop_path_rate=0.5)
+    for network, call in ((model, lambda: model(imgs, plan)[0]), (classifier, lambda: classifier(imgs).square().sum())):
+        results = []
+        for enable in (False, True):
+            if enable:
+                assert checkpoint_blocks(network) == 5 + (network is model)  # the decoder's too
+            kept: list[int] = []
+            torch.manual_seed(3)
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+            ):
+                loss = call()
+            network.zero_grad()
+            loss.backward()
+            results.append((loss.detach(), [param.grad for param in network.parameters()], sum(kept)))
+        (loss, grads, size), (other_loss, other_grads, other_size) = results
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
+        assert other_size < size / 2
 
 
 # --------------------------------------------------------------------------

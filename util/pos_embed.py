@@ -1,9 +1,11 @@
 """Position embeddings: the fixed 2-D sin-cos table of MAE, and the resizing of learned or fixed tables."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 
@@ -30,9 +32,16 @@ def resize_pos_embed(pos_embed: Tensor, length: int, num_prefix_tokens: int = 1)
     return resample_abs_pos_embed(pos_embed, [side, side], num_prefix_tokens=num_prefix_tokens, antialias=False)
 
 
-def resize_bias_table(table: Tensor, rows: int) -> Tensor:
-    """Swin's [(2 w0 - 1)^2, heads] -> [rows, heads] of another window, bicubic on the (square) grid of offsets."""
-    old, new = round(table.shape[0] ** 0.5), round(rows**0.5)
+def resize_bias_table(table: Tensor, rows: int, num_extra_rows: int = 0) -> Tensor:
+    """Relative positions [(2 w0 - 1)^2 + extra, heads] -> [rows, heads] of another window; extra rows are kept.
+
+    Swin's tables, which have no extra rows, are resized bicubically. BEiT's, with three for the class token, by timm's
+    and BEiT's own rule: near offsets stay where they are, far ones are drawn apart.
+    """
+    old, new = (math.isqrt(n - num_extra_rows) for n in (table.shape[0], rows))
+    if num_extra_rows:
+        window = ((new + 1) // 2,) * 2
+        return resize_rel_pos_bias_table(table, window, (rows, table.shape[1])).to(table.dtype)
     grid = table.t().reshape(1, -1, old, old)
     grid = F.interpolate(grid.float(), size=(new, new), mode='bicubic', align_corners=False)
     return grid.reshape(-1, rows).t().to(table.dtype).contiguous()

@@ -104,7 +104,7 @@ def sincos_table(state: State, model: nn.Module) -> State:
     return state if 'pos_embed' in state else state | {'pos_embed': sincos_2d(dim, round((length - 1) ** 0.5))}
 
 
-VIT_MARKS = {'cls_token', 'patch_embed.proj.weight', 'blocks.0.attn.qkv.weight'}
+VIT_MARKS = {'patch_embed.proj.weight', 'blocks.0.attn.qkv.weight'}
 MIRL_MARKS = {'decoder_embed0_1.weight'}
 OUR_MIRL_MARKS = {'memory_embed.weight'}
 MAE_MARKS = {'mask_token', 'decoder_embed.weight', 'decoder_pred.weight'}
@@ -287,14 +287,11 @@ def mmcv_mergings(state: State, model: nn.Module) -> State:
 
 def microsoft_vit(state: State, model: nn.Module) -> State:
     """One table of relative positions for all blocks becomes one for each; no absolute positions are positions of 0."""
-    state = flat_tokens(state, model)
-    own = model.state_dict()
-    into = 'encoder.' if 'encoder.cls_token' in own else ''
-    if (shared := state.pop(f'{into}rel_pos_bias.relative_position_bias_table', None)) is not None:
-        tables = [key for key in own if key.endswith('attn.relative_position_bias_table')]
-        state |= {key: shared.clone() for key in tables}
-    state.setdefault(f'{into}pos_embed', torch.zeros_like(own[f'{into}pos_embed']))
-    return state
+    state, own = flat_tokens(state, model), model.state_dict()
+    for key in [key for key in state if key.endswith('rel_pos_bias.relative_position_bias_table') and key not in own]:
+        shared = state.pop(key)
+        state |= {name: shared.clone() for name in own if name.endswith('attn.relative_position_bias_table')}
+    return {name: torch.zeros_like(own[name]) for name in ('pos_embed', 'encoder.pos_embed') if name in own} | state
 
 
 class Family(NamedTuple):
@@ -372,6 +369,7 @@ OUR_A2MIM_ENCODER = Format(
     ((r'encoder\.(.*)', r'\1'),),
     ('mask_token', 'mask_gamma', r'decoder\..*'),
 )
+BEIT_MARKS = VIT_MARKS | {'blocks.0.attn.q_bias'}
 INTO_BEIT = (
     OUR_A2MIM_ENCODER,
     *into_classifier(FAMILIES['Beit']),
@@ -382,7 +380,9 @@ INTO_BEIT = (
         (*COMPUTED, *PRETRAINING_ONLY),
         microsoft_vit,
     ),
-    Format('BEiT', VIT_MARKS, ignorable=(*COMPUTED, 'mask_token'), adapt=microsoft_vit),  # timm's, our own, Microsoft's
+    # timm's, our own, Microsoft's
+    Format('BEiT', BEIT_MARKS, ignorable=(*COMPUTED, 'mask_token'), adapt=microsoft_vit),
+    Format('ViT', VIT_MARKS, refusal="lacks BEiT's relative positions and LayerScale, which this model is made of"),
 )
 INTO_SWIN = (
     OUR_A2MIM_ENCODER,
@@ -473,18 +473,23 @@ INTAKES = {
     ),
     'ResNet': Intake(
         wrappers=('encoder',),
-        formats=(OUR_A2MIM_ENCODER, *into_classifier(FAMILIES['ResNet'])),  # timm's names are OpenMixup's
+        formats=(
+            OUR_A2MIM_ENCODER,
+            into_classifier(FAMILIES['ResNet'])[0],
+            # one naming: timm's and torchvision's files, and OpenMixup's extracted backbones
+            Format('ResNet', {'layer1.0.conv1.weight'}, ignorable=('mask_token', 'mask_gamma')),
+        ),
         may_lack=(r'fc\..*', r'.*num_batches_tracked'),
         may_drop=(r'fc\..*',),
     ),
     'ConvNeXt': Intake(
         wrappers=('encoder',),
         formats=(OUR_A2MIM_ENCODER, *into_classifier(FAMILIES['ConvNeXt']), Format('ConvNeXt', {'stem.0.weight'})),
-        may_lack=(r'head\.(fc|norm)\..*',),
+        may_lack=(r'head\.fc\..*',),
         may_drop=(r'head\.fc\..*',),
     ),
     'SwinTransformer': Intake(
-        wrappers=('encoder',), formats=INTO_SWIN, may_lack=(r'(head|norm)\..*',), may_drop=(r'head\..*',)
+        wrappers=('encoder',), formats=INTO_SWIN, may_lack=(r'head\..*',), may_drop=(r'head\..*',)
     ),
     'MixMAE': Intake(wrappers=(), formats=INTO_MIXMAE, may_lack=('absolute_pos_embed', 'decoder_pos_embed')),
     'MixMIMClassifier': Intake(
@@ -495,11 +500,12 @@ INTAKES = {
     ),
 }
 # any other network is one of timm's: its own names, or our pretraining's around them
+TIMM_HEADS = r'(heads?(_dist)?|classif(ier)?|fc|last_linear)\..*'
 ANY_INTAKE = Intake(
     wrappers=('encoder',),
     formats=(OUR_A2MIM_ENCODER, Format("timm's names", set(), ignorable=COMPUTED)),
-    may_lack=(r'(.*\.)?(head|classifier|fc|last_linear)\d?\..*', r'.*num_batches_tracked'),
-    may_drop=(r'(.*\.)?(head|classifier|fc|last_linear)\d?\..*',),
+    may_lack=(TIMM_HEADS, r'.*num_batches_tracked'),
+    may_drop=(TIMM_HEADS,),
 )
 
 # --------------------------------------------------------------------------
@@ -510,7 +516,7 @@ def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = F
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
     `source` is a path, or a state dict in the paper's own names: torch tensors in torch's layout, or numpy arrays in
-    Paddle's. Position embeddings of another size are resized bicubically. `ema` prefers the averaged weights of our own
+    Paddle's. Positions for another image size or window are resized. `ema` prefers the averaged weights of our own
     checkpoint, if it has them. Raises CheckpointError when the source is not for this model, naming the first five keys
     that differ with both shapes; the model is then unchanged.
     """
@@ -607,39 +613,40 @@ def recognise(state: State, formats: tuple[Format, ...]) -> Format:
 
 
 def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
-    """Resize position tables and drop what may be dropped. Changes `renamed`."""
+    """Resize tables of positions and drop what may be dropped. Changes `renamed`."""
     for name, value in list(renamed.items()):
         if not same(name, renamed, target):
-            wanted = target.get(name)
-            table = None if wanted is None else resized(name, value, wanted)
+            table = resized(name, value, target[name]) if name in target else None
             if table is not None:
                 renamed[name] = table
-                report.resized.append(f'{name} {list(value.shape)} -> {list(wanted.shape)}')
+                report.resized.append(f'{name} {list(value.shape)} -> {list(table.shape)}')
             elif any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
                 del renamed[name]
                 report.ignored.append(f'{name} {list(value.shape)}')
 
 
+# how names of tables of positions end, along which axis these go, and how many rows there may be beside a square grid's
+POSITIONS = (
+    ('pos_embed', 1, (0, 1), resize_pos_embed),  # [1, L, D]; a class token's
+    ('relative_position_bias_table', 0, (0, 3), resize_bias_table),  # [L, heads]; of BEiT's class token
+)
+
+
 def resized(name: str, value: Tensor, wanted: Tensor) -> Tensor | None:
-    """A table of positions in the model's size: an embedding [1, L, D] or biases [L, heads]. None for all else."""
-    kind, axis = name.rpartition('.')[2], value.ndim - 2
-    if value.ndim != wanted.ndim or axis not in (0, 1) or not value.is_floating_point():
-        return None
-    prefix = num_prefix_tokens(wanted.shape[axis])
-    others_equal = value.shape[:axis] == wanted.shape[:axis] and value.shape[axis + 1 :] == wanted.shape[axis + 1 :]
-    if prefix is None or prefix != num_prefix_tokens(value.shape[axis]) or not others_equal:
-        return None
-    if kind.endswith('pos_embed') and axis == 1:
-        return resize_pos_embed(value, wanted.shape[1], prefix)
-    if kind == 'relative_position_bias_table' and axis == prefix == 0:
-        return resize_bias_table(value, wanted.shape[0])
+    """A table of positions in the model's size; None for all else."""
+    for ending, axis, choices, resize in POSITIONS:
+        if name.endswith(ending) and value.ndim == wanted.ndim == axis + 2 and value.is_floating_point():
+            old, new = value.shape[axis], wanted.shape[axis]
+            extra = extra_rows(new, choices)
+            others_equal = value.shape == (*wanted.shape[:axis], old, *wanted.shape[axis + 1 :])
+            if others_equal and extra is not None and extra == extra_rows(old, choices):
+                return resize(value, new, extra)
     return None
 
 
-def num_prefix_tokens(length: int) -> int | None:
-    """0 for a square grid of tokens, 1 for a class token before it, None if it is neither."""
-    squares = (prefix for prefix in (0, 1) if length > prefix and math.isqrt(length - prefix) ** 2 == length - prefix)
-    return next(squares, None)
+def extra_rows(length: int, choices: tuple[int, ...]) -> int | None:
+    """How many of `length` rows do not belong to a square grid: the first of the choices that can be, or None."""
+    return next((n for n in choices if length > n and math.isqrt(length - n) ** 2 == length - n), None)
 
 
 def same(name: str, renamed: State, target: State) -> bool:

@@ -80,6 +80,7 @@ STORAGES = {
 ALLOWED = {
     'builtins.tuple': lambda items: items,  # of a tuple
     'collections.OrderedDict': lambda: {},
+    'builtins.set': lambda items: items,
     'builtins.bytes': lambda: b'',  # how protocol 2 spells bytes: none, and some
     '_codecs.encode': lambda text, encoding: text.encode('latin1'),
     'numpy.ndarray': 'ndarray',
@@ -96,6 +97,8 @@ ALLOWED = {
     'argparse.Namespace': Dropped,
     'pathlib.PosixPath': Dropped,
     'pathlib._local.PosixPath': Dropped,  # Python 3.13
+    'yacs.config.CfgNode': lambda: {},  # Microsoft's runs
+    'mmengine.logging.history_buffer.HistoryBuffer': Dropped,  # OpenMMLab's
 }
 
 
