@@ -644,6 +644,8 @@ def create_classifier(
     """
     sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
     if name in SWIN_ENCODERS:
+        if kwargs.pop('global_pool', 'avg') != 'avg':
+            raise ValueError(f'{name} has no class token to classify')
         return LocalMIMSwinClassifier(**{**SWIN_ENCODERS[name], **sizes, **kwargs})
     fixed = dict(global_pool='avg', norm_layer=LayerNorm, weight_init='jax')
     options = {'patch_size': 16, **VIT_ENCODERS[name], **fixed, **sizes, **kwargs}

@@ -422,6 +422,8 @@ def create_classifier(
 
     The head, as in the published fine-tuning, starts close to zero. Raises ValueError for sizes that do not divide.
     """
+    if kwargs.pop('global_pool', 'avg') != 'avg':
+        raise ValueError(f'{name} has no class token to classify')
     sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
     model = MixMIMClassifier(**{**ENCODERS[name], **sizes, **kwargs})
     nn.init.trunc_normal_(model.head.weight, std=2e-5)

@@ -280,3 +280,14 @@ def test_a_step_never_waits(module, name):
     with HostReads() as reads:  # it would notice
         assert math.isfinite(norm.item())
     assert reads.found
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_class_token_or_a_clear_word(module, name):
+    """`--cls_token` classifies it, or says that there is none."""
+    options = dict(num_classes=5, img_size=size_of(name), global_pool='token')
+    if 'vit' in name:
+        assert module.create_classifier(name, **options).global_pool == 'token'
+    else:
+        with pytest.raises(ValueError, match=f'{name} has no class token to classify'):
+            module.create_classifier(name, **options)

@@ -7,10 +7,11 @@ import shutil
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from training import MAINS, load, make_images, run, same, train
 
 import main_finetune
-from util import config, datasets
+from util import config, datasets, dist
 from util.errors import UserError
 from util.run import Run
 
@@ -20,6 +21,17 @@ FLAGS = ['--model', 'a2mim_resnet_tiny', '--batch_size', '16', '--epochs', '2', 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp('images'))
+
+
+def test_synchronised_batchnorm_keeps_its_activation(monkeypatch):
+    """timm's BatchNormAct2d applies one; torch's conversion would drop it without a word."""
+    monkeypatch.setattr(dist, 'active', lambda: True)
+    core = timm.create_model('mobilenetv3_small_050', num_classes=3)
+    acts = [type(module.act) for module in core.modules() if isinstance(module, BatchNormAct2d)]
+    assert torch.nn.Identity not in acts[:1]
+    synced = dist.sync_batchnorm(core, torch.device('cuda'))
+    norms = [module for module in synced.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert [type(norm.act) for norm in norms] == acts
 
 
 def parse(*flags):

@@ -149,7 +149,7 @@ def recipes_for(model: str, stage: str) -> list[str]:
 
 
 class KeyValues(argparse.Action):
-    """`key=value ...` -> {key: literal}"""
+    """`key=value ...` -> {key: literal}, added to those of a recipe."""
 
     def __call__(self, parser, namespace, words, option_string=None):
         pairs = {}
@@ -161,7 +161,7 @@ class KeyValues(argparse.Action):
                 pairs[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
                 pairs[key] = text
-        setattr(namespace, self.dest, pairs)
+        setattr(namespace, self.dest, getattr(namespace, self.dest) | pairs)
 
 
 # --------------------------------------------------------------------------
