@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import models_a2mim
+import models_localmim
 import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
@@ -25,7 +26,7 @@ from util.optim import Rules
 from util.pictures import Pictures
 from util.run import Run
 
-METHODS = (models_mirl, models_a2mim, models_mixmae)  # a method is one file; a new one is added here
+METHODS = (models_mirl, models_a2mim, models_localmim, models_mixmae)  # a method is one file; a new one is added here
 
 
 def find_method(name: str) -> ModuleType:

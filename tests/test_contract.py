@@ -26,6 +26,8 @@ QUICK = {
     'a2mim_convnext_pico': 64,
     'a2mim_timm': 64,
     'simmim_swin_pico': 64,
+    'localmim_vit_tiny': 32,
+    'localmim_swin_pico': 64,
     'mixmae_tiny': 32,
 }
 TINY = [(module, name) for module, name in MODELS if name in QUICK]
@@ -34,7 +36,7 @@ N = 2
 
 def size_of(name: str) -> int:
     """A small image for the model: few tokens, whatever its depth."""
-    return QUICK.get(name, 64)
+    return QUICK.get(name, 224 if name.startswith('localmim_swin') else 64)  # windows divide every stage
 
 
 def without_drop_path(model):

@@ -137,6 +137,67 @@ INTO_MIRL = (
     ),
 )
 
+# --------------------------------------------------------------------------
+# LocalMIM: a ViT and a Swin, pretrained, and a fine-tuned Swin whose merging layers end a stage
+
+LOCALMIM_MARKS = {'cls_token', 'decoder.0.pred.4.weight'}
+LOCALMIM_SWIN_MARKS = {'encoder.norm.0.weight', 'decoder.0.pred.weight'}
+OUR_LOCALMIM_MARKS = {'cls_token', 'decoders.0.pred.4.weight'}
+OUR_LOCALMIM_SWIN_MARKS = {'layers.0.downsample.norm.weight', 'decoders.0.pred.weight'}
+SWIN_MARKS = {'layers.0.blocks.0.attn.relative_position_bias_table', 'layers.0.downsample.norm.weight'}
+LOCALMIM_RENAMES = (
+    (r'(?:encoder\.)?norm\.(\d.*)', r'norms.\1'),
+    (r'encoder\.(.*)', r'\1'),
+    (r'decoder\.(.*)', r'decoders.\1'),
+    (r'hog_enc\.(\d)\.conv\.bias', r'hog_bias.\1'),
+)
+LOCALMIM_BUFFERS = (r'decoder\.\d\.pos_embed', r'hog_enc\.\d\.conv\.weight')
+SWIN_BUFFERS = (r'.*\.relative_position_index', r'.*\.attn_mask')
+
+
+def merging_order(state: State, model: nn.Module) -> State:
+    """The published Swin was pretrained with neighbours merged row by row; other Swins merge them column by column.
+
+    A model that is to be correct gets the weights in its order: the middle two of four parts change places.
+    """
+    if model.coords != 'correct':
+        return state
+    return {
+        key: value[..., torch.arange(value.shape[-1]).view(4, -1)[[0, 2, 1, 3]].flatten()]
+        if re.fullmatch(r'layers\.\d\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)', key)
+        else value
+        for key, value in state.items()
+    }
+
+
+INTO_LOCALMIM_VIT = (
+    Format('our LocalMIM pretraining', OUR_LOCALMIM_MARKS),
+    Format('published LocalMIM pretraining', LOCALMIM_MARKS, LOCALMIM_RENAMES, LOCALMIM_BUFFERS),
+)
+
+INTO_LOCALMIM_SWIN = (
+    Format('our LocalMIM pretraining', OUR_LOCALMIM_SWIN_MARKS),
+    Format(
+        'published LocalMIM pretraining',
+        LOCALMIM_SWIN_MARKS,
+        LOCALMIM_RENAMES,
+        (*LOCALMIM_BUFFERS, *SWIN_BUFFERS),
+        adapt=merging_order,
+    ),
+)
+
+INTO_LOCALMIM_SWIN_CLASSIFIER = (
+    Format('our LocalMIM pretraining', OUR_LOCALMIM_SWIN_MARKS, ignorable=(r'(decoders|norms|hog_bias)\..*',)),
+    Format(
+        'published LocalMIM pretraining',
+        LOCALMIM_SWIN_MARKS,
+        LOCALMIM_RENAMES,
+        (*SWIN_BUFFERS, r'decoder\..*', r'hog_enc\..*', r'encoder\.norm\..*'),
+        adapt=merging_order,
+    ),
+    Format('Swin', SWIN_MARKS, ignorable=SWIN_BUFFERS),  # fine-tuned, published or our own, and our encoders
+)
+
 INTO_VIT = (
     Format(
         'our MIRL pretraining',
@@ -148,6 +209,18 @@ INTO_VIT = (
         'published MIRL pretraining',
         MIRL_MARKS,
         ignorable=(r'mask_token\d+', r'decoder_.*', r'norm_low\..*', r'norm\d+\..*'),
+        adapt=sincos_table,
+    ),
+    Format(
+        'our LocalMIM pretraining',
+        OUR_LOCALMIM_MARKS,
+        ignorable=(r'(decoders|norms|hog_bias)\..*',),
+        adapt=sincos_table,
+    ),
+    Format(
+        'published LocalMIM pretraining',
+        LOCALMIM_MARKS,
+        ignorable=(r'decoder\..*', r'hog_enc\..*', r'norm\.\d\..*'),
         adapt=sincos_table,
     ),
     Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),
@@ -375,6 +448,14 @@ INTAKES = {
         wrappers=(),
         formats=INTO_MIRL,
         may_lack=('pos_embed', r'decoders\.\d+\.pred\.parametrizations\.weight\.original0'),  # a table, fixed gains
+    ),
+    'LocalMIMViT': Intake(wrappers=(), formats=INTO_LOCALMIM_VIT, may_lack=('pos_embed',)),
+    'LocalMIMSwin': Intake(wrappers=(), formats=INTO_LOCALMIM_SWIN),
+    'LocalMIMSwinClassifier': Intake(
+        wrappers=('encoder',),
+        formats=INTO_LOCALMIM_SWIN_CLASSIFIER,
+        may_lack=(r'(head|norm)\..*',),
+        may_drop=(r'(head|norm)\..*',),
     ),
     'VisionTransformer': Intake(
         wrappers=('encoder',),
