@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from engine_finetune import evaluate, train_one_epoch
 from main_pretrain import construct, find_method, param_rules
-from util import checkpoint, config, datasets, dist, rng
+from util import checkpoint, config, datasets, dist, rng, transfer
 from util.errors import UserError, run_main
 from util.log import info
 from util.optim import WeightAverage
@@ -46,7 +46,9 @@ def get_args_parser() -> config.Parser:
         help='pretrained checkpoint, own or published; default: random weights',
     )
     add('--eval', action='store_true', help='only evaluate the checkpoint given by --resume')
-    add('--nb_classes', type=int, help="number of classes; default: the data folder's")
+    add('--dataset', choices=transfer.SOURCES, default='folder', help='what --data_path holds, and in which layout')
+    add('--download', action='store_true', help='get what is missing there, where torchvision can')
+    add('--nb_classes', type=int, help="number of classes; default: the data's")
     add('--global_pool', action='store_true', default=True, help='classify the average of the patch tokens')
     add('--cls_token', action='store_false', dest='global_pool', help='classify the class token')
     add('--drop_path', type=float, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
@@ -110,17 +112,17 @@ def check_takes(core: nn.Module, size: int) -> None:
     core.train()
 
 
-def labelled_folders(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple[list, list]], int]:
-    """(files, labels) of each split, and the number of classes. Raises UserError where classes differ or do not fit."""
-    found = [datasets.labelled_files(args.data_path, split) for split in splits]
+def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:
+    """(images, labels) of each split, and the number of classes. Raises UserError where they differ or do not fit."""
+    found = [transfer.labelled_images(args.dataset, args.data_path, split, args.download) for split in splits]
     classes = found[0][2]
     for split, (_, _, others) in zip(splits, found, strict=True):
         if others != classes:
             differing = sorted(set(classes) ^ set(others))
-            raise UserError(f'class folders of {splits[0]}/ and {split}/ in {args.data_path} differ: {differing[:5]}')
+            raise UserError(f'the classes of {splits[0]}/ and {split}/ in {args.data_path} differ: {differing[:5]}')
     if args.nb_classes is not None and args.nb_classes < len(classes):
-        raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(classes)} class folders')
-    return [(files, labels) for files, labels, _ in found], args.nb_classes or len(classes)
+        raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(classes)} classes')
+    return [(images, labels) for images, labels, _ in found], args.nb_classes or len(classes)
 
 
 def batch_augmentation(args: argparse.Namespace, num_classes: int, device: torch.device) -> Callable:
@@ -170,12 +172,12 @@ def criterion(args: argparse.Namespace) -> nn.Module:
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-def val_loader(args: argparse.Namespace, files: list[str], labels: list[int], pin_memory: bool) -> DataLoader:
+def val_loader(args: argparse.Namespace, images: datasets.Images, labels: list[int], pin_memory: bool) -> DataLoader:
     """This rank's share of the validation images, every image on exactly one rank."""
     here = dist.place()
     transform = datasets.eval_transform(args.eval_size or args.input_size, args.crop_pct)
-    images = datasets.ImageFiles(files, labels, transform, args.seed)
-    batches = datasets.eval_batches(len(files), args.batch_size, here.rank, here.world_size)
+    images = datasets.ImageFiles(images, labels, transform, args.seed)
+    batches = datasets.eval_batches(len(images), args.batch_size, here.rank, here.world_size)
     return datasets.loader(images, batches, args.num_workers, pin_memory)
 
 
@@ -186,18 +188,18 @@ def report(stats: dict[str, float]) -> None:
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
-    """`--eval`: load `--resume`, every weight of it, and evaluate it on `val/`."""
+    """`--eval`: load `--resume`, every weight of it, and evaluate it on the validation images."""
     if not args.resume or args.resume == 'auto':
         raise UserError('--eval needs the checkpoint to evaluate: --resume PATH')
     config.check_common_args(args)
-    [(files, labels)], num_classes = labelled_folders(args, ('val',))
+    [val], num_classes = labelled_splits(args, ('val',))
     core = create_classifier(args, num_classes)
     loaded = load_published(core, args.resume, ema=args.use_ema)
     if loaded.missing:
         raise UserError(f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}')
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
-    batches = val_loader(args, files, labels, args.pin_mem and device.type == 'cuda')
+    batches = val_loader(args, *val, args.pin_mem and device.type == 'cuda')
     memory_format = config.memory_format(args, core)
     statistics = datasets.statistics(args.mean, args.std, device, memory_format)
     core = core.to(device, memory_format=memory_format)
@@ -210,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
     method = find_method(args.model)
     if args.eval:
         return evaluate_checkpoint(args)
-    (train, val), num_classes = labelled_folders(args, ('train', 'val'))
+    (train, val), num_classes = labelled_splits(args, ('train', 'val'))
     if mixes(args) and args.batch_size % 2:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'

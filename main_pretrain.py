@@ -15,7 +15,9 @@ from PIL import Image
 from torch import nn
 
 import models_a2mim
+import models_localmim
 import models_mirl
+import models_mixmae
 from engine_pretrain import train_one_epoch
 from util import config, datasets, dist, rng
 from util.errors import UserError, run_main
@@ -24,7 +26,8 @@ from util.optim import Rules
 from util.pictures import Pictures
 from util.run import Run
 
-METHODS = (models_mirl, models_a2mim)  # a method is one file; a new one is added here
+# a method is one file; a new one is added here
+METHODS = (models_mirl, models_a2mim, models_localmim, models_mixmae)
 
 
 def find_method(name: str) -> ModuleType:
@@ -46,7 +49,8 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
             raise UserError(f'{make.__name__}: {error}') from error
-        known = inspect.signature(get_type_hints(make)['return'].__init__).parameters
+        classes = get_type_hints(make)['return'].__mro__
+        known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
         raise UserError(f'{make.__name__} has no option {unknown[1]}{config.closest(unknown[1], known)}') from error
 
 

@@ -589,7 +589,7 @@ def named(name: str, **defaults) -> Callable[..., A2MIM]:
 
 
 a2mim_vit_tiny = named('a2mim_vit_tiny', **A2MIM_VIT, mask_patch_size=8)
-a2mim_resnet_tiny = named('a2mim_resnet_tiny', **A2MIM_CNN, fft_weight=0.5, mask_patch_size=16)
+a2mim_resnet_tiny = named('a2mim_resnet_tiny', **A2MIM_CNN, fft_weight=0.5, mask_patch_size=8)
 a2mim_convnext_pico = named('a2mim_convnext_pico', **A2MIM_CONVNEXT)
 simmim_swin_pico = named('simmim_swin_pico', **SIMMIM, mask_patch_size=16)
 

@@ -4,8 +4,11 @@
 #
 #   bash scripts/quickstart.sh
 #   SEED=1 MODEL=mirl_vit_tiny INPUT_SIZE=32 DATA=/my/folder bash scripts/quickstart.sh
+#   MODEL=a2mim_timm MODEL_KWARGS=name=regnety_002 PRETRAIN_KWARGS=mask_patch_size=16 INPUT_SIZE=64 \
+#     bash scripts/quickstart.sh
 #
-# DATA is a folder with train/ and val/ and one folder per class in each. OUTPUT (runs/quickstart) is made anew.
+# MODEL_KWARGS are the network's, PRETRAIN_KWARGS those that only pretraining knows. DATA is a folder with train/ and val/
+# and one folder per class in each. OUTPUT (runs/quickstart) is made anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
@@ -14,6 +17,9 @@ SEED=${SEED:-0}
 MODEL=${MODEL:-mirl_vit_tiny}
 INPUT_SIZE=${INPUT_SIZE:-32}
 OUTPUT=${OUTPUT:-runs/quickstart}
+tuned_kwargs=(${MODEL_KWARGS:+--model_kwargs $MODEL_KWARGS})
+kwargs=(${MODEL_KWARGS:-} ${PRETRAIN_KWARGS:-})
+kwargs=(${kwargs:+--model_kwargs "${kwargs[@]}"})
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a network this small gains nothing from a second thread
 began=$SECONDS
@@ -34,9 +40,9 @@ fi
 
 common=(--model "$MODEL" --input_size "$INPUT_SIZE" --data_path "$DATA" --seed "$SEED"
         --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --hflip 0 --num_workers 1)
-pretrain=("${common[@]}" --batch_size 128 --epochs 60 --warmup_epochs 5 --lr 2e-3 --vis_freq 20 --print_freq 11)
+pretrain=("${common[@]}" "${kwargs[@]}" --batch_size 128 --epochs 60 --warmup_epochs 5 --lr 2e-3 --vis_freq 20 --print_freq 11)
 # the learning rate is the best of 1e-3, 2e-3, 4e-3 and 8e-3 for both starts
-finetune=("${common[@]}" --batch_size 64 --epochs 5 --warmup_epochs 1 --lr 4e-3 --layer_decay 0.75 --drop_path 0
+finetune=("${common[@]}" "${tuned_kwargs[@]}" --batch_size 64 --epochs 5 --warmup_epochs 1 --lr 4e-3 --layer_decay 0.75 --drop_path 0
           --aa none --reprob 0 --smoothing 0 --crop_scale 0.6 1 --crop_pct 1 --print_freq 22)
 
 timed() { # timed NAME COMMAND...: its seconds go to $NAME_s
@@ -52,9 +58,9 @@ timed pretrain python main_pretrain.py "${pretrain[@]}" --output_dir "$OUTPUT/pr
 timed finetune python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/finetune" \
   --finetune "$OUTPUT/pretrain/checkpoint-last.pth"
 timed scratch python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/scratch" > "$OUTPUT/scratch.txt"
-timed eval python main_finetune.py "${common[@]}" --crop_pct 1 --eval \
+timed eval python main_finetune.py "${common[@]}" "${tuned_kwargs[@]}" --crop_pct 1 --eval \
   --resume "$OUTPUT/finetune/checkpoint-last.pth" | tee "$OUTPUT/eval.txt"
-timed pictures python scripts/visualize.py --model "$MODEL" --input_size "$INPUT_SIZE" --seed "$SEED" \
+timed pictures python scripts/visualize.py --model "$MODEL" "${kwargs[@]}" --input_size "$INPUT_SIZE" --seed "$SEED" \
   --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --checkpoint "$OUTPUT/pretrain/checkpoint-last.pth" \
   --output "$OUTPUT/reconstruction.png" "$DATA/val"
 

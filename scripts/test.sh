@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 . scripts/venv.sh
 
 export OMP_NUM_THREADS=1
+workers=(-n "${WORKERS:-2}") # test processes
 case "${1:-}" in
   --oldest)
     shift
@@ -21,6 +22,7 @@ case "${1:-}" in
     shift
     use_venv .venv requirements.txt tests/requirements.txt
     set -- -m slurm "$@"
+    workers=()
     ;;
   *)
     use_venv .venv requirements.txt tests/requirements.txt
@@ -28,4 +30,4 @@ case "${1:-}" in
     ruff format --check .
     ;;
 esac
-python -m pytest "$@"
+python -m pytest "${workers[@]}" "$@"

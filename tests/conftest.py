@@ -10,17 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 torch.set_num_threads(1)
 
-MEASURED: list[str] = []
-
 
 @pytest.fixture
-def measured():
-    """Call it with a line; all lines are printed after the test run."""
-    return MEASURED.append
+def measured(request):
+    """Call it with a line; all lines are printed after the test run, whichever process the test ran in."""
+    return lambda line: request.node.user_properties.append(('measured', line))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if MEASURED:
+    reports = [report for kind in ('passed', 'failed') for report in terminalreporter.stats.get(kind, [])]
+    lines = [line for report in reports if report.when == 'call' for _, line in report.user_properties]
+    if lines:
         terminalreporter.section('measured')
-        for line in MEASURED:
+        for line in lines:
             terminalreporter.write_line(line)

@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import main_pretrain
 from main_pretrain import METHODS
 from util.datasets import to_device
 from util.grad_checkpoint import blocks, checkpoint_blocks
@@ -25,6 +26,9 @@ QUICK = {
     'a2mim_convnext_pico': 64,
     'a2mim_timm': 64,
     'simmim_swin_pico': 64,
+    'localmim_vit_tiny': 32,
+    'localmim_swin_pico': 64,
+    'mixmae_tiny': 32,
 }
 TINY = [(module, name) for module, name in MODELS if name in QUICK]
 N = 2
@@ -32,7 +36,8 @@ N = 2
 
 def size_of(name: str) -> int:
     """A small image for the model: few tokens, whatever its depth."""
-    return QUICK.get(name, 64)
+    windowed = name.startswith('localmim_swin')  # whose windows divide every stage
+    return QUICK.get(name, 224 if windowed else 64)
 
 
 def without_drop_path(model):
@@ -180,6 +185,21 @@ def test_checkpointing_changes_nothing(module, name):
     assert torch.equal(copied.eval()(imgs, plan)[0], model.eval()(imgs, plan)[0])
 
 
+@pytest.mark.parametrize('name', ['mirl_vit_tiny', 'a2mim_resnet_tiny'])
+def test_checkpointing_compiles_whole(name):
+    model = without_drop_path(make(main_pretrain.find_method(name), name))
+    again = copy.deepcopy(model)
+    checkpoint_blocks(again)
+    imgs, plan = batch(model, name)
+    torch.compiler.reset()
+    torch.compile(again, fullgraph=True, backend='aot_eager')(imgs, plan)[0].backward()
+    model(imgs, plan)[0].backward()
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(again.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
 def test_reconstruct(module, name):
     model = make(module, name)
@@ -260,3 +280,14 @@ def test_a_step_never_waits(module, name):
     with HostReads() as reads:  # it would notice
         assert math.isfinite(norm.item())
     assert reads.found
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_class_token_or_a_clear_word(module, name):
+    """`--cls_token` classifies it, or says that there is none."""
+    options = dict(num_classes=5, img_size=size_of(name), global_pool='token')
+    if 'vit' in name:
+        assert module.create_classifier(name, **options).global_pool == 'token'
+    else:
+        with pytest.raises(ValueError, match=f'{name} has no class token to classify'):
+            module.create_classifier(name, **options)

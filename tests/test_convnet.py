@@ -7,10 +7,11 @@ import shutil
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from training import MAINS, load, make_images, run, same, train
 
 import main_finetune
-from util import config, datasets
+from util import config, datasets, dist
 from util.errors import UserError
 from util.run import Run
 
@@ -22,6 +23,17 @@ def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp('images'))
 
 
+def test_synchronised_batchnorm_keeps_its_activation(monkeypatch):
+    """timm's BatchNormAct2d applies one; torch's conversion would drop it without a word."""
+    monkeypatch.setattr(dist, 'active', lambda: True)
+    core = timm.create_model('mobilenetv3_small_050', num_classes=3)
+    acts = [type(module.act) for module in core.modules() if isinstance(module, BatchNormAct2d)]
+    assert torch.nn.Identity not in acts[:1]
+    synced = dist.sync_batchnorm(core, torch.device('cuda'))
+    norms = [module for module in synced.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert [type(norm.act) for norm in norms] == acts
+
+
 def parse(*flags):
     return MAINS['finetune'].get_args_parser().parse(list(flags))
 
@@ -31,8 +43,7 @@ def parse(*flags):
 )
 def test_memory_format(name, convolves):
     """NHWC by default for networks with convolutions that overlap."""
-    with torch.device('meta'):
-        core = timm.create_model(name)
+    core = timm.create_model(name)
     default = torch.channels_last if convolves else torch.contiguous_format
     assert config.memory_format(parse(), core) is default
     assert config.memory_format(parse('--channels_last'), core) is torch.channels_last

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TOP = {'main_pretrain', 'main_finetune', 'engine_pretrain', 'engine_finetune'}
 METHODS = {path.stem for path in ROOT.glob('models_*.py')}
-TENSOR_HELPERS = {'util.patches', 'util.pos_embed'}
+TENSOR_HELPERS = {'util.hog', 'util.patches', 'util.pos_embed', 'util.swin', 'util.windows'}
 FILES = [*ROOT.glob('*.py'), *ROOT.glob('util/*.py'), *ROOT.glob('scripts/*.py')]
 
 

@@ -57,7 +57,7 @@ BOTH = ('pretrain', 'finetune')
     ('flags', 'words'),
     [
         (['--model', 'mirl_vit_bas'], r'unknown --model mirl_vit_bas; did you mean mirl_vit_base'),
-        (['--model', 'resnet50'], r'unknown --model resnet50; known: mirl_vit_tiny'),
+        (['--model', 'xyz'], r'unknown --model xyz; known: mirl_vit_tiny'),
         (['--epoch', '3'], r'unknown argument --epoch; did you mean --epochs'),
         (['--epochs', 'many'], r'argument --epochs: invalid int value'),
         (['--epochs', '0'], r'--epochs must be at least 1, got 0'),
@@ -116,7 +116,7 @@ def test_pretraining_flags(said, flags, words):
     ('flags', 'words'),
     [
         (['--mixup', '0.8', '--batch_size', '15'], r'--batch_size must be even, got 15'),
-        (['--nb_classes', '2'], r'--nb_classes 2, but .* has 3 class folders'),
+        (['--nb_classes', '2'], r'--nb_classes 2, but .* has 3 classes'),
         (['--eval'], r'--eval needs the checkpoint to evaluate: --resume PATH'),
         (['--finetune', 'no/such.pth'], r'no/such\.pth does not exist'),
         (['--drop_path', '1'], r'--drop_path must be at least 0 and less than 1, got 1\.0'),

@@ -460,7 +460,8 @@ FILES = {
     'unknown': (
         lambda path: saved(path, torch.nn.Sequential(*[torch.nn.Linear(2, 2)] * 3).state_dict()),
         ': not a checkpoint for this model: its keys are 0.weight, 0.bias, 1.weight, 1.bias, ...; '
-        'known are our MIRL pretraining, published MIRL pretraining, MAE pretraining, ViT',
+        'known are our MIRL pretraining, published MIRL pretraining, our LocalMIM pretraining, '
+        'published LocalMIM pretraining, MAE pretraining, ViT',
     ),
     'global': (
         lambda path: path.write_bytes(pickle.dumps({'model': os.system})),

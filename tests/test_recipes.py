@@ -372,6 +372,9 @@ def test_flags_over_recipe():
     assert (args.epochs, args.norm_pix_loss, args.model_kwargs) == (10, False, {'num_segments': 6})
     assert (args.blr, args.effective_batch_size) == (1.5e-4, 4096)
 
+    # options are added to the recipe's
+    assert resolve(name, '--model_kwargs', 'decoder_depth=1').model_kwargs == {'num_segments': 4, 'decoder_depth': 1}
+
     # either of two flags for one thing displaces what the recipe says with the other
     assert config.accumulation(resolve(name, '--accum_iter', '3')) == 3
     assert config.scaled_lr(resolve(name, '--lr', '0.1'), 1)[0] == 0.1

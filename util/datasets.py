@@ -21,35 +21,41 @@ from torchvision.transforms import InterpolationMode
 from util import rng, signals
 from util.errors import UserError
 
+Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
+
 
 class ImageFiles(Dataset):
-    """Image files, with or without labels; item (epoch, index) or (epoch, index, copy) is (uint8 [3, H, W], label).
+    """Images, with or without labels; item (epoch, index) or (epoch, index, copy) is (uint8 [3, H, W], label).
 
     Before a sample is augmented, all random generators are seeded from the seed and its item: its augmentation depends
     on nothing else, whichever worker of whichever rank makes it.
     """
 
-    def __init__(self, files: list[str], labels: list[int] | None, transform: Callable, seed: int):
+    def __init__(self, images: Images, labels: list[int] | None, transform: Callable, seed: int):
         # one block of bytes: a Python list of a million strings would be copied, page by page, into every worker
-        self.files = np.array([os.fsencode(file) for file in files])
-        self.labels = np.zeros(len(files), np.int64) if labels is None else np.array(labels, np.int64)
+        in_memory = isinstance(images, np.ndarray)
+        self.images = images if in_memory else np.array([os.fsencode(file) for file in images])
+        self.labels = np.zeros(len(images), np.int64) if labels is None else np.array(labels, np.int64)
         self.transform, self.seed = transform, seed
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.images)
 
-    def path(self, index: int) -> str:
-        return os.fsdecode(self.files[index])
+    def image(self, index: int) -> Image.Image:
+        """In RGB, not augmented. Raises RuntimeError naming a file that cannot be read."""
+        if self.images.ndim == 4:
+            return Image.fromarray(self.images[index])
+        path = os.fsdecode(self.images[index])
+        try:
+            with Image.open(path) as image:
+                return image.convert('RGB')
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise RuntimeError(f'cannot read the image {path}: {error}') from error
 
     def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int]:
-        index = item[1]
-        try:
-            with Image.open(self.path(index)) as image:
-                image = image.convert('RGB')
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RuntimeError(f'cannot read the image {self.path(index)}: {error}') from error
+        image = self.image(item[1])
         rng.seed_all(self.seed, rng.SAMPLE, *item)
-        return self.transform(image), int(self.labels[index])
+        return self.transform(image), int(self.labels[item[1]])
 
 
 class EpochBatches:

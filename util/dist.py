@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as torch_dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -178,7 +179,7 @@ def share_statistics(core: nn.Module) -> None:
 def sync_batchnorm(core: nn.Module, device: torch.device) -> nn.Module:
     """SyncBatchNorm for BatchNorm where several GPUs train; on CPU torch has none, and BatchNorm stays per process."""
     if active() and device.type == 'cuda':
-        return nn.SyncBatchNorm.convert_sync_batchnorm(core)
+        return convert_sync_batchnorm(core)  # timm's, since torch's would drop the activation of BatchNormAct2d
     return core
 
 

@@ -11,8 +11,11 @@ Rules = dict[str, tuple[int, float, bool]]
 
 
 def param_groups(model: nn.Module, rules: Rules, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """One group per (learning-rate scale, weight decay); scale = lr_scale * layer_decay ** (last layer - layer)."""
-    last = max(layer_id for layer_id, _, _ in rules.values())
+    """One group per (learning-rate scale, weight decay); scale = lr_scale * layer_decay ** (last layer - layer).
+
+    The last layer is the highest of the rules, or the model's `last_layer` if no parameter is in that.
+    """
+    last = max(getattr(model, 'last_layer', 0), *(layer_id for layer_id, _, _ in rules.values()))
     groups: dict[tuple[float, float], dict] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:

@@ -1,83 +1,23 @@
-"""Checkpoints of any origin into our models: recognise the format, rename, resize, and account for every key.
+"""Checkpoints of any origin into our models: which formats there are, and which of them each model takes.
 
-This is the one file of `util` that knows the methods by name. A format is a row of a table: the keys that tell it, what
-its keys are called here, which of them nothing here has use for, and a function where names alone do not do. `INTAKES`
-says which formats a model takes and what a file may lack. Whatever is neither loaded nor allowed for is an error.
+This is the one file of `util` that knows the methods by name: tables of keys, read by `intake.py`.
 
 What no file can tell: the number of attention heads (12 in MIRL's small models, not timm's 6), and where segments of
 unequal length end. Both are the model's to get right.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from util.errors import CheckpointError
-from util.pos_embed import resize_bias_table, resize_pos_embed, sincos_2d
-from util.unpickle import printable
+from util.intake import Format, Intake, Report, State, load, unique
+from util.pos_embed import sincos_2d
 from util.weight_files import read_checkpoint
-
-State = dict[str, Tensor]
-
-
-@dataclass
-class Report:
-    """What became of every key: of the file (loaded, resized, ignored) and of the model (missing)."""
-
-    source: str
-    format: str
-    loaded: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)  # 'pos_embed [1, 197, 768] -> [1, 577, 768]'
-    ignored: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # stay as initialised
-
-    def __str__(self) -> str:
-        parts = [f'{len(self.loaded)} loaded']
-        for keys, what in ((self.resized, 'resized'), (self.ignored, 'ignored'), (self.missing, 'missing, start anew')):
-            if keys:
-                parts.append(f'{len(keys)} {what} ({shortened(keys)})')
-        return f'{self.source}: {self.format}: ' + ', '.join(parts)
-
-
-@dataclass(frozen=True)
-class Format:
-    """A published layout. `renames` and `ignorable` are regular expressions, tried in order on the whole key."""
-
-    name: str
-    marks: set[str]  # keys that together tell the format
-    renames: tuple[tuple[str, str], ...] = ()
-    ignorable: tuple[str, ...] = ()
-    adapt: Callable[[State, nn.Module], State] = lambda state, model: state  # after renaming: what depends on the model
-    refusal: str = ''  # why a format that is known cannot be loaded into this model
-
-    def rename(self, key: str) -> str | None:
-        """The key's name here, or None if the format's files may hold it and nothing here has use for it."""
-        if any(re.fullmatch(pattern, key) for pattern in self.ignorable):
-            return None
-        for pattern, replacement in self.renames:
-            if re.fullmatch(pattern, key):
-                return re.sub(pattern, replacement, key)
-        return key
-
-
-@dataclass(frozen=True)
-class Intake:
-    """What a class of models takes: formats, first match first, and patterns of its own keys."""
-
-    wrappers: tuple[str, ...]  # where a file may keep the weights, besides COMMON_WRAPPERS
-    formats: tuple[Format, ...]
-    may_lack: tuple[str, ...] = ()  # keys that a file may lack
-    may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
-
-
-COMMON_WRAPPERS = ('model', 'state_dict', 'module')
 
 # --------------------------------------------------------------------------
 # MIRL
@@ -137,6 +77,67 @@ INTO_MIRL = (
     ),
 )
 
+# --------------------------------------------------------------------------
+# LocalMIM: a ViT and a Swin, pretrained, and a fine-tuned Swin whose merging layers end a stage
+
+LOCALMIM_MARKS = {'cls_token', 'decoder.0.pred.4.weight'}
+LOCALMIM_SWIN_MARKS = {'encoder.norm.0.weight', 'decoder.0.pred.weight'}
+OUR_LOCALMIM_MARKS = {'cls_token', 'decoders.0.pred.4.weight'}
+OUR_LOCALMIM_SWIN_MARKS = {'layers.0.downsample.norm.weight', 'decoders.0.pred.weight'}
+SWIN_MARKS = {'layers.0.blocks.0.attn.relative_position_bias_table', 'layers.0.downsample.norm.weight'}
+LOCALMIM_RENAMES = (
+    (r'(?:encoder\.)?norm\.(\d.*)', r'norms.\1'),
+    (r'encoder\.(.*)', r'\1'),
+    (r'decoder\.(.*)', r'decoders.\1'),
+    (r'hog_enc\.(\d)\.conv\.bias', r'hog_bias.\1'),
+)
+LOCALMIM_BUFFERS = (r'decoder\.\d\.pos_embed', r'hog_enc\.\d\.conv\.weight')
+SWIN_BUFFERS = (r'.*\.relative_position_index', r'.*\.attn_mask')
+
+
+def merging_order(state: State, model: nn.Module) -> State:
+    """The published Swin was pretrained with neighbours merged row by row; other Swins merge them column by column.
+
+    A model that is to be correct gets the weights in its order: the middle two of four parts change places.
+    """
+    if model.coords != 'correct':
+        return state
+    return {
+        key: value[..., torch.arange(value.shape[-1]).view(4, -1)[[0, 2, 1, 3]].flatten()]
+        if re.fullmatch(r'layers\.\d\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)', key)
+        else value
+        for key, value in state.items()
+    }
+
+
+INTO_LOCALMIM_VIT = (
+    Format('our LocalMIM pretraining', OUR_LOCALMIM_MARKS),
+    Format('published LocalMIM pretraining', LOCALMIM_MARKS, LOCALMIM_RENAMES, LOCALMIM_BUFFERS),
+)
+
+INTO_LOCALMIM_SWIN = (
+    Format('our LocalMIM pretraining', OUR_LOCALMIM_SWIN_MARKS),
+    Format(
+        'published LocalMIM pretraining',
+        LOCALMIM_SWIN_MARKS,
+        LOCALMIM_RENAMES,
+        (*LOCALMIM_BUFFERS, *SWIN_BUFFERS),
+        adapt=merging_order,
+    ),
+)
+
+INTO_LOCALMIM_SWIN_CLASSIFIER = (
+    Format('our LocalMIM pretraining', OUR_LOCALMIM_SWIN_MARKS, ignorable=(r'(decoders|norms|hog_bias)\..*',)),
+    Format(
+        'published LocalMIM pretraining',
+        LOCALMIM_SWIN_MARKS,
+        LOCALMIM_RENAMES,
+        (*SWIN_BUFFERS, r'decoder\..*', r'hog_enc\..*', r'encoder\.norm\..*'),
+        adapt=merging_order,
+    ),
+    Format('Swin', SWIN_MARKS, ignorable=SWIN_BUFFERS),  # fine-tuned, published or our own, and our encoders
+)
+
 INTO_VIT = (
     Format(
         'our MIRL pretraining',
@@ -148,6 +149,18 @@ INTO_VIT = (
         'published MIRL pretraining',
         MIRL_MARKS,
         ignorable=(r'mask_token\d+', r'decoder_.*', r'norm_low\..*', r'norm\d+\..*'),
+        adapt=sincos_table,
+    ),
+    Format(
+        'our LocalMIM pretraining',
+        OUR_LOCALMIM_MARKS,
+        ignorable=(r'(decoders|norms|hog_bias)\..*',),
+        adapt=sincos_table,
+    ),
+    Format(
+        'published LocalMIM pretraining',
+        LOCALMIM_MARKS,
+        ignorable=(r'decoder\..*', r'hog_enc\..*', r'norm\.\d\..*'),
         adapt=sincos_table,
     ),
     Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),
@@ -197,15 +210,19 @@ def flat_tokens(state: State, model: nn.Module) -> State:
 
 
 def openmixup_swin(state: State, model: nn.Module) -> State:
-    """Merging takes the channels of the four pixels as (channel, row, column) there, as (column, row, channel) here."""
+    return mmcv_mergings(flat_tokens(state, model), model)
 
-    def reorder(x: Tensor) -> Tensor:
+
+def mmcv_mergings(state: State, model: nn.Module) -> State:
+    """Patch merging takes the channels of 2 x 2 pixels in mmcv's order (channel, row, column); here (column, row,
+    channel)."""
+
+    def reorder(x: Tensor) -> Tensor:  # [..., C * 4] -> [..., 4 * C]
         return x.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
 
-    def merging(key: str, value: Tensor) -> bool:
-        return '.downsample.' in key and value.ndim > 0 and value.shape[-1] % 4 == 0
-
-    return {key: reorder(value) if merging(key, value) else value for key, value in flat_tokens(state, model).items()}
+    merging = re.compile(r'.*downsample\.(norm\.weight|norm\.bias|reduction\.weight)')
+    fits = {key for key, x in state.items() if merging.fullmatch(key) and x.ndim and x.shape[-1] % 4 == 0}
+    return {key: reorder(x) if key in fits else x for key, x in state.items()}
 
 
 def microsoft_vit(state: State, model: nn.Module) -> State:
@@ -235,7 +252,7 @@ FAMILIES = {
         'Swin', 'stages.0.blocks.0.attn.w_msa.qkv.weight', OPENMIXUP_SWIN, 'head.fc', openmixup_swin
     ),
 }
-COMPUTED = (r'.*relative_position_index', r'.*attn_mask')
+COMPUTED = (r'.*relative_position_index', r'.*attn_mask')  # from the window's size alone
 PRETRAINING_ONLY = (r'(?:backbone\.|encoder\.)?mask_(?:token|gamma)', r'(?:neck|decoder)\..*')
 MIM_DECODERS = ((r'neck\.decoder(?:_pred)?\.0\.(.*)', r'decoder.\1'), (r'decoder\.0\.(.*)', r'decoder.\1'))
 
@@ -325,11 +342,60 @@ INTO_SWIN = (
     Format('Swin', {'layers.1.downsample.reduction.weight'}, ignorable=COMPUTED),  # timm's, our own
 )
 
+# --------------------------------------------------------------------------
+# MixMAE
+
+
+MIXMIM_MARKS = {'patch_embed.norm.weight', 'layers.0.blocks.0.attn.relative_position_bias_table', 'norm.weight'}
+MIXMAE_MARKS = MIXMIM_MARKS | MAE_MARKS
+MM_MIXMIM_MARKS = {'backbone.patch_embed.norm.weight', 'backbone.layers.0.blocks.0.ffn.layers.1.weight'}
+MM_MIXMAE_MARKS = MM_MIXMIM_MARKS | {'neck.mask_token', 'neck.decoder_embed.weight'}
+MM_IGNORABLE = (*COMPUTED, r'(backbone\.)?(data_preprocessor|avgpool)\..*')
+MM_BLOCK = r'(?:backbone|neck)\.((?:layers\.\d+\.|decoder_)blocks\.\d+)'
+MM_RENAMES = (
+    (MM_BLOCK + r'\.ln(\d)\.(.*)', r'\1.norm\2.\3'),
+    (MM_BLOCK + r'\.ffn\.layers\.0\.0\.(.*)', r'\1.mlp.fc1.\2'),
+    (MM_BLOCK + r'\.ffn\.layers\.1\.(.*)', r'\1.mlp.fc2.\2'),
+    (r'backbone\.patch_embed\.projection\.(.*)', r'patch_embed.proj.\1'),
+    (r'neck\.ln1\.(.*)', r'decoder_norm.\1'),
+    (r'head\.fc\.(.*)', r'head.\1'),
+    (r'(?:backbone|neck)\.(.*)', r'\1'),
+)
+MIXMAE_DECODER = ('mask_token', r'decoder_.*')
+
+INTO_MIXMAE = (
+    Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=COMPUTED),  # the published one and our own
+    Format('mmpretrain MixMIM pretraining', MM_MIXMAE_MARKS, MM_RENAMES, MM_IGNORABLE, adapt=mmcv_mergings),
+    *(
+        Format(f'{origin}MixMIM classifier', marks, refusal='holds no decoder: main_finetune.py --finetune takes it')
+        for origin, marks in (('', MIXMIM_MARKS), ('mmpretrain ', MM_MIXMIM_MARKS))
+    ),
+)
+INTO_MIXMIM_CLASSIFIER = (
+    Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=(*COMPUTED, *MIXMAE_DECODER)),
+    Format('MixMIM', MIXMIM_MARKS, ignorable=COMPUTED),  # classifiers, published and our own, and our encoder alone
+    Format(
+        'mmpretrain MixMIM',
+        MM_MIXMIM_MARKS,
+        MM_RENAMES,
+        (*MM_IGNORABLE, r'neck\..*'),
+        adapt=mmcv_mergings,
+    ),
+)
+
 INTAKES = {
     'MIRL': Intake(
         wrappers=(),
         formats=INTO_MIRL,
         may_lack=('pos_embed', r'decoders\.\d+\.pred\.parametrizations\.weight\.original0'),  # a table, fixed gains
+    ),
+    'LocalMIMViT': Intake(wrappers=(), formats=INTO_LOCALMIM_VIT, may_lack=('pos_embed',)),
+    'LocalMIMSwin': Intake(wrappers=(), formats=INTO_LOCALMIM_SWIN),
+    'LocalMIMSwinClassifier': Intake(
+        wrappers=('encoder',),
+        formats=INTO_LOCALMIM_SWIN_CLASSIFIER,
+        may_lack=(r'(head|norm)\..*',),
+        may_drop=(r'(head|norm)\..*',),
     ),
     'VisionTransformer': Intake(
         wrappers=('encoder',),
@@ -365,6 +431,13 @@ INTAKES = {
     'SwinTransformer': Intake(
         wrappers=('encoder',), formats=INTO_SWIN, may_lack=(r'head\..*',), may_drop=(r'head\..*',)
     ),
+    'MixMAE': Intake(wrappers=(), formats=INTO_MIXMAE, may_lack=('absolute_pos_embed', 'decoder_pos_embed')),
+    'MixMIMClassifier': Intake(
+        wrappers=('encoder',),
+        formats=INTO_MIXMIM_CLASSIFIER,
+        may_lack=('absolute_pos_embed', r'head\..*'),
+        may_drop=(r'head\..*',),
+    ),
 }
 # any other network is one of timm's: its own names, or our pretraining's around them
 TIMM_HEADS = r'(heads?(_dist)?|classif(ier)?|fc|last_linear)\..*'
@@ -374,9 +447,6 @@ ANY_INTAKE = Intake(
     may_lack=(TIMM_HEADS, r'.*num_batches_tracked'),
     may_drop=(TIMM_HEADS,),
 )
-
-# --------------------------------------------------------------------------
-# loading
 
 
 def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = False) -> Report:
@@ -389,163 +459,10 @@ def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = F
     """
     label = 'state dict' if isinstance(source, dict) else str(source)
     container = source if isinstance(source, dict) else read_checkpoint(source)
+    intake = INTAKES.get(type(model).__name__, ANY_INTAKE if hasattr(model, 'pretrained_cfg') else None)
     try:
-        return load(model, container, label, ema)
+        if intake is None:
+            raise CheckpointError(f'no checkpoint format is known for a {type(model).__name__}')
+        return load(model, container, intake, label, ema)
     except CheckpointError as error:
         raise CheckpointError(f'{label}: {error}') from error
-
-
-def load(model: nn.Module, container: dict, label: str, ema: bool) -> Report:
-    intake = INTAKES.get(type(model).__name__, ANY_INTAKE if hasattr(model, 'pretrained_cfg') else None)
-    if intake is None:
-        raise CheckpointError(f'no checkpoint format is known for a {type(model).__name__}')
-    averaged = ema and isinstance(container.get('ema'), dict)
-    wrappers = ('ema',) if averaged else (*intake.wrappers, *COMMON_WRAPPERS)
-    weights = join_parts(find_weights(container, wrappers))
-    from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
-    state = torch_state(weights)
-    layout = recognise(state, intake.formats)
-
-    report = Report(label, layout.name + ' (Paddle)' * from_paddle + ', averaged weights' * averaged)
-    report.ignored = [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
-    report.ignored += [key for key in state if layout.rename(key) is None]
-    renamed = unique((name, value) for key, value in state.items() if (name := layout.rename(key)))
-    renamed, target = layout.adapt(renamed, model), model.state_dict()
-    fit(renamed, target, intake, report)
-    check(renamed, target, intake, report)
-
-    model.load_state_dict(renamed, strict=False)
-    report.loaded = sorted(renamed)
-    report.missing = [name for name in target if name not in renamed]
-    return report
-
-
-def find_weights(container: dict, wrappers: tuple[str, ...]) -> dict:
-    """The first dict under one of these names, or else the container itself."""
-    for name in wrappers:
-        if isinstance(container.get(name), dict):
-            return container[name]
-    return container
-
-
-def join_parts(weights: dict) -> dict:
-    """Paddle cuts arrays beyond 1 GiB into flat `NAME@@.0`, `NAME@@.1`, ..."""
-    weights = dict(weights)
-    try:
-        for name, parts in weights.pop('UnpackBigParamInfor@@', {}).items():
-            pieces = [weights.pop(piece) for piece in parts['slices']]
-            weights[name] = np.concatenate(pieces).reshape(parts['OriginShape'])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError('damaged: the parts of its large arrays do not fit together') from error
-    return weights
-
-
-def torch_state(weights: dict) -> State:
-    """The tensors, without the prefixes of DDP and torch.compile; Paddle's linear layers are transposed."""
-    tensors = {str(key): as_tensor(str(key), value) for key, value in weights.items()}
-    tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f'no weights in it; its keys are {shortened(list(weights))}')
-    return unique((re.sub(r'^(module\.|_orig_mod\.)+', '', key), value) for key, value in tensors.items())
-
-
-def as_tensor(key: str, value):
-    if isinstance(value, tuple) and value:  # paddle.save of a whole run: (a name inside Paddle, array)
-        value = value[-1]
-    if not isinstance(value, np.ndarray):
-        return value
-    value = torch.from_numpy(value.astype(value.dtype.newbyteorder('='), copy=False))
-    # linear layers are told by their names, never by their shapes: many are square
-    return value.t() if value.ndim == 2 and key.endswith(('.weight', '.weight_v')) else value
-
-
-def unique(items: Iterable[tuple[str, Tensor]]) -> State:
-    state = {}
-    for name, value in items:
-        if name in state:
-            raise CheckpointError(f'two of its keys stand for {printable(name)}')
-        state[name] = value
-    return state
-
-
-def recognise(state: State, formats: tuple[Format, ...]) -> Format:
-    """The first of the formats that the keys fit."""
-    for layout in formats:
-        if state.keys() >= layout.marks:
-            if layout.refusal:
-                raise CheckpointError(f'{layout.name}: {layout.refusal}')
-            return layout
-    known = ', '.join(dict.fromkeys(layout.name for layout in formats if not layout.refusal))
-    raise CheckpointError(f'not a checkpoint for this model: its keys are {shortened(list(state))}; known are {known}')
-
-
-def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
-    """Resize tables of positions and drop what may be dropped. Changes `renamed`."""
-    for name, value in list(renamed.items()):
-        if not same(name, renamed, target):
-            table = resized(name, value, target[name]) if name in target else None
-            if table is not None:
-                renamed[name] = table
-                report.resized.append(f'{name} {list(value.shape)} -> {list(table.shape)}')
-            elif any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
-                del renamed[name]
-                report.ignored.append(f'{name} {list(value.shape)}')
-
-
-# how names of tables of positions end, along which axis these go, and how many rows there may be beside a square grid's
-POSITIONS = (
-    ('pos_embed', 1, (0, 1), resize_pos_embed),  # [1, L, D]; a class token's
-    ('relative_position_bias_table', 0, (0, 3), resize_bias_table),  # [L, heads]; of BEiT's class token
-)
-
-
-def resized(name: str, value: Tensor, wanted: Tensor) -> Tensor | None:
-    """A table of positions in the model's size; None for all else."""
-    for ending, axis, choices, resize in POSITIONS:
-        if name.endswith(ending) and value.ndim == wanted.ndim == axis + 2 and value.is_floating_point():
-            old, new = value.shape[axis], wanted.shape[axis]
-            extra = extra_rows(new, choices)
-            others_equal = value.shape == (*wanted.shape[:axis], old, *wanted.shape[axis + 1 :])
-            if others_equal and extra is not None and extra == extra_rows(old, choices):
-                return resize(value, new, extra)
-    return None
-
-
-def extra_rows(length: int, choices: tuple[int, ...]) -> int | None:
-    """How many of `length` rows do not belong to a square grid: the first of the choices that can be, or None."""
-    return next((n for n in choices if length > n and math.isqrt(length - n) ** 2 == length - n), None)
-
-
-def same(name: str, renamed: State, target: State) -> bool:
-    """Whether both have the key, in one shape, and as the same kind of number."""
-    if name not in renamed or name not in target:
-        return False
-    value, wanted = renamed[name], target[name]
-    return value.shape == wanted.shape and value.is_floating_point() == wanted.is_floating_point()
-
-
-def check(renamed: State, target: State, intake: Intake, report: Report) -> None:
-    """Raise CheckpointError if a key is left over, lacking, or of another shape."""
-
-    def shape(state: State, name: str) -> str:
-        if name not in state:
-            return 'absent'
-        return f'{list(state[name].shape)}' + ('' if state[name].is_floating_point() else f' {state[name].dtype}')
-
-    differing = [
-        name
-        for name in (target | renamed)
-        if not same(name, renamed, target)
-        and not (name not in renamed and any(re.fullmatch(pattern, name) for pattern in intake.may_lack))
-    ]
-    if differing:
-        first = '; '.join(f'{printable(n)}: file {shape(renamed, n)}, model {shape(target, n)}' for n in differing[:5])
-        raise CheckpointError(
-            f'{report.format}, but of another architecture; differing keys ({len(differing)}): {first}'
-            + '; ...' * (len(differing) > 5)
-        )
-
-
-def shortened(keys: list, most: int = 4) -> str:
-    """'a, b, c, d, ...'"""
-    return ', '.join(map(printable, keys[:most])) + ', ...' * (len(keys) > most)

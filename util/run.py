@@ -51,7 +51,7 @@ class Run:
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
         args = self.args
-        names = ('model', 'model_kwargs', 'input_size', 'mask_ratio', 'repeated_aug', 'opt', 'seed')
+        names = ('model', 'model_kwargs', 'dataset', 'input_size', 'mask_ratio', 'repeated_aug', 'opt', 'seed')
         return {
             **{name: getattr(args, name) for name in names if hasattr(args, name)},
             'stage': self.stage,
@@ -113,9 +113,9 @@ class Run:
     # --------------------------------------------------------------------------
     # what the engines ask for
 
-    def loader(self, files: list[str], labels: list[int] | None, transform: Callable) -> DataLoader:
+    def loader(self, images: datasets.Images, labels: list[int] | None, transform: Callable) -> DataLoader:
         """Training batches in the run's order."""
-        images = datasets.ImageFiles(files, labels, transform, self.args.seed)
+        images = datasets.ImageFiles(images, labels, transform, self.args.seed)
         return datasets.loader(images, self.sampler, self.args.num_workers, self.pin_memory)
 
     @property

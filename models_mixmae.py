@@ -1,0 +1,458 @@
+"""MixMAE: mixed and masked autoencoders for hierarchical vision transformers (Liu et al., CVPR 2023; code: MixMIM).
+
+Instead of mask tokens, the hidden cells of an image show another image. One mask over the grid of cells (32 x 32
+pixels) serves the whole batch, and image i is mixed with image N-1-i. The encoder is a Swin-like pyramid with large
+windows that do not shift; tokens of the two images never attend to each other. Both images are then reconstructed.
+
+    image i      --.                                                 .- i's cells, else mask tokens --> decoder --.
+                    mix --> patch_embed --> stages --> decoder_embed                                              loss
+    image N-1-i  --'                                                 '- the partner's cells, else     --> decoder --'
+                                                                        mask tokens
+
+Shapes: N batch, L cells, R x R tokens of a stage, w window side, W windows of an image, T = w*w tokens of a window,
+C width of the first stage, D width of the last, E decoder width, P = 3 * cell * cell pixels of a cell.
+Mask: 1 = hidden, that is: this cell comes from the partner image. Each cell of image i is hidden in one of two mixed
+images, its own (mask 1) or its partner's (mask 0), and is scored there alone, so that every pixel counts once.
+
+What is released does not mix: as the mask is shared, the attention cut between the images exact, and all else done
+token by token or inside a cell, no number of one image ever meets one of the other. Pairing every image with itself
+gives the same loss and gradients. The objective is: encode the intact image in two complementary groups of cells that
+do not see each other, then predict each from the other. The paper's embeddings that tell the two images apart are not
+in the released code, nor here.
+
+The cut is an additive mask. Sorting each window's tokens into its two groups would halve the attention's products, at
+most 4 % of the encoder's; it pays, if at all, on a GPU, where it has not been measured, so it is not done.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.models.swin_transformer import PatchMerging, get_relative_position_index
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from util.patches import patch_mask_to_pixels, patch_stats, patchify, unpatchify
+from util.pos_embed import sincos_2d
+
+
+class MixPlan(NamedTuple):
+    """Which of the L cells of every image in the batch show the partner instead."""
+
+    mask: Tensor  # [1, L] float32, 1 = hidden
+
+
+# --------------------------------------------------------------------------
+# encoder
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows of w x w tokens, with Swin's relative position bias."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int):
+        super().__init__()
+        self.num_heads, self.window_size = num_heads, window_size
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        index = get_relative_position_index(window_size, window_size)  # [T, T]: each pair's row in the table
+        self.register_buffer('relative_position_index', index.flatten(), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def relative_position_bias(self) -> Tensor:
+        """[heads, T, T]: what is added to the logit of token i's query and token j's key."""
+        size = self.window_size**2
+        return self.relative_position_bias_table.t().index_select(1, self.relative_position_index).view(-1, size, size)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [N, R, R, D] -> the same; mask [W, T, T] is added to the logits of each image's windows (0 or -inf)."""
+        n, side, _, dim = x.shape
+        heads, w, windows = self.num_heads, self.window_size, side // self.window_size
+        bias = self.relative_position_bias()
+        if mask is not None:
+            bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # [W * heads, T, T]: it broadcasts over the batch
+        qkv = self.qkv(x).view(n, windows, w, windows, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        # [N, W * heads, T, D / heads] under a mask, else [N * W, heads, T, D / heads]
+        q, k, v = qkv.reshape(3, -1, bias.shape[0], w * w, dim // heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
+        x = x.reshape(n, windows, windows, heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return self.proj(x.reshape(n, side, side, dim))
+
+
+class WindowBlock(nn.Module):
+    """Pre-norm block: attention inside windows, MLP."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then 2 x 2 tokens merged into one of twice the width (not after the last stage)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: list[float], last: bool
+    ):
+        super().__init__()
+        self.window_size = window_size
+        self.blocks = nn.ModuleList(WindowBlock(dim, num_heads, window_size, mlp_ratio, rate) for rate in drop_path)
+        self.downsample = nn.Identity() if last else PatchMerging(dim)
+
+
+class MixMIMEncoder(nn.Module):
+    """The hierarchical encoder: of mixed images under their mask in pretraining, of images (no mask) afterwards.
+
+    `window_size` gives a side per stage, at most the stage's own; the default is the published one at 224 and 384
+    pixels, and elsewhere what divides each stage and is nearest to 14. Raises ValueError for sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 4,
+        embed_dim: int = 128,
+        depths: tuple[int, ...] = (2, 2, 18, 2),
+        num_heads: tuple[int, ...] = (4, 8, 16, 32),
+        window_size: tuple[int, ...] | None = None,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        stages, blocks = len(depths), sum(depths)
+        self.cell_size = patch_size * 2 ** (stages - 1)
+        if img_size % self.cell_size:
+            raise ValueError(
+                f'img_size {img_size} is not a multiple of {self.cell_size} '
+                f'(patch_size {patch_size}, doubled by {stages - 1} mergings)'
+            )
+        sides = [img_size // patch_size // 2**s for s in range(stages)]
+        dims = [embed_dim * 2**s for s in range(stages)]
+        windows = fit_windows(window_size or default_windows(sides), sides)
+        if not stages == len(num_heads) == len(windows):
+            raise ValueError(f'depths {depths}, num_heads {num_heads}, window_size {window_size}: lengths differ')
+        for dim, heads in zip(dims, num_heads, strict=True):
+            if dim % heads:
+                raise ValueError(f'width {dim} of a stage is not a multiple of its {heads} heads')
+        self.depths, self.num_features, self.num_cells = tuple(depths), dims[-1], sides[-1] ** 2
+        self.last_layer = blocks + 1  # where layer decay starts; nothing published lies there, the head is one below
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=nn.LayerNorm, output_fmt='NHWC')
+        self.register_buffer('absolute_pos_embed', sincos_2d(embed_dim, sides[0], cls_token=False))
+        rates = [drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)]
+        self.layers = nn.ModuleList(
+            Stage(dims[s], num_heads[s], windows[s], mlp_ratio, rates[sum(depths[:s]) :][: depths[s]], s == stages - 1)
+            for s in range(stages)
+        )
+        self.norm = nn.LayerNorm(self.num_features)
+
+    def init_weights(self) -> None:
+        """Linear xavier-uniform with zero bias, bias tables truncated N(0, 0.02); the patch projection is torch's."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+    def forward_features(self, imgs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """imgs [N, 3, H, W] -> normed tokens [N, L, D]; under a mask [1, L], cells see those of equal mask only."""
+        x = self.patch_embed(imgs)  # [N, R, R, C]
+        x = x + self.absolute_pos_embed.view(1, *x.shape[1:])
+        for stage in self.layers:
+            window_mask = None if mask is None else separating_mask(mask, x.shape[1], stage.window_size)
+            for block in stage.blocks:
+                x = block(x, window_mask)
+            x = stage.downsample(x)
+        return self.norm(x).flatten(1, 2)
+
+
+def default_windows(sides: list[int]) -> list[int]:
+    """The published windows, or per stage the divisor nearest to 14: 14, 14, 14, 7 at 224 pixels."""
+    if sides == [96, 48, 24, 12]:  # 384 pixels
+        return [16, 16, 24, 12]
+    divisors = ([d for d in range(1, side + 1) if side % d == 0] for side in sides)
+    return [min(ds, key=lambda d: abs(math.log(d / 14))) for ds in divisors]
+
+
+def fit_windows(windows: list[int], sides: list[int]) -> list[int]:
+    """Windows no larger than their stage. Raises ValueError for one that does not divide it."""
+    windows = [min(w, side) for w, side in zip(windows, sides, strict=False)]
+    for s, (w, side) in enumerate(zip(windows, sides, strict=False)):
+        if side % w:
+            raise ValueError(f'window_size {w} does not divide the {side} x {side} tokens of stage {s}')
+    return windows
+
+
+def separating_mask(mask: Tensor, side: int, window_size: int) -> Tensor:
+    """Cells' mask [1, L] -> [W, T, T] for a stage of side x side tokens: 0 between equals, -inf between others."""
+    windows, cell = side // window_size, side // round(mask.shape[1] ** 0.5)
+    tokens = patch_mask_to_pixels(mask, cell).view(windows, window_size, windows, window_size)
+    tokens = tokens.transpose(1, 2).reshape(windows**2, window_size**2)
+    differs = tokens.unsqueeze(1) != tokens.unsqueeze(2)
+    return torch.zeros_like(differs, dtype=torch.float32).masked_fill(differs, -torch.inf)
+
+
+# --------------------------------------------------------------------------
+# pretraining
+
+
+class MixMAE(MixMIMEncoder):
+    """Mixed and masked autoencoder (paper section 3; `models_mixmim.MixMIM` in the published code).
+
+    `encoder` are `MixMIMEncoder`'s options. Of the L cells, int(L * ratio) are hidden; with `range_mask_ratio` > 0 the
+    ratio is drawn for each batch from [mask_ratio, mask_ratio + range_mask_ratio). Raises ValueError for a ratio that
+    hides nothing or everything.
+    """
+
+    mask_scope = 'batch'
+
+    def __init__(
+        self,
+        *,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = True,
+        mask_ratio: float = 0.5,
+        range_mask_ratio: float = 0.0,
+        **encoder,
+    ):
+        super().__init__(mlp_ratio=mlp_ratio, **encoder)
+        if decoder_dim % decoder_num_heads:
+            raise ValueError(f'decoder_dim {decoder_dim} is not a multiple of its {decoder_num_heads} heads')
+        for ratio in (mask_ratio, mask_ratio + range_mask_ratio):
+            if not 0 < int(self.num_cells * ratio) < self.num_cells:
+                raise ValueError(
+                    f'mask ratio {ratio} hides {int(self.num_cells * ratio)} of {self.num_cells} cells '
+                    f'({self.cell_size} pixels wide); at least one must be kept and one hidden'
+                )
+        self.norm_pix_loss, self.mask_ratio, self.range_mask_ratio = norm_pix_loss, mask_ratio, range_mask_ratio
+
+        self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        grid_size = round(self.num_cells**0.5)
+        self.register_buffer('decoder_pos_embed', sincos_2d(decoder_dim, grid_size, cls_token=False))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=nn.LayerNorm)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_dim)
+        self.decoder_pred = nn.Linear(decoder_dim, 3 * self.cell_size**2)
+        self.init_weights()
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    # --------------------------------------------------------------------------
+    # masking
+
+    def noise_shape(self, n: int) -> tuple[int, int]:
+        """[1, L] for any n: one number per cell, and with `range_mask_ratio` a last one for the ratio, [1, L + 1]."""
+        return 1, self.num_cells + (self.range_mask_ratio > 0)
+
+    def plan_from_noise(self, noise: Tensor) -> MixPlan:
+        """U[0, 1) CPU noise [1, L] or [1, L + 1] -> MixPlan; the int(L * ratio) cells of the smallest are hidden."""
+        noise = noise.flatten()
+        drawn = float(noise[-1]) if self.range_mask_ratio > 0 else 0.0
+        num_hidden = int(self.num_cells * (self.mask_ratio + drawn * self.range_mask_ratio))
+        hidden = noise[: self.num_cells].argsort(stable=True)[:num_hidden]
+        return MixPlan(torch.zeros(1, self.num_cells).index_fill(1, hidden, 1.0))
+
+    def draw_plan(self, n: int, rng: np.random.Generator) -> MixPlan:
+        """A plan for a batch of any size, from float32 draws."""
+        return self.plan_from_noise(torch.from_numpy(rng.random(self.noise_shape(n), dtype='float32')))
+
+    # --------------------------------------------------------------------------
+    # mixing, decoder, loss
+
+    def mix(self, imgs: Tensor, mask: Tensor) -> Tensor:
+        """Image i with the hidden cells of image N-1-i in place of its own; the middle one of an odd N stays whole."""
+        return torch.where(patch_mask_to_pixels(mask, self.cell_size).bool(), imgs.flip(0), imgs)
+
+    def forward_decoder(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, L, D] of mixed images -> un-mixed and decoded: image i's and its partner's, [N, L, E] each."""
+        x = self.decoder_embed(x)
+        hidden, mask_token = mask.bool().unsqueeze(-1), self.mask_token.to(x.dtype)
+        own, partner = torch.where(hidden, mask_token, x), torch.where(hidden, x, mask_token)
+        x = torch.cat([own, partner]) + self.decoder_pos_embed  # [2N, L, E]
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x.chunk(2)
+
+    def assemble(self, own: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+        """What two passes decoded, [N, L, E] each -> of each image all cells, each from the pass that had it hidden."""
+        return torch.where(mask.bool().unsqueeze(-1), own, partner.flip(0))
+
+    def forward_pred(self, x: Tensor) -> Tensor:
+        """Decoded cells [N, L, E] -> their pixels [N, L, P]."""
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def target(self, imgs: Tensor) -> Tensor:
+        """Cells' pixels [N, L, P] in (row, column, channel) order, normalised per cell if `norm_pix_loss`."""
+        target = patchify(imgs.float(), self.cell_size)
+        if self.norm_pix_loss:
+            mean, std = patch_stats(target)
+            target = (target - mean) / std
+        return target
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error over all cells; and that of those hidden in the own, and in the partner's mixed image."""
+        with torch.autocast(imgs.device.type, enabled=False):
+            errors = (pred.float() - self.target(imgs)).square().mean(dim=-1)  # [N, L]
+            per_cell = errors.detach().mean(dim=0, keepdim=True)
+            terms = {
+                'own_loss': (per_cell * mask).sum() / mask.sum(),
+                'partner_loss': (per_cell * (1 - mask)).sum() / (1 - mask).sum(),
+            }
+            return errors.mean(), terms
+
+    def forward(self, imgs: Tensor, plan: MixPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """imgs [N, 3, H, W], normalised -> scalar loss and its two parts."""
+        if plan is None:
+            plan = self.plan_from_noise(torch.rand(self.noise_shape(imgs.shape[0])))
+            plan = MixPlan(plan.mask.to(imgs.device))
+        x = self.forward_features(self.mix(imgs, plan.mask), plan.mask)  # [N, L, D]
+        own, partner = self.forward_decoder(x, plan.mask)
+        pred = self.forward_pred(self.assemble(own, partner, plan.mask))  # half of what was decoded: what is scored
+        return self.forward_loss(imgs, pred, plan.mask)
+
+    # --------------------------------------------------------------------------
+    # pictures, export
+
+    @torch.no_grad()
+    def reconstruct(self, imgs: Tensor, plan: MixPlan) -> dict[str, Tensor]:
+        """Panels [N, 3, H, W] in the input's normalised space: both originals, their mixture, both un-mixed from it.
+
+        An un-mixed image has its visible cells as they are and its hidden ones as predicted. Predictions are normalised
+        per cell and need a mean and a deviation to become pixels. `oracle` takes each cell's own, which leaks the
+        answer's brightness and contrast; `honest` takes the average of the image's visible cells.
+        """
+        was_training = self.training
+        self.eval()
+        mixed = self.mix(imgs, plan.mask)
+        decoded = self.forward_decoder(self.forward_features(mixed, plan.mask), plan.mask)
+        preds = [self.forward_pred(x).float() for x in decoded]
+        self.train(was_training)
+
+        originals = [imgs, imgs.flip(0)]
+        panels = {'original': imgs, 'partner': originals[1], 'mixed': mixed}
+        masks = [plan.mask.unsqueeze(-1), 1 - plan.mask.unsqueeze(-1)]  # [1, L, 1]
+        for name, original, pred, hidden in zip(('original', 'partner'), originals, preds, masks, strict=True):
+            cells = patchify(original.float(), self.cell_size)
+            oracle = patch_stats(cells) if self.norm_pix_loss else (0.0, 1.0)
+            honest = [(stat * (1 - hidden)).sum(dim=1, keepdim=True) / (1 - hidden).sum() for stat in oracle]
+            for kind, (mean, std) in (('honest', honest), ('oracle', oracle)):
+                unmixed = torch.where(hidden.bool(), pred * std + mean, cells)
+                panels[f'un-mixed {name} ({kind})'] = unpatchify(unmixed, self.cell_size)
+        return panels
+
+    def encoder_state_dict(self) -> dict[str, Tensor]:
+        """The encoder under the classifier's names, which are its own."""
+        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ENCODER_NAMES}
+
+
+ENCODER_NAMES = ('patch_embed', 'absolute_pos_embed', 'layers', 'norm')
+
+
+# --------------------------------------------------------------------------
+# sizes, classifier, optimiser rules
+
+
+class MixMIMClassifier(MixMIMEncoder):
+    """What a MixMAE is fine-tuned as: the encoder without masks, the mean of its normed tokens, a linear head.
+
+    `encoder` are `MixMIMEncoder`'s options.
+    """
+
+    def __init__(self, *, num_classes: int = 1000, **encoder):
+        super().__init__(**encoder)
+        self.head = nn.Linear(self.num_features, num_classes)
+        self.init_weights()
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """imgs [N, 3, H, W], normalised -> logits [N, classes]."""
+        return self.head(self.forward_features(imgs).mean(dim=1))
+
+
+ENCODERS = {
+    # for quick trials, not in the paper: cells of 8 pixels, so 16 of them at 32 x 32; any multiple of 32 will do
+    'mixmae_tiny': dict(patch_size=2, embed_dim=32, depths=(1, 2, 1), num_heads=(2, 4, 8), window_size=(8, 8, 4)),
+    'mixmae_base': dict(embed_dim=128, num_heads=(4, 8, 16, 32)),
+    'mixmae_large': dict(embed_dim=192, num_heads=(6, 12, 24, 48)),
+    'mixmae_huge': dict(embed_dim=352, num_heads=(11, 22, 44, 88)),
+}
+
+
+def mixmae_tiny(**kwargs) -> MixMAE:
+    return MixMAE(
+        **{**ENCODERS['mixmae_tiny'], 'decoder_dim': 64, 'decoder_depth': 1, 'decoder_num_heads': 4, **kwargs}
+    )
+
+
+def mixmae_base(**kwargs) -> MixMAE:
+    return MixMAE(**{**ENCODERS['mixmae_base'], **kwargs})
+
+
+def mixmae_large(**kwargs) -> MixMAE:
+    return MixMAE(**{**ENCODERS['mixmae_large'], **kwargs})
+
+
+def mixmae_huge(**kwargs) -> MixMAE:
+    return MixMAE(**{**ENCODERS['mixmae_huge'], **kwargs})
+
+
+__all__ = [*ENCODERS]
+
+
+def create_classifier(
+    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
+) -> MixMIMClassifier:
+    """The classifier of a pretraining model's size; its windows follow `img_size` unless given.
+
+    The head, as in the published fine-tuning, starts close to zero. Raises ValueError for sizes that do not divide.
+    """
+    if kwargs.pop('global_pool', 'avg') != 'avg':
+        raise ValueError(f'{name} has no class token to classify')
+    sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
+    model = MixMIMClassifier(**{**ENCODERS[name], **sizes, **kwargs})
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    return model
+
+
+def param_rules(model: MixMIMEncoder, *, head_layer: str = 'published') -> dict[str, tuple[int, float, bool]]:
+    """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as the published optimiser groups them.
+
+    Layer ids: 0 = patch embedding; i + 1 = block i; a patch merging has that of the block after it. The rest, the head
+    included, has the last block's id, one below the top (`model.last_layer`), and so learns at layer_decay times the
+    rate; `head_layer='own'` puts the head at the top, at the full rate. 1-D parameters are not decayed; mask token and
+    bias tables are. Raises ValueError for another `head_layer`.
+    """
+    if head_layer not in ('published', 'own'):
+        raise ValueError(f"head_layer {head_layer!r} is neither 'published' nor 'own'")
+
+    def layer_id(name: str) -> int:
+        match name.split('.'):
+            case ['patch_embed', *_]:
+                return 0
+            case ['layers', stage, 'blocks', block, *_]:
+                return sum(model.depths[: int(stage)]) + int(block) + 1
+            case ['layers', stage, 'downsample', *_]:
+                return sum(model.depths[: int(stage) + 1]) + 1
+            case ['head', _] if head_layer == 'own':
+                return model.last_layer
+        return model.last_layer - 1
+
+    return {
+        name: (layer_id(name), 1.0, param.ndim > 1) for name, param in model.named_parameters() if param.requires_grad
+    }
