@@ -404,11 +404,11 @@ INTAKES = {
         may_lack=(r'(head|fc_norm|norm)\..*',),
         may_drop=(r'(head|fc_norm|norm)\..*',),
     ),
-    'A2MIM': Intake(wrappers=(), formats=INTO_A2MIM, may_lack=(r'.*num_batches_tracked',)),
+    'A2MIM': Intake(wrappers=(), formats=INTO_A2MIM, may_lack=(*COMPUTED, r'.*num_batches_tracked')),
     'Beit': Intake(
         wrappers=('encoder',),
         formats=INTO_BEIT,
-        may_lack=(r'(head|fc_norm|norm)\..*',),
+        may_lack=(*COMPUTED, r'(head|fc_norm|norm)\..*'),
         may_drop=(r'(head|fc_norm|norm)\..*',),
     ),
     'ResNet': Intake(
