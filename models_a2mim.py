@@ -271,23 +271,23 @@ def vit_site(encoder: nn.Module, mask_layer: int) -> str:
     return ('patch_embed', 'pos_drop')[mask_layer] if mask_layer < 2 else f'blocks.{mask_layer - 2}'
 
 
-def stage_site(pattern: str, *first: str) -> Callable[[nn.Module, int], str]:
-    """One of `first`, then `pattern` with the number of the stage; there are four places."""
-
+def stage_site(*places: str) -> Callable[[nn.Module, int], str]:
     def site(encoder: nn.Module, mask_layer: int) -> str:
-        if not 0 <= mask_layer < 4:
-            raise ValueError(f'mask_layer {mask_layer} of 4')
-        return first[mask_layer] if mask_layer < len(first) else pattern.format(mask_layer)
+        if not 0 <= mask_layer < len(places):
+            raise ValueError(f'mask_layer {mask_layer} of {len(places)}')
+        return places[mask_layer]
 
     return site
 
 
 VIT = Backbone(beit, vit_site)
-RESNET = Backbone(cnn, stage_site('layer{}', 'maxpool'))  # before layer k + 1
-CONVNEXT = Backbone(  # after the down-sampling of stage k; the last map is normed, not pooled
-    cnn, stage_site('stages.{}.downsample'), lambda encoder, imgs: encoder.head.norm(encoder.forward_features(imgs))
+RESNET = Backbone(cnn, stage_site('maxpool', 'layer1', 'layer2', 'layer3'))
+CONVNEXT = Backbone(  # its last map is normed, not pooled
+    cnn,
+    stage_site(*(f'stages.{stage}.downsample' for stage in range(4))),
+    lambda encoder, imgs: encoder.head.norm(encoder.forward_features(imgs)),
 )
-SWIN = Backbone(swin, stage_site('layers.{}.downsample', 'patch_embed'))
+SWIN = Backbone(swin, stage_site('patch_embed', *(f'layers.{stage}.downsample' for stage in range(4))))
 ANY = Backbone(any_timm, any_site)
 
 # --------------------------------------------------------------------------
@@ -297,11 +297,12 @@ ANY = Backbone(any_timm, any_site)
 class A2MIM(nn.Module):
     """Masked image modeling around any encoder (paper section 4; `a2mim.py`, `mim_head.py` of OpenMixup).
 
-    `mask_layer` counts the places of a family: ViT: before block k - 1 (0: before the positions); ResNet: before stage
-    k + 1; ConvNeXt: after the down-sampling of stage k; Swin: before stage k. `mask_init` > 0 damps hidden features by
-    a learned gamma of that initial value; `replace` drops them. `mask_token` is 'learnable', or for ablations 'zero',
-    'randn' (both fixed), 'mean' (of the batch's features), 'instance_mean', or 'none'. `mask_color='none'` leaves the
-    pixels. Visible pixels weigh `unmask_weight` in the pixel loss, and `fft_unmask_weight` in the Fourier one, where
+    `mask_layer` counts the places of a family. ViT: before block k - 1 (0: before the positions); ResNet: before stage
+    k + 1; ConvNeXt: after the down-sampling of stage k; Swin: before stage k - 1 (0: as 1).
+    `mask_init` > 0 damps hidden features by a learned gamma of that initial value; `replace` drops them. The
+    `mask_token` is 'learnable', or for ablations 'zero', 'randn' (both fixed), 'mean' (of the batch's features),
+    'instance_mean', or 'none'. `mask_color='none'` leaves the pixels.
+    Visible pixels weigh `unmask_weight` in the pixel loss, and `fft_unmask_weight` in the Fourier one, where
     `fft_unmask_replace` stands for the rest of them. Other keywords are the encoder's. Raises ValueError for what
     cannot be.
     """
