@@ -288,6 +288,16 @@ def test_damping_and_detaching():
     assert torch.equal(x.grad, (1 - mask).expand_as(x))
 
 
+@pytest.mark.parametrize(('name', 'agrees'), [('simmim_vit_small', True), ('a2mim_vit_small', False)])
+def test_split_of_the_batch(name, agrees):
+    """SimMIM's loss is a mean over samples; A2MIM's sees the spectrum of each forward's mean error."""
+    model = getattr(models_a2mim, name)(img_size=64, depth=1, drop_path_rate=0.0)
+    imgs, plan = torch.randn(4, 3, 64, 64), cells(model, 4)
+    whole, _ = model(imgs, plan)
+    halves = [model(imgs[i : i + 2], type(plan)(plan.mask[i : i + 2]))[0] for i in (0, 2)]
+    assert (whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-6)) is agrees
+
+
 # --------------------------------------------------------------------------
 # encoders stay stock
 
