@@ -526,8 +526,8 @@ class A2MIM(nn.Module):
             'masked': masked if self.mask_color != 'none' else imgs * (1 - hidden),
             'prediction': pred,
             'composite': composite,
-            'spectrum': spectrum(imgs),
-            'its spectrum': spectrum(composite),
+            'spectrum (original)': spectrum(imgs),
+            'spectrum (composite)': spectrum(composite),
         }
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
