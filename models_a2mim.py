@@ -38,6 +38,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.patches import patch_mask_to_pixels
 
@@ -79,9 +80,10 @@ PIXEL_LOSSES = ('l1', 'mse', 'huber', 'charbonnier', 'balanced_l1', 'focal_l1', 
 
 
 def half_spectrum(difference: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal 2-D spectrum of real maps [..., H, W], and how often each of its columns stands in the full one.
+    """Orthonormal 2-D spectrum of real maps [..., H, W] and weights of its columns, of mean 1.
 
-    Spectra of real maps are symmetric: [..., H, W // 2 + 1] complex is enough. Weights [W // 2 + 1] add up to W.
+    Spectra of real maps are symmetric: [..., H, W // 2 + 1] complex is enough, and what is weighted by [W // 2 + 1] has
+    the whole spectrum's mean.
     """
     width = difference.shape[-1]
     spectrum = torch.fft.rfft2(difference, norm='ortho')
@@ -162,13 +164,15 @@ def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) 
         module = trial.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f'the encoder has no module {name} for the mask token to come after') from error
-    seen: list[Tensor] = []
-    module.register_forward_hook(lambda module, args, output: seen.append(output))
-    last = features(trial, torch.zeros(1, 3, img_size, img_size, device='meta'))
+    if isinstance(module, _BatchNorm):  # several GPUs train with another module in its place
+        raise ValueError(f'the mask token cannot come after {name}, a BatchNorm')
+    imgs = torch.zeros(1, 3, img_size, img_size, device='meta', requires_grad=True)
+    seen, last = features_at(module, imgs, lambda imgs: features(trial, imgs))
     last.sum().backward()
-    if len(seen) != 1 or not isinstance(seen[0], Tensor):
-        raise ValueError(f'the mask token cannot come after {name}: it gives {len(seen)} feature maps in a forward')
-    here, end = layout_of(seen[0].shape, encoder, img_size), layout_of(last.shape, encoder, img_size)
+    _, rest = features_at(module, imgs, lambda imgs: features(trial, imgs), cut=True)
+    if rest.requires_grad and torch.autograd.grad(rest.sum(), imgs, allow_unused=True)[0] is not None:
+        raise ValueError(f'the mask token cannot come after {name}: the image goes round it')
+    here, end = layout_of(seen.shape, encoder, img_size), layout_of(last.shape, encoder, img_size)
 
     strides = [info['reduction'] for info in getattr(encoder, 'feature_info', [])]
     if len(set(strides)) > 1 and here[0] == 'NLC':
@@ -178,6 +182,25 @@ def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) 
     if strides and img_size // end[3] != strides[-1]:
         raise ValueError(f'the last map has stride {img_size // end[3]}, the last features {strides[-1]}')
     return Site(*here, end, [key for key, param in trial.named_parameters() if param.grad is None])
+
+
+def features_at(module: nn.Module, imgs: Tensor, features: Callable, cut: bool = False) -> tuple[Tensor, Tensor]:
+    """A module's output and the last map; `cut` keeps gradients from passing the module. Raises ValueError."""
+    seen = []
+    handle = module.register_forward_hook(lambda module, args, x: seen.append(x) or (x.detach() if cut else None))
+    try:
+        last = features(imgs)
+    except Exception as error:  # whatever a network raises that cannot take such images
+        raise ValueError(
+            f'the encoder cannot take images of this size: {str(error) or type(error).__name__}'
+        ) from error
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise ValueError(f'the mask token cannot come after a module that runs {len(seen)} times in a forward')
+    if not isinstance(seen[0], Tensor) or not isinstance(last, Tensor):
+        raise ValueError('the mask token cannot be used where features are a list or tuple of maps')
+    return seen[0], last
 
 
 # --------------------------------------------------------------------------
@@ -301,10 +324,10 @@ class A2MIM(nn.Module):
     k + 1; ConvNeXt: after the down-sampling of stage k; Swin: before stage k - 1 (0: as 1).
     `mask_init` > 0 damps hidden features by a learned gamma of that initial value; `replace` drops them. The
     `mask_token` is 'learnable', or for ablations 'zero', 'randn' (both fixed), 'mean' (of the batch's features),
-    'instance_mean', or 'none'. `mask_color='none'` leaves the pixels.
+    'instance_mean', or 'none'. `mask_color='none'` leaves the pixels (published as 'zero' and 'rand').
     Visible pixels weigh `unmask_weight` in the pixel loss, and `fft_unmask_weight` in the Fourier one, where
-    `fft_unmask_replace` stands for the rest of them. Other keywords are the encoder's. Raises ValueError for what
-    cannot be.
+    `fft_unmask_replace` stands for the rest of them; `fft_alpha` to `fft_batch_matrix` are `focal_frequency_loss`'s.
+    Other keywords are the encoder's. Raises ValueError for what cannot be.
     """
 
     mask_scope = 'sample'
@@ -335,6 +358,10 @@ class A2MIM(nn.Module):
         fft_reweight: bool = False,
         fft_unmask_weight: float = 0.0,
         fft_unmask_replace: str = 'mixed',
+        fft_alpha: float = 1.0,
+        fft_ave_spectrum: bool = True,
+        fft_log_matrix: bool = True,
+        fft_batch_matrix: bool = True,
         drop_path_rate: float = 0.0,
         **sizes,
     ):
@@ -361,6 +388,12 @@ class A2MIM(nn.Module):
         self.unmask_weight, self.fft_weight, self.fft_focal = unmask_weight, fft_weight, fft_focal
         self.fft_reweight, self.fft_unmask_weight = fft_reweight, fft_unmask_weight
         self.fft_unmask_replace = fft_unmask_replace
+        self.focal = dict(
+            alpha=fft_alpha,
+            ave_spectrum=fft_ave_spectrum,
+            log_matrix=fft_log_matrix,
+            batch_matrix=fft_batch_matrix,
+        )
 
         self.encoder = backbone.make(img_size=img_size, drop_path_rate=drop_path_rate, **sizes)
         self.features = backbone.features
@@ -482,7 +515,7 @@ class A2MIM(nn.Module):
         share = hidden + (1 - hidden) * self.fft_unmask_weight
         difference = error * share + constant * (1 - share)
         if self.fft_focal:
-            return focal_frequency_loss(difference)
+            return focal_frequency_loss(difference, **self.focal)
         spectrum, counts = half_spectrum(difference)
         loss = pixel_loss(spectrum.abs(), **self.loss)
         if self.fft_reweight:
@@ -527,6 +560,7 @@ class A2MIM(nn.Module):
             'prediction': pred,
             'composite': composite,
             'spectrum (original)': spectrum(imgs),
+            'spectrum (prediction)': spectrum(pred),
             'spectrum (composite)': spectrum(composite),
         }
 
@@ -637,8 +671,10 @@ def create_classifier(
     """
     sizes = {**ENCODERS[name.partition('_')[2]], **kwargs, 'img_size': img_size}
     backbone = sizes.pop('backbone')
-    if backbone is not VIT and sizes.get('global_pool') == 'token':
-        raise ValueError(f'{name} has no class token to classify')
+    if sizes.get('global_pool') == 'token' and backbone is not VIT:
+        plain = backbone.make(**{k: v for k, v in sizes.items() if k != 'global_pool'})
+        if not getattr(plain, 'num_prefix_tokens', 0):
+            raise ValueError(f'{name} has no class token to classify')
     return backbone.make(num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
 
 
@@ -673,6 +709,9 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
     else:
         layer_ids = stage_layers(encoder)
     last = max(layer_ids.values()) + isinstance(model, A2MIM)
+    if isinstance(encoder, Beit):  # of the class token's classifier; timm has it with the last block
+        layer_ids |= {'norm.weight': last, 'norm.bias': last}
+    own_rule = encoder.no_weight_decay() if hasattr(encoder, 'no_weight_decay') else ()
 
     rules = {}
     for name, param in model.named_parameters():
@@ -684,7 +723,8 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
         elif name == 'mask_gamma':
             rules[name] = (last, 1.0, True)
         else:
-            decays = not re.search(undecayed, own) if undecayed else param.ndim > 1 and 'bias' not in own
+            by_shape = param.ndim > 1 and 'bias' not in own and own not in own_rule
+            decays = not re.search(undecayed, own) if undecayed else by_shape
             rules[name] = (layer_ids.get(own, last), 1.0, decays)
     return rules
 

@@ -91,6 +91,15 @@ def test_one_transform_is_enough(measured):
     )
 
 
+def test_options_of_the_fourier_loss_reach_it():
+    options = dict(alpha=0.5, ave_spectrum=False, log_matrix=False, batch_matrix=False)
+    model = models_a2mim.a2mim_vit_tiny(img_size=32, **{f'fft_{key}': value for key, value in options.items()})
+    imgs, pred, hidden = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.ones(2, 1, 32, 32)
+    expected = focal_frequency_loss(pred - imgs, **options)
+    assert model.fourier_loss(imgs, pred, hidden).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert focal_frequency_loss(pred - imgs).item() != pytest.approx(expected.item(), rel=1e-2)
+
+
 # --------------------------------------------------------------------------
 # the mask token's place
 
@@ -99,7 +108,7 @@ HIDDEN_FROM = ['a2mim_vit_tiny', 'a2mim_resnet_tiny', 'a2mim_convnext_pico', 'a2
 
 @pytest.mark.parametrize('name', HIDDEN_FROM)
 def test_hidden_pixels_never_reach_the_encoder(name):
-    """But for the mean colour: what two images with equal means show only where it is hidden changes no prediction."""
+    """But for the mean colour: images that differ in hidden pixels alone, with equal means, are one input to it."""
     torch.manual_seed(0)
     model = getattr(models_a2mim, name)(img_size=64).eval()
     imgs, plan = torch.randn(2, 3, 64, 64), cells(model)
@@ -108,9 +117,13 @@ def test_hidden_pixels_never_reach_the_encoder(name):
     shift = (other - imgs).sum(dim=(2, 3), keepdim=True) / hidden.sum(dim=(2, 3), keepdim=True)
     other = torch.where(hidden > 0, other - shift, other)
     assert (other - imgs).abs().max() > 1
-    with torch.no_grad():
-        preds = [model.forward_encoder(model.fill(x, hidden), plan.mask) for x in (imgs, other)]
-    assert (preds[0] - preds[1]).abs().max() < 1e-5
+    inputs = []
+    first = next(module for module in model.encoder.modules() if isinstance(module, torch.nn.Conv2d))
+    first.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for x in (imgs, other):
+        model(x, plan)
+    assert (inputs[0] - inputs[1]).abs().max() < 1e-6
+    assert not torch.equal(inputs[0], imgs)
 
 
 FAMILY_NAMES = [
@@ -145,32 +158,21 @@ def test_any_encoder(name):
     loss.backward()
     assert not [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
-    # where it is: add 1 to the hidden positions, and see which of the features change
-    features = torch.zeros(2, *one_map(site))
-    model.token_mask = plan.mask
+    # with `replace`, features of hidden positions, and only these, no longer depend on the image
+    model.replace, model.mask_gamma = True, None
+    seen = []
+    model.encoder.get_submodule(site_name(model)).register_forward_hook(lambda module, args, x: seen.append(x))
     with torch.no_grad():
-        model.mask_token.fill_(1.0)
-        changed = model.insert_token(None, (), features)
-    model.token_mask = None
-    as_grid = to_grid(changed, site)
-    expected = models_a2mim.patch_mask_to_pixels(plan.mask, site.side // model.cells)
-    assert torch.equal(as_grid, expected.expand_as(as_grid))
-    if site.layout == 'NLC' and site.prefix:
-        assert not changed[:, : site.prefix].any()
+        for _ in range(2):
+            model.eval().forward_encoder(torch.randn(2, 3, size, size), plan.mask)
+    same = (to_grid(seen[0], site) == to_grid(seen[1], site)).all(dim=1, keepdim=True)
+    assert torch.equal(same.float(), models_a2mim.patch_mask_to_pixels(plan.mask, site.side // model.cells))
 
     stock = timm.create_model(name, num_classes=0, **({'img_size': size} if takes_img_size(name) else {}))
     stock.load_state_dict(model.encoder_state_dict(), strict=True)
     rules = param_rules(create_classifier('a2mim_timm', name=name, num_classes=5, img_size=size))
     assert min(rules.values())[0] == 0
     assert len({layer_id for layer_id, _, _ in rules.values()}) > 3
-
-
-def one_map(site) -> tuple[int, ...]:
-    return {
-        'NCHW': (site.width, site.side, site.side),
-        'NHWC': (site.side, site.side, site.width),
-        'NLC': (site.prefix + site.side**2, site.width),
-    }[site.layout]
 
 
 def to_grid(features: torch.Tensor, site) -> torch.Tensor:
@@ -192,6 +194,9 @@ def takes_img_size(name: str) -> bool:
     ('options', 'message'),
     [
         (dict(name='hiera_tiny_224', img_size=224), 'may be in another order than the image'),
+        (dict(name='xception41', img_size=224), 'the image goes round it'),
+        (dict(name='pit_ti_224', img_size=224), 'a list or tuple of maps'),
+        (dict(name='densenet121', mask_layer=0), 'features.norm0, a BatchNorm'),
         (dict(name='resnet5'), 'timm has no model resnet5; did you mean resnet50'),
         (dict(name='levit_128s', img_size=224), 'may be in another order than the image'),
         (dict(name='eva02_tiny_patch14_224', img_size=224), 'do not fit the 16 positions'),
@@ -268,9 +273,27 @@ def test_kinds_of_tokens(name, kind):
     model = getattr(models_a2mim, name)(img_size=64, mask_token=kind, mask_init=0.0)
     learned = {key for key, p in model.named_parameters() if p.requires_grad and not key.startswith(('enc', 'dec'))}
     assert learned == ({'mask_token'} if kind == 'learnable' else set())
-    loss, _ = model(torch.randn(2, 3, 64, 64), cells(model))
+    imgs, plan = torch.randn(2, 3, 64, 64), cells(model)
+    loss, _ = model(imgs, plan)
     loss.backward()
     assert loss.isfinite()
+
+    seen = []
+    module = model.encoder.get_submodule(site_name(model))
+    module._forward_hooks.clear()
+    module.register_forward_hook(lambda module, args, x: seen.append(x))  # before the model's own
+    module.register_forward_hook(model.insert_token)
+    module.register_forward_hook(lambda module, args, x: seen.append(x))
+    with torch.no_grad():
+        model.eval().forward_encoder(imgs, plan.mask)
+    before, after = (to_grid(x, model.site) for x in seen)
+    added = torch.where(models_a2mim.patch_mask_to_pixels(plan.mask, model.site.side // model.cells) > 0, 1.0, 0.0)
+    token = {
+        'mean': before.mean(dim=(0, 2, 3), keepdim=True),
+        'instance_mean': before.mean(dim=(2, 3), keepdim=True),
+        'none': torch.zeros(()),
+    }.get(kind, None if model.mask_token is None else model.mask_token.detach().view(1, -1, 1, 1))
+    torch.testing.assert_close(after, before * (1 - added * model.replace * (kind != 'none')) + added * token)
 
 
 def test_damping_and_detaching():

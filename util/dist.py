@@ -176,6 +176,11 @@ def share_statistics(core: nn.Module) -> None:
             torch_dist.broadcast(buffer, 0)
 
 
+def will_synchronise(core: nn.Module, device: str) -> bool:
+    """Whether `sync_batchnorm` will change this model, once the processes have met."""
+    return place().world_size > 1 and torch.device(device).type == 'cuda' and has_batchnorm(core)
+
+
 def sync_batchnorm(core: nn.Module, device: torch.device) -> nn.Module:
     """SyncBatchNorm for BatchNorm where several GPUs train; on CPU torch has none, and BatchNorm stays per process."""
     if active() and device.type == 'cuda':

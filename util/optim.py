@@ -6,6 +6,7 @@ import torch
 from timm import optim as timm_optim
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Rules = dict[str, tuple[int, float, bool]]
 
@@ -86,7 +87,8 @@ class GuardedStep:
     """Backward, clip and step, such that a non-finite loss or gradient never reaches the weights.
 
     Everything is decided on the device. A non-finite loss makes all of its gradients NaN, and the gradient reduction
-    carries that to every rank, so all leave out the same step. `check` reads the count when the host waits anyway.
+    carries that to every rank, so all leave out the same step. BatchNorm's running statistics, which the forward has
+    changed by then, go back to what they were. `check` reads the count when the host waits anyway.
     fp16 has a dynamic loss scale, for which overflow is normal: there only a run of `FP16_PATIENCE` bad steps counts.
     """
 
@@ -107,6 +109,9 @@ class GuardedStep:
         self.allowed = self.FP16_PATIENCE if fp16 else 0
         self.streak = torch.zeros((), device=device)  # bad steps in a row
         self.longest = torch.zeros((), device=device)
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        self.keep_statistics()
         self.steps = 0
         self.first_bad = torch.full((), -1, device=device)  # which of them
 
@@ -114,6 +119,10 @@ class GuardedStep:
         """Give each group its share of the learning rate; only what lies above `floor` is scaled."""
         for group in self.optimizer.param_groups:
             group['lr'] = floor + (lr - floor) * group['lr_scale']
+
+    def keep_statistics(self) -> None:
+        """What bad steps put back: to be called when a checkpoint has been loaded."""
+        self.kept = [buffer.clone() for buffer in self.statistics]
 
     def backward(self, loss: Tensor) -> None:
         poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -130,6 +139,9 @@ class GuardedStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        for buffer, kept in zip(self.statistics, self.kept, strict=True):
+            kept.copy_(torch.where(bad > 0, kept, buffer))
+            buffer.copy_(kept)
         self.streak = (self.streak + 1) * bad
         self.longest = torch.maximum(self.longest, self.streak)
         self.first_bad = torch.where((self.first_bad < 0) & (bad > 0), self.steps, self.first_bad)

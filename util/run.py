@@ -62,6 +62,8 @@ class Run:
     def start(self, core: nn.Module, rules: Rules, layer_decay: float = 1.0, ema: nn.Module | None = None) -> None:
         """Join the process group, move the model, build its optimiser, and load the checkpoint that is resumed."""
         args = self.args
+        if args.compile and dist.will_synchronise(core, args.device):
+            raise UserError('--compile: torch cannot compile SyncBatchNorm, with which several GPUs train this model')
         if args.grad_checkpoint and not checkpoint_blocks(core):
             raise UserError(f'--grad_checkpoint: {args.model} has no blocks to make again')
         if self.saved:
@@ -252,6 +254,7 @@ class Run:
     def restore(self, saved: dict) -> None:
         """Take up where a checkpoint was written. Learning rates, decay, betas and precision are this run's own."""
         self.core.load_state_dict(saved['model'])
+        self.guard.keep_statistics()
         load_optimizer_state(self.guard.optimizer, saved['optimizer'])
         if saved['scaler']:
             self.guard.scaler.load_state_dict(saved['scaler'])
