@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable
 from types import ModuleType
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from PIL import Image
 from torch import nn
@@ -41,6 +41,7 @@ def find_method(name: str) -> ModuleType:
 
 def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwargs) -> nn.Module:
     """Call a model function with the flags' values and --model_kwargs; what it refuses becomes a UserError."""
+    name = args[0] if args else make.__name__
     if twice := sorted(kwargs.keys() & model_kwargs.keys()):
         raise UserError(f'--model_kwargs {twice[0]}={model_kwargs[twice[0]]}: it has a flag of its own')
     try:
@@ -48,10 +49,17 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
     except (ValueError, TypeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
-            raise UserError(f'{make.__name__}: {error}') from error
-        classes = get_type_hints(make)['return'].__mro__
-        known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-        raise UserError(f'{make.__name__} has no option {unknown[1]}{config.closest(unknown[1], known)}') from error
+            raise UserError(f'{name}: {error}') from error
+        result = get_type_hints(make)['return']
+        classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
+        known = {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
+        raise UserError(f'{name} has no option {unknown[1]}{config.closest(unknown[1], known)}') from error
+    except Exception as error:  # what networks raise that do not check their options
+        if not model_kwargs:
+            raise
+        given = ' '.join(f'{key}={value}' for key, value in model_kwargs.items())
+        why = str(error) or type(error).__name__
+        raise UserError(f'{name} cannot be made with --model_kwargs {given}: {why}') from error
 
 
 def create_model(args: argparse.Namespace) -> nn.Module:

@@ -23,6 +23,7 @@ token to features that have seen the hidden pixels (`replace=True` mends that).
 
 import copy
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -217,6 +218,8 @@ class Backbone(NamedTuple):
 
 def beit(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **sizes) -> Beit:
     """The method's ViT: with absolute *and* relative positions, a bias for q and v only, and LayerScale (BEiT's)."""
+    if sizes['embed_dim'] % sizes['num_heads']:
+        raise ValueError(f'embed_dim {sizes["embed_dim"]} is not a multiple of its {sizes["num_heads"]} heads')
     if img_size % sizes.get('patch_size', 16):
         raise ValueError(f'img_size {img_size} is not a multiple of patch_size {sizes.get("patch_size", 16)}')
     encoder = Beit(
@@ -245,6 +248,8 @@ def swin(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     """Swin v1; every LayerNorm has eps 1e-5."""
     if img_size % 32:
         raise ValueError(f'img_size {img_size} is not a multiple of 32')
+    if unknown := sizes.keys() - inspect.signature(SwinTransformer).parameters.keys():  # older timm's takes anything
+        raise TypeError(f'swin() got an unexpected keyword argument {min(unknown)!r}')
     return SwinTransformer(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
 
 
@@ -371,6 +376,7 @@ class A2MIM(nn.Module):
         check_choice('loss', loss, PIXEL_LOSSES)
         check_choice('activate', activate, ('sigmoid', 'tanh'))
         check_choice('fft_unmask_replace', fft_unmask_replace, ('target', 'prediction', 'mean', 'mixed'))
+        check_sizes(sizes)
         if mask_init and replace:
             raise ValueError(f'mask_init {mask_init} damps features that replace=True drops')
         if img_size % mask_patch_size:
@@ -574,6 +580,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f'{name} {value!r} is not one of {", ".join(choices)}')
 
 
+def check_sizes(sizes: dict) -> None:
+    """Raise ValueError for options of timm's that are not the user's to set here."""
+    if ours := sorted(
+        sizes.keys() & {'pretrained', 'pretrained_cfg', 'checkpoint_path', 'features_only', 'in_chans', 'num_classes'}
+    ):
+        raise ValueError(f'{ours[0]} is set by this program')
+
+
 def log_amplitude(imgs: Tensor) -> Tensor:
     """[N, 3, S, S] -> [N, S * S], averaged over colours, the zero frequency in the middle."""
     amplitude = torch.fft.fftshift(torch.fft.fft2(imgs.float(), norm='ortho').abs(), dim=(2, 3))
@@ -666,16 +680,22 @@ def create_classifier(
 ) -> nn.Module:
     """timm's network of a pretraining model's size: what it is fine-tuned as.
 
-    The ViTs average their patch tokens and norm the average (`fc_norm`), or with `global_pool='token'` classify the
-    normed class token. Raises ValueError for a size that does not divide.
+    Networks with a class token average their patch tokens (the published ViTs then norm the average, `fc_norm`), or
+    with `global_pool='token'` classify the class token. Raises ValueError for a size that does not divide.
     """
+    check_sizes(kwargs)
     sizes = {**ENCODERS[name.partition('_')[2]], **kwargs, 'img_size': img_size}
     backbone = sizes.pop('backbone')
-    if sizes.get('global_pool') == 'token' and backbone is not VIT:
-        plain = backbone.make(**{k: v for k, v in sizes.items() if k != 'global_pool'})
-        if not getattr(plain, 'num_prefix_tokens', 0):
-            raise ValueError(f'{name} has no class token to classify')
-    return backbone.make(num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
+    sizes |= dict(num_classes=num_classes, drop_path_rate=drop_path_rate)
+    pool = sizes.pop('global_pool', None)
+    if backbone is VIT or pool not in (None, 'token'):
+        return backbone.make(**sizes, global_pool=pool or 'avg')
+    model = backbone.make(**sizes)
+    if getattr(model, 'num_prefix_tokens', 0):
+        return backbone.make(**sizes, global_pool=pool or 'avg')
+    if pool == 'token':
+        raise ValueError(f'{name} has no class token to classify')
+    return model
 
 
 # encoder parameters without weight decay; downsample.1.weight of ResNets (a BatchNorm's) is not among them, nor are

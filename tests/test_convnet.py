@@ -152,12 +152,12 @@ def test_repeated_augmentation(data, tmp_path):
 def test_rule_kwargs_reach_the_rules(data, tmp_path):
     rates = []
     for more in ([], ['--rule_kwargs', 'gamma_as_weight=False']):
-        saved = train('pretrain', data, tmp_path, *FLAGS, '--weight_decay', '0.3', *more)
+        saved = train('pretrain', data, tmp_path / str(len(rates)), *FLAGS, '--weight_decay', '0.3', *more)
         [group] = [g for g in saved['optimizer']['param_groups'] if 'mask_gamma' in g['names']]
         rates.append((group['lr_scale'], group['weight_decay']))
     assert rates == [(1.0, 0.3), (0.1, 0.0)]
     with pytest.raises(UserError, match=r'param_rules has no option gamma_weight; did you mean gamma_as_weight\?'):
-        train('pretrain', data, tmp_path, *FLAGS, '--rule_kwargs', 'gamma_weight=True')
+        train('pretrain', data, tmp_path / 'not', *FLAGS, '--rule_kwargs', 'gamma_weight=True')
 
 
 def test_two_ranks(data, tmp_path, monkeypatch):
@@ -186,6 +186,7 @@ def test_two_ranks(data, tmp_path, monkeypatch):
 def test_gradient_checkpointing(data, tmp_path):
     """The same run, byte for byte, BatchNorm's statistics included."""
     flags = [*FLAGS, '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.1']
-    kept, made_again = (train('finetune', data, tmp_path, *flags, *more) for more in ([], ['--grad_checkpoint']))
+    kept = train('finetune', data, tmp_path / 'kept', *flags)
+    made_again = train('finetune', data, tmp_path / 'again', *flags, '--grad_checkpoint')
     assert same(made_again['optimizer'], kept['optimizer'])
     assert same(made_again['model'], kept['model'])

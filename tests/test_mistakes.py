@@ -68,14 +68,22 @@ BOTH = ('pretrain', 'finetune')
         (['--batch_size', '128'], r'66 training images in .* are fewer than one step takes: batch 128 x accum 1'),
         (['--input_size', '33'], r'33 is not a multiple of patch_size 8'),
         (['--lr_sched', 'step'], r'--lr_sched step needs --lr_decay_epochs'),
-        (['--std', '0', '1', '1'], r'--std must be more than 0, got 0\.0'),
-        (['--lr', 'nan'], r'--lr must be at least 0, got nan'),
+        (['--std', '0', '1', '1'], r'--std must be more than 0 and finite, got 0\.0'),
+        (['--lr', 'nan'], r'--lr must be at least 0 and finite, got nan'),
         (['--betas', '0.9', '1'], r'--betas must be at least 0 and less than 1, got 1\.0'),
-        (['--clip_grad', '0'], r'--clip_grad must be more than 0'),
+        (['--clip_grad', '-1'], r'--clip_grad must be at least 0'),
         (['--start_epoch', '99', '--epochs', '9', '--warmup_epochs', '1'], r'--start_epoch 99 leaves nothing of'),
         (['--crop_scale', '0.9', '0.2'], r'--crop_scale takes the smaller share first'),
         (['--model_kwargs', 'img_size=64'], r'--model_kwargs img_size=64: it has a flag of its own'),
         (['--device', 'cuda'], r'no GPU is visible; use --device cpu'),
+        (['--device', 'meta'], r'--device meta: cuda, cuda:N or cpu'),
+        (['--lr', 'inf'], r'--lr must be at least 0 and finite, got inf'),
+        (['--dist_timeout', 'inf'], r'--dist_timeout must be more than 0 and finite'),
+        (['--model_kwargs', 'num_heads=5'], r'mirl_vit_tiny'),
+        (['--model', 'localmim_vit_tiny', '--model_kwargs', 'dept=3'], r'has no option dept; did you mean depth'),
+        (['--model', 'a2mim_vit_tiny', '--model_kwargs', 'num_heads=5'], r'embed_dim 96 is not a multiple of its 5'),
+        (['--model', 'a2mim_resnet_tiny', '--model_kwargs', 'pretrained=True'], r'pretrained is set by this program'),
+        (['--model', 'a2mim_resnet_tiny', '--model_kwargs', 'output_stride=7'], r'with --model_kwargs output_stride=7'),
         (['--device', 'gpu'], r'--device gpu: not a device'),
         (['--world_size', '8'], r'--world_size 8, but 1 process\(es\) were launched'),
         (['--seed', '-1'], r'--seed must be at least 0, got -1'),
@@ -88,7 +96,7 @@ BOTH = ('pretrain', 'finetune')
         (['--warmup_shape', 'cosine'], r'invalid choice: .?cosine'),
         (['--cosine_start', 'one'], r'invalid choice: .?one'),
         (['--opt', 'sgd'], r'invalid choice: .?sgd'),
-        (['--opt_eps', '0'], r'--opt_eps must be more than 0, got 0\.0'),
+        (['--opt_eps', '0'], r'--opt_eps must be more than 0 and finite, got 0\.0'),
         (['--rule_kwargs', 'decay=1'], r'param_rules has no option decay; known: none'),
     ],
 )
@@ -227,3 +235,13 @@ def test_a_process_ends_like_this(data, tmp_path):
     silent = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env=other)
     assert (silent.returncode, silent.stderr) == (2, '')
     assert not (tmp_path / 'out').exists()
+
+
+def test_an_earlier_run_is_not_lost(data, tmp_path):
+    """A run that begins anew in the folder of another ends before it has written anything there."""
+    train('pretrain', data, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for stage in BOTH:
+        with pytest.raises(UserError, match=r'checkpoint-0\.pth is of an earlier run and would be lost: --resume auto'):
+            train(stage, data, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -372,6 +372,12 @@ def test_flags_over_recipe():
     assert (args.epochs, args.norm_pix_loss, args.model_kwargs) == (10, False, {'num_segments': 6})
     assert (args.blr, args.effective_batch_size) == (1.5e-4, 4096)
 
+    # a switch of a recipe can be put off, and clipping too
+    tuned = resolve('mirl_vit_base_depth48_finetune', '--no_use_ema', '--clip-grad', '0')
+    assert (tuned.use_ema, tuned.clip_grad) == (False, 0)
+    with pytest.raises(UserError, match='unknown argument --no_epochs'):
+        resolve(name, '--no_epochs')
+
     # options are added to the recipe's
     assert resolve(name, '--model_kwargs', 'decoder_depth=1').model_kwargs == {'num_segments': 4, 'decoder_depth': 1}
 

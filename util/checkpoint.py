@@ -58,6 +58,15 @@ def find_resume(resume: str, output_dir: Path) -> Path | None:
     return max(numbered)[1] if numbered else None
 
 
+def check_unused(folder: Path) -> None:
+    """Raise UserError if another run's checkpoints lie in the output folder of one that begins anew."""
+    if found := sorted(folder.glob('checkpoint-*.pth')):
+        raise UserError(
+            f'{found[0]} is of an earlier run and would be lost: --resume auto goes on with that run, '
+            f'another --output_dir keeps it'
+        )
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the output folder. Raises UserError if nothing can be written there."""
     try:
@@ -83,7 +92,7 @@ def check_same_weights(saved: dict, current: dict, path: Path) -> None:
 def check_same_run(state: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError naming what differs between the run that wrote a checkpoint and the one that resumes it."""
     saved = state.get('run')
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys():
         raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
     differing = [k for k in current if saved.get(k) != current[k]]
     if differing:

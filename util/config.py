@@ -17,6 +17,7 @@ from util.errors import UserError
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
 SAFE_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)  # plain data only; many times faster where it is in C
 INSTEAD_OF = {'accum_iter': 'effective_batch_size', 'blr': 'lr'}  # given as a flag, the first drops a recipe's second
+LARGEST = 1e9  # of what may be large, but not infinite
 ABOVE_ZERO, BELOW_ONE = math.nextafter(0, 1), math.nextafter(1, 0)  # ends of open ranges
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -44,10 +45,23 @@ class Parser(argparse.ArgumentParser):
                 if any(word.partition('=')[0] == f'--{flag}' for word in argv):
                     values.pop(other, None)
             self.set_defaults(**values)
+        argv = [word for word in argv if not self.switch_off(word)]
         args, unknown = self.parse_known_args(argv)
         if unknown:
             raise UserError(f'unknown argument {unknown[0]}{closest(unknown[0], self._option_string_actions)}')
         return args
+
+    def switch_off(self, word: str) -> bool:
+        """Take `--no_FLAG` for any switch that a recipe may have turned on."""
+        action = self._option_string_actions.get(word.replace('--no_', '--', 1))
+        if (
+            word in self._option_string_actions
+            or not word.startswith('--no_')
+            or getattr(action, 'const', None) is not True
+        ):
+            return False
+        self.set_defaults(**{action.dest: False})
+        return True
 
     def recipe(self, path: Path, stage: str) -> dict:
         """The flags that a recipe sets, checked and converted as the command line's would be."""
@@ -218,7 +232,7 @@ def add_common_args(
         metavar='KEY=VALUE',
         help="options of the model's parameter rules",
     )
-    add('--clip_grad', type=float, help='largest gradient norm; default: not clipped')
+    add('--clip_grad', type=float, help='largest gradient norm; default, and 0: not clipped')
 
     add(
         '--data_path', type=Path, default=Path('data'), help='folder with train/ and val/, one folder per class in each'
@@ -275,11 +289,13 @@ def add_model_args(parser: Parser, model: str) -> None:
 
 RANGES = {  # of flags that either main may have; none may be nan
     'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug': (1, math.inf),
-    'warmup_epochs weight_decay lr blr min_lr num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
+    'warmup_epochs weight_decay lr blr min_lr clip_grad': (0, LARGEST),
+    'num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
     'mixup cutmix color_jitter ema_warmup_epochs': (0, math.inf),
     'hflip mixup_prob mixup_switch_prob ema_decay ema_warmup_ratio layer_decay warmup_lr_ratio': (0, 1),
     'drop_path smoothing reprob betas': (0, BELOW_ONE),
-    'clip_grad dist_timeout opt_eps std': (ABOVE_ZERO, math.inf),
+    'dist_timeout opt_eps std': (ABOVE_ZERO, LARGEST),
+    'mask_ratio': (0, 1),
     'crop_scale crop_pct cutmix_minmax lr_decay_rate': (ABOVE_ZERO, 1),
 }
 
@@ -306,7 +322,7 @@ def check_common_args(args: argparse.Namespace) -> None:
 
 def range_in_words(low: float, high: float) -> str:
     least = 'more than 0' if low == ABOVE_ZERO else f'at least {low}'
-    return least + {math.inf: '', 1: ' and at most 1', BELOW_ONE: ' and less than 1'}[high]
+    return least + {math.inf: '', LARGEST: ' and finite', 1: ' and at most 1', BELOW_ONE: ' and less than 1'}[high]
 
 
 def check_schedule(args: argparse.Namespace) -> None:

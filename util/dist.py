@@ -72,7 +72,9 @@ def own_device(device: str) -> torch.device:
         named = torch.device(device)
     except RuntimeError as error:
         raise UserError(f'--device {device}: not a device; cuda, cuda:N or cpu') from error
-    if named.type != 'cuda':
+    if named.type not in ('cuda', 'cpu'):
+        raise UserError(f'--device {device}: cuda, cuda:N or cpu')
+    if named.type == 'cpu':
         return named
     count, here = torch.cuda.device_count(), place()
     if not count:

@@ -38,6 +38,8 @@ class Run:
             raise UserError(
                 f'{num_images} training images in {args.data_path} are fewer than one step takes: {self.arithmetic}'
             )
+        if not args.resume:
+            checkpoint.check_unused(args.output_dir)
         for folder in (args.output_dir, args.log_dir or args.output_dir):
             checkpoint.prepare_folder(folder)
         resume_from = checkpoint.find_resume(args.resume, args.output_dir)
@@ -51,9 +53,19 @@ class Run:
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
         args = self.args
-        names = ('model', 'model_kwargs', 'dataset', 'input_size', 'mask_ratio', 'repeated_aug', 'opt', 'seed')
+        names = (
+            'model',
+            'model_kwargs',
+            'dataset',
+            'input_size',
+            'mask_ratio',
+            'norm_pix_loss',
+            'repeated_aug',
+            'opt',
+            'seed',
+        )
         return {
-            **{name: getattr(args, name) for name in names if hasattr(args, name)},
+            **{name: getattr(args, name) for name in (*names, 'seed') if hasattr(args, name)},
             'stage': self.stage,
             'images': self.num_images,
             'effective_batch': self.sampler.global_batch,
