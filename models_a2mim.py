@@ -622,7 +622,7 @@ ENCODERS: dict[str, dict] = {
 # what the published configurations set for each family
 A2MIM_VIT = dict(drop_path_rate=0.1, fft_weight=0.1)
 A2MIM_CNN = dict(mask_layer=3, mask_init=1e-6, token_lr_scale=0.1, loss='focal_l1', fft_unmask_weight=1e-3)
-A2MIM_CONVNEXT = dict(A2MIM_CNN, token_std=0.0)  # drawn normally there, too, by a call that does nothing
+A2MIM_CONVNEXT = dict(A2MIM_CNN, token_std=0.0)  # zero, since the initialiser that it is given to does nothing
 SIMMIM = dict(mask_color='none', replace=True)
 SIMMIM_CONVNEXT = dict(mask_color='none', token_std=0.0)
 
