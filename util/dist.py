@@ -1,10 +1,12 @@
 """The one door to `torch.distributed`: one process, torchrun, or SLURM; gloo on CPU, NCCL on GPU."""
 
+import atexit
 import contextlib
 import ctypes
 import inspect
 import os
 import subprocess
+import sys
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from util import signals
-from util.errors import UserError
+from util.errors import AT_THE_END, UserError
 
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts settle among themselves; None: the default group
 
@@ -162,9 +164,19 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
             find_unused_parameters=to_the_bit and world_size() > 2,
             **{'forward_sync_buffers' if new_name else 'broadcast_buffers': False},
         )
-        # never freed: its end joins gloo's threads with Python's lock held, for which one of them may be waiting
+        # never freed: its end joins gloo's threads with Python's lock held, for which one of them may be waiting. Those
+        # threads in turn would abort a process that ends as usual
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
+        AT_THE_END.append(end_process)
     return model
+
+
+def end_process(code: int) -> None:
+    """What Python does at its end, but for the freeing of what is left."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def has_batchnorm(core: nn.Module) -> bool:
