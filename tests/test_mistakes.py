@@ -245,3 +245,14 @@ def test_an_earlier_run_is_not_lost(data, tmp_path):
         with pytest.raises(UserError, match=r'checkpoint-0\.pth is of an earlier run and would be lost: --resume auto'):
             train(stage, data, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_pictures_from_the_command_line(trained, data, tmp_path):
+    line = [sys.executable, str(ROOT / 'scripts/visualize.py'), '--model', 'mirl_vit_tiny', '--input_size', '32']
+    line += ['--checkpoint', str(trained / 'checkpoint-last.pth'), '--device', 'cpu']
+    line += ['--output', str(tmp_path / 'a.png')]
+    for more, code in (([], 0), (['--seed', '-1'], 2)):
+        done = subprocess.run([*line, *more, str(data / 'val')], capture_output=True, text=True, env=environment())
+        assert done.returncode == code, done.stderr
+        assert 'Traceback' not in done.stderr
+    assert (tmp_path / 'a.png').stat().st_size > 1000

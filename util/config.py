@@ -314,7 +314,7 @@ def check_common_args(args: argparse.Namespace) -> None:
             raise UserError(f'--{name} takes the smaller share first, got {pair}')
     dist.own_device(args.device)
     world_size = dist.place().world_size
-    if args.world_size not in (None, world_size):
+    if getattr(args, 'world_size', None) not in (None, world_size):
         raise UserError(
             f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'
         )
