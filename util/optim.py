@@ -139,9 +139,9 @@ class GuardedStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for buffer, kept in zip(self.statistics, self.kept, strict=True):
-            kept.copy_(torch.where(bad > 0, kept, buffer))
-            buffer.copy_(kept)
+        if self.statistics:
+            self.kept = [torch.where(bad > 0, *pair) for pair in zip(self.kept, self.statistics, strict=True)]
+            torch._foreach_copy_(self.statistics, self.kept)
         self.streak = (self.streak + 1) * bad
         self.longest = torch.maximum(self.longest, self.streak)
         self.first_bad = torch.where((self.first_bad < 0) & (bad > 0), self.steps, self.first_bad)

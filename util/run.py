@@ -65,7 +65,7 @@ class Run:
             'seed',
         )
         return {
-            **{name: getattr(args, name) for name in (*names, 'seed') if hasattr(args, name)},
+            **{name: getattr(args, name) for name in names if hasattr(args, name)},
             'stage': self.stage,
             'images': self.num_images,
             'effective_batch': self.sampler.global_batch,
