@@ -7,15 +7,15 @@ from unittest import mock
 import pytest
 import torch
 from parity import golden
+from recipes import launch_on, resolve, resolved_values, stage_of
 from timm.layers import DropPath
+from training import MAINS
 
 import main_finetune
 import main_pretrain
 from util import config, datasets, optim
 from util.published import FAMILIES, into_a2mim, into_classifier
 from util.run import Run
-
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 
 # What the published configurations say, written down a second time: a recipe that is edited must disagree with this.
 PRETRAIN = dict(
@@ -273,15 +273,6 @@ NETWORKS = {
 }
 
 
-def stage_of(name: str) -> str:
-    return 'pretrain' if name in PRETRAINING else 'finetune'
-
-
-def resolve(name: str):
-    stage = stage_of(name)
-    return MAINS[stage].get_args_parser().parse(['--config', name], stage=stage)
-
-
 def network(args) -> torch.nn.Module:
     """The pretraining model or the classifier of a recipe, without storage."""
     linspace = partial(torch.linspace, device='cpu')  # from which older timm reads the rates of drop path
@@ -303,8 +294,7 @@ def test_all_recipes_are_in_the_table():
 def test_resolved_values(name):
     args, expected = resolve(name), TABLE[name]
     assert name.startswith(f'{args.model}_{stage_of(name)}')
-    accum_iter = config.accumulation(args)
-    got = vars(args) | {'lr': config.scaled_lr(args, accum_iter)[0]}
+    got = resolved_values(name)
     assert {key: got[key] for key in expected} == expected | {'lr': pytest.approx(expected['lr'], rel=1e-12)}
     config.check_schedule(args)
 
@@ -328,8 +318,7 @@ def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
     """Up to the original's number of GPUs as it stands; on more, batch_size is what has to follow."""
     args, effective = resolve(name), TABLE[name]['effective_batch_size']
     for world_size in (1, 2, 4, 8, 16, 32, 64):
-        place = SimpleNamespace(rank=0, local_rank=0, world_size=world_size)
-        monkeypatch.setattr(config.dist, 'place', lambda place=place: place)
+        launch_on(world_size, monkeypatch)
         args.batch_size = min(TABLE[name]['batch_size'], effective // world_size)
         accum_iter = config.accumulation(args)
         assert args.batch_size * world_size * accum_iter == effective

@@ -2,23 +2,21 @@
 
 import re
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from recipes import launch_on, learning_rates, resolve, resolved_values, stage_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_finetune
 import main_pretrain
-from util import config, optim
+from util import config
 from util.errors import UserError
-from util.run import Run
 
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 PRETRAIN = dict(
     effective_batch_size=2048,
     batch_size=256,
@@ -132,15 +130,6 @@ PARAMETERS = {
 }
 
 
-def stage_of(name: str) -> str:
-    return 'pretrain' if '_pretrain' in name else 'finetune'
-
-
-def resolve(name: str, *flags: str):
-    stage = stage_of(name)
-    return MAINS[stage].get_args_parser().parse(['--config', name, *flags], stage=stage)
-
-
 def make(name: str) -> nn.Module:
     """A recipe's model, or classifier of 1000 classes, without storage."""
     args = resolve(name)
@@ -161,15 +150,13 @@ def test_all_recipes_are_in_the_table():
 
 @pytest.mark.parametrize('name', TABLE)
 def test_resolved_values(name):
-    args = resolve(name)
     about, _ = config.load_recipe(config.RECIPES / f'{name}.yaml')
+    got = resolved_values(name)
     expected = {key: value for key, value in TABLE[name].items() if key != 'gpu_hours'}
-    accum_iter = config.accumulation(args)
-    got = vars(args) | {'lr': config.scaled_lr(args, accum_iter)[0], 'accuracy': about['accuracy']}
     assert {key: got[key] for key in expected} == expected | {'lr': pytest.approx(expected['lr'], rel=1e-12)}
     assert ('# Assumed' in read(name)) == (stage_of(name) == 'finetune')
     # the README names the GPU-hours of an epoch, and those of pretraining alone
-    hours = TABLE[name].get('gpu_hours', 0) * args.epochs
+    hours = TABLE[name].get('gpu_hours', 0) * got['epochs']
     assert ('GPU-hours' in about['cost'], f'; {hours:.0f} GPU-hours;' in about['cost']) == (bool(hours),) * 2
 
 
@@ -225,8 +212,7 @@ def test_options_that_headers_name(name):
 def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
     """The step and its learning rate stay; where the batch of a GPU is too large for it, a smaller one serves."""
     for world_size in (1, 2, 4, 8, 16, 32, 64):
-        place = SimpleNamespace(rank=0, local_rank=0, world_size=world_size)
-        monkeypatch.setattr(config.dist, 'place', lambda place=place: place)
+        launch_on(world_size, monkeypatch)
         args = resolve(name)
         if args.batch_size * world_size > args.effective_batch_size:
             with pytest.raises(UserError, match='is not a multiple of'):
@@ -240,15 +226,10 @@ def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
 @pytest.mark.parametrize('name', TABLE)
 def test_learning_rates(name):
     """Linear to the peak, half a cosine to the least; a layer's scale multiplies both ends."""
-    args = resolve(name)
-    lr, _ = config.scaled_lr(args, config.accumulation(args))
-    layer = nn.Linear(2, 2)
-    groups = optim.param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 0.5, True)}, args.weight_decay)
-    guard = optim.GuardedStep(layer, optim.adamw(groups, lr, args.betas), torch.device('cpu'), False, None)
-    run = SimpleNamespace(args=args, lr=lr)
+    at = learning_rates(resolve(name))
     peak, least, warm, end = (TABLE[name][key] for key in ('lr', 'min_lr', 'warmup_epochs', 'epochs'))
     middle = (warm + end) / 2
     for epoch, expected in ((0, 0), (warm / 4, peak / 4), (warm, peak), (middle, (peak + least) / 2), (end, least)):
-        guard.set_lr(Run.schedule(run, epoch))
-        ours = {group['lr_scale']: group['lr'] for group in guard.optimizer.param_groups}
-        assert ours == {scale: pytest.approx(scale * expected, rel=1e-12, abs=1e-18) for scale in (1.0, 0.5)}, epoch
+        assert at(epoch) == {scale: pytest.approx(scale * expected, rel=1e-12, abs=1e-18) for scale in (1.0, 0.5)}, (
+            epoch
+        )

@@ -1,18 +1,14 @@
 """MixMAE's recipes: the published values, written down a second time, and the published learning rates."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from parity import golden
-from torch import nn
+from recipes import learning_rates, resolve, resolved_values, stage_of
 
 import main_finetune
 import main_pretrain
-from util import config, optim
-from util.run import Run
+from util import config
 
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 PRETRAIN = dict(
     effective_batch_size=2048,
     batch_size=128,
@@ -80,27 +76,15 @@ TABLE = {
 ASSUMED = {'mixmae_large_pretrain_600ep', 'mixmae_base_finetune_384', 'mixmae_large_finetune'}
 
 
-def stage_of(name: str) -> str:
-    return 'pretrain' if '_pretrain' in name else 'finetune'
-
-
-def resolve(name: str):
-    stage = stage_of(name)
-    return MAINS[stage].get_args_parser().parse(['--config', name], stage=stage)
-
-
 def test_all_recipes_are_in_the_table():
     assert {path.stem for path in config.RECIPES.glob('mixmae_*.yaml')} == set(TABLE)
 
 
 @pytest.mark.parametrize('name', TABLE)
 def test_resolved_values(name):
-    args = resolve(name)
     path = config.RECIPES / f'{name}.yaml'
     about, _ = config.load_recipe(path)
-    accum_iter = config.accumulation(args)
-    got = vars(args) | {'lr': config.scaled_lr(args, accum_iter)[0], 'accuracy': about['accuracy']}
-    expected = TABLE[name]
+    got, expected = resolved_values(name), TABLE[name]
     assert {key: got[key] for key in expected} == expected | {'lr': pytest.approx(expected['lr'], rel=1e-12)}
     assert ('assumed' in about['source'], '# Assumed' in path.read_text()) == (name in ASSUMED,) * 2
 
@@ -122,11 +106,6 @@ def test_models(name):
     [('mixmae_base_pretrain_600ep', 'pretrain_lr_base'), ('mixmae_base_finetune', 'finetune_lr_base')],
 )
 def test_learning_rates(name, curve):
-    args = resolve(name)
-    lr, _ = config.scaled_lr(args, config.accumulation(args))
-    layer = nn.Linear(2, 2)
-    groups = optim.param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 1.0, True)}, args.weight_decay)
-    guard = optim.GuardedStep(layer, optim.adamw(groups, lr, args.betas), torch.device('cpu'), False, None)
+    at = learning_rates(resolve(name))
     for epoch, expected in golden('mixmae/optim_and_sizes.json')[curve].items():
-        guard.set_lr(Run.schedule(SimpleNamespace(args=args, lr=lr), float(epoch)))
-        assert guard.optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-12, abs=0), epoch
+        assert at(float(epoch))[1.0] == pytest.approx(expected, rel=1e-12, abs=0), epoch

@@ -1,21 +1,17 @@
 """Every recipe: resolves through its own main, says where it comes from, and holds the published values."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from parity import golden
+from recipes import launch_on, learning_rates, resolve, resolved_values, stage_of
 from torch import nn
+from training import MAINS
 
-import main_finetune
 import main_pretrain
 import models_mirl
 from util import config, optim
 from util.errors import UserError, run_main
 from util.published import INTO_MIRL
-from util.run import Run
-
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 
 # What the paper's code and table say, written down a second time: a recipe that is edited must disagree with this.
 PRETRAIN = dict(
@@ -111,15 +107,6 @@ PARAMETERS = {
 }
 
 
-def stage_of(name: str) -> str:
-    return 'pretrain' if '_pretrain' in name else 'finetune'
-
-
-def resolve(name: str, *flags: str):
-    stage = stage_of(name)
-    return MAINS[stage].get_args_parser().parse(['--config', name, *flags], stage=stage)
-
-
 def test_all_recipes_are_in_the_table():
     files = {path.stem for path in config.RECIPES.glob('mirl_*.yaml')}
     assert files == set(TABLE)
@@ -144,15 +131,13 @@ def test_every_recipe_of_any_method():
 def test_resolved_values(name):
     args = resolve(name)
     expected = TABLE[name] | ({'epochs': EPOCHS[name[-5:]]} if stage_of(name) == 'pretrain' else {})
-    accum_iter = config.accumulation(args)
-    got = vars(args) | {'lr': config.scaled_lr(args, accum_iter)[0]}
+    got = resolved_values(name)
     assert {key: got[key] for key in expected} == expected | {'lr': pytest.approx(expected['lr'], rel=1e-12)}
-    assert args.batch_size * accum_iter == expected['effective_batch_size']
+    assert args.batch_size * config.accumulation(args) == expected['effective_batch_size']
     if stage_of(name) == 'finetune':
         assert args.batch_size % 2 == 0
 
-    accuracy = config.load_recipe(config.RECIPES / f'{name}.yaml')[0]['accuracy']
-    published = ACCURACY.get(args.model)
+    accuracy, published = got['accuracy'], ACCURACY.get(args.model)
     if published is None:
         assert accuracy == 'not published'
     elif stage_of(name) == 'pretrain':
@@ -164,8 +149,7 @@ def test_resolved_values(name):
 @pytest.mark.parametrize('name', ['mirl_vit_base_pretrain_800ep', 'mirl_vit_base_depth48_finetune'])
 def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
     for world_size in (1, 2, 4, 8, 16, 32, 64):
-        place = SimpleNamespace(rank=0, local_rank=0, world_size=world_size)
-        monkeypatch.setattr(config.dist, 'place', lambda place=place: place)
+        launch_on(world_size, monkeypatch)
         args = resolve(name)
         accum_iter = config.accumulation(args)
         assert args.batch_size * world_size * accum_iter == args.effective_batch_size
@@ -202,15 +186,11 @@ def test_learning_rates(name, curve):
     """At the published code's points; the second column is that of a parameter with lr_scale 0.5."""
     extras = golden('mirl/extras_optim.json')
     [points] = [value for key, value in extras.items() if key.startswith(f'{curve}[')]
-    args = resolve(name)
-    lr, _ = config.scaled_lr(args, config.accumulation(args))
-    layer = nn.Linear(2, 2)
-    groups = optim.param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 0.5, True)}, args.weight_decay)
-    guard = optim.GuardedStep(layer, optim.adamw(groups, lr, args.betas), torch.device('cpu'), False, None)
+    at = learning_rates(resolve(name))
     for epoch, full, half in points:
-        guard.set_lr(Run.schedule(SimpleNamespace(args=args, lr=lr), epoch))
-        ours = {group['lr_scale']: group['lr'] for group in guard.optimizer.param_groups}
-        assert ours == {1.0: pytest.approx(full, rel=1e-12, abs=0), 0.5: pytest.approx(half, rel=1e-12, abs=0)}, epoch
+        assert at(epoch) == {1.0: pytest.approx(full, rel=1e-12, abs=0), 0.5: pytest.approx(half, rel=1e-12, abs=0)}, (
+            epoch
+        )
 
 
 @pytest.mark.parametrize(('case', 'pool'), [('ft_tiny_avgpool', 'avg'), ('ft_tiny_cls', 'token')])

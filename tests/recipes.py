@@ -1,0 +1,49 @@
+"""Recipes as their programs resolve them: what the tests of each method's recipes share."""
+
+import argparse
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from training import MAINS
+
+from util import config, optim
+from util.run import Run
+
+
+def stage_of(name: str) -> str:
+    return 'pretrain' if '_pretrain' in name else 'finetune'
+
+
+def resolve(name: str, *flags: str) -> argparse.Namespace:
+    """The arguments of a recipe, as the program that it is for takes them."""
+    stage = stage_of(name)
+    return MAINS[stage].get_args_parser().parse(['--config', name, *flags], stage=stage)
+
+
+def resolved_values(name: str) -> dict:
+    """The arguments, with the learning rate that they come to and the accuracy that the recipe states."""
+    args = resolve(name)
+    about, _ = config.load_recipe(config.RECIPES / f'{name}.yaml')
+    lr, _ = config.scaled_lr(args, config.accumulation(args))
+    return vars(args) | {'lr': lr, 'accuracy': about['accuracy']}
+
+
+def learning_rates(args: argparse.Namespace) -> Callable[[float], dict[float, float]]:
+    """epoch -> {lr_scale: what an optimiser's group of that scale is given}, for scales 1 and 0.5."""
+    lr, _ = config.scaled_lr(args, config.accumulation(args))
+    layer = nn.Linear(2, 2)
+    groups = optim.param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 0.5, True)}, args.weight_decay)
+    guard = optim.GuardedStep(layer, optim.adamw(groups, lr, args.betas), torch.device('cpu'), False, None)
+
+    def at(epoch: float) -> dict[float, float]:
+        guard.set_lr(Run.schedule(SimpleNamespace(args=args, lr=lr), epoch))
+        return {group['lr_scale']: group['lr'] for group in guard.optimizer.param_groups}
+
+    return at
+
+
+def launch_on(world_size: int, monkeypatch) -> None:
+    """From here on, as if so many processes had been launched."""
+    monkeypatch.setattr(config.dist, 'place', lambda: SimpleNamespace(rank=0, local_rank=0, world_size=world_size))
