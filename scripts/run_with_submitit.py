@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from util import config, signals
-from util.errors import UserError, run_main
+from util import config
+from util.errors import STOPPED, UserError, run_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
@@ -295,7 +295,7 @@ def run_here(folder: Path, options: argparse.Namespace, jobs: dict[str, Job], gp
         started.wait()
         if any(started.task(rank).exception() for rank in range(options.ngpus)):
             print(f'job {started.job_id} did not finish; its log says why', file=sys.stderr)
-            raise SystemExit(signals.EXIT_STOPPED if stops else 1)
+            raise SystemExit(STOPPED if stops else 1)
 
 
 def pass_on_stops(controller: int) -> list[int]:

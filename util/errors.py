@@ -1,33 +1,78 @@
-"""What a user can do wrong, told in one line. The entry points print it and end with exit code 2."""
+"""How a run ends other than well: one line, and an exit code that says what kind of end it was."""
 
 import os
 import sys
 from collections.abc import Callable
 
+STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
+MEANING = {
+    0: 'done',
+    1: 'a fault in the program; its traceback tells',
+    2: 'a mistake in arguments, data or files',
+    3: 'diverged: too many steps in a row were not finite',
+    4: 'none of the checkpoints can be read',
+    5: 'storage: full, read-only, or gone',
+    6: 'a process was lost, or does not answer',
+    STOPPED: 'stopped on request with the state saved; can be resumed',
+    130: 'interrupted at once; what was saved before can be resumed',
+}
 
-class UserError(Exception):
-    """A mistake in arguments, data or files; the message says what is wrong and what would be right."""
+
+class RunError(Exception):
+    """Whatever ends a run in one line: what is wrong, and what would be right. `code` is the exit code."""
+
+    code = 1
+
+
+class UserError(RunError):
+    """A mistake in arguments, data or files."""
+
+    code = 2
 
 
 class CheckpointError(UserError):
     """A checkpoint file that is missing, damaged, unsafe, or of another architecture."""
 
 
+class DivergedError(RunError):
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+    code = 3
+
+
+class NoCheckpointError(CheckpointError):
+    """A run has checkpoints, and none of them can be read."""
+
+    code = 4
+
+
+class StorageError(RunError):
+    """A disk that is full, read-only or gone."""
+
+    code = 5
+
+
+class LostError(RunError):
+    """A rank or a loader process that has died, or does not answer."""
+
+    code = 6
+
+
 AT_THE_END: list[Callable[[int], None]] = []  # called with the exit code, after everything else
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a `UserError` becomes one line on stderr, once on each machine, and exit code 2."""
+    """Run an entry point: a `RunError` becomes one line on stderr, once on each machine, and its exit code."""
     try:
         main()
         end(0)
     except SystemExit as stop:
         end(stop.code)
         raise
-    except UserError as error:
+    except RunError as error:
         if os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0':
             print(f'{os.path.basename(sys.argv[0])}: error: {" ".join(str(error).split())}', file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.code) from None
 
 
 def end(code: int) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from util import checkpoint, config, datasets, dist, rng, signals
-from util.errors import UserError
+from util.errors import STOPPED, UserError
 from util.grad_checkpoint import checkpoint_blocks
 from util.log import MetricLogger, RunLog, info
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
@@ -223,7 +223,7 @@ class Run:
             dist.wait_for_main_to_end()
         else:
             dist.cleanup()
-        raise SystemExit(signals.EXIT_STOPPED)
+        raise SystemExit(STOPPED)
 
     def axis(self, epoch: int, step: int) -> int:
         """MAE's TensorBoard axis, `epoch_1000x`: thousandths of an epoch."""

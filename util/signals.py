@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 
 STOP, REQUEUE = 1, 2  # what is asked for, 0 is nothing; of several requests the largest holds
-EXIT_STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
 MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGUSR2: REQUEUE}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
