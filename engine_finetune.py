@@ -12,14 +12,17 @@ from util.datasets import Statistics, to_device, to_float
 from util.log import MetricLogger
 from util.run import Run
 
+Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
 
 def train_one_epoch(
     run: Run,
     batches: DataLoader,
     epoch: int,
     logger: MetricLogger,
-    augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    augment: Augment,
+    criterion: Criterion,
 ) -> dict[str, float]:
     """Train from step `logger.start` to the end of the epoch; returns its averages over all ranks.
 
@@ -27,28 +30,35 @@ def train_one_epoch(
     turn labels into soft targets, which `criterion(logits, targets)` then takes.
     """
     run.model.train()
-    seed, rank, sampler = run.args.seed, dist.rank(), run.sampler
+    sampler = run.sampler
     sampler.start(epoch, logger.start)
     data = iter(batches)
     for step in range(logger.start, sampler.steps):
         global_step = epoch * sampler.steps + step
         lr = run.set_lr(epoch + step / sampler.steps)
         for micro in range(sampler.accum_iter):
-            imgs, labels = logger.wait_for(data)
-            imgs, labels = to_device((imgs, labels), run.device)
-            rng.seed_all(seed, rng.STEP, global_step, micro, rank)
-            imgs, targets = augment(to_float(imgs, *run.statistics), labels)
+            batch = logger.wait_for(data)
             with dist.no_sync(run.model, last=micro + 1 == sampler.accum_iter):
-                with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
-                    logits = run.model(imgs)
-                loss = criterion(logits.float(), targets)
+                loss = forward(run, batch, global_step, micro, augment, criterion)
                 run.guard.backward(loss / sampler.accum_iter)
             logger.update(loss=loss)
         logger.update(grad_norm=run.guard.step())
         if run.ema:
-            run.ema.update(run.core, global_step)
+            run.ema.update(run.core, global_step, run.guard.left_out)
         run.after_step(epoch, step, lr, logger)
     return {'lr': lr, **logger.averages()}
+
+
+def forward(
+    run: Run, batch: list[Tensor], global_step: int, micro: int, augment: Augment, criterion: Criterion
+) -> Tensor:
+    """The loss of a micro-batch from the loader, uint8 [N, 3, H, W] and labels: a function of it and of its place."""
+    imgs, labels = to_device(batch, run.device)
+    rng.seed_all(run.args.seed, rng.STEP, global_step, micro, run.sampler.rank)
+    imgs, targets = augment(to_float(imgs, *run.statistics), labels)
+    with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+        logits = run.model(imgs)
+    return criterion(logits.float(), targets)
 
 
 @torch.inference_mode()

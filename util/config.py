@@ -233,6 +233,11 @@ def add_common_args(
         help="options of the model's parameter rules",
     )
     add('--clip_grad', type=float, help='largest gradient norm; default, and 0: not clipped')
+    add(
+        '--max_bad_steps',
+        type=int,
+        help='steps in a row that may be left out, their loss or gradient not being finite; default: 3, fp16: 20',
+    )
 
     add(
         '--data_path', type=Path, default=Path('data'), help='folder with train/ and val/, one folder per class in each'
@@ -290,7 +295,7 @@ def add_model_args(parser: Parser, model: str) -> None:
 RANGES = {  # of flags that either main may have; none may be nan
     'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug': (1, math.inf),
     'warmup_epochs weight_decay lr blr min_lr clip_grad': (0, LARGEST),
-    'num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
+    'num_workers save_freq_steps max_bad_steps vis_freq seed start_epoch': (0, math.inf),
     'mixup cutmix color_jitter ema_warmup_epochs': (0, math.inf),
     'hflip mixup_prob mixup_switch_prob ema_decay ema_warmup_ratio layer_decay warmup_lr_ratio': (0, 1),
     'drop_path smoothing reprob betas': (0, BELOW_ONE),

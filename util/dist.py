@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -140,6 +140,15 @@ def largest(number: int) -> int:
     tensor = torch.tensor(number)
     torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, HOST_GROUP)
     return int(tensor)
+
+
+def gather(thing: Any) -> list:
+    """What each rank gives, on all of them: small plain data."""
+    if not active():
+        return [thing]
+    things = [None] * world_size()
+    torch_dist.all_gather_object(things, thing, HOST_GROUP)
+    return things
 
 
 def wait_for_main_to_end() -> None:

@@ -35,6 +35,7 @@ class MetricLogger:
     """Averages over an epoch and over the steps since the last line.
 
     `update` only keeps references to device tensors; `read` fetches them all in one transfer, when a line is printed.
+    Averages are over what is finite: the steps that are left out are counted on their own.
     """
 
     def __init__(
@@ -73,14 +74,29 @@ class MetricLogger:
         for name, tensors in self.pending.items():
             for value in itertools.islice(values, len(tensors)):
                 self.window[name].append(value)
-                self.total[name] += value
-                self.count[name] += 1
+                finite = math.isfinite(value)
+                self.total[name] += value if finite else 0.0
+                self.count[name] += finite
         self.pending.clear()
 
-    def line(self, step: int, lr: float) -> dict[str, float]:
-        """Print the progress after optimiser step `step`; returns the averages since the last line."""
+    def observed(self, step: int, steps_ago: int) -> dict[str, list[float]]:
+        """Of `step` steps, what the one so many before the last gave, all since the last line. Syncs with the device.
+
+        A step gives a name as many values as any other does.
+        """
         self.read()
-        averages = {name: sum(values) / len(values) for name, values in self.window.items()}
+        steps = step - self.last_step
+        first = steps - 1 - steps_ago
+        each = {name: len(values) // steps for name, values in self.window.items()}
+        return {name: values[first * each[name] :][: each[name]] for name, values in self.window.items()}
+
+    def line(self, step: int, lr: float, bad_steps: int = 0) -> dict[str, float]:
+        """Print the progress after optimiser step `step`; returns the averages since the last line.
+
+        `bad_steps` of the whole run were left out.
+        """
+        self.read()
+        averages = {name: self._mean(values) for name, values in self.window.items()}
         self.window.clear()
         now = time.perf_counter()
         done = step + 1 - self.last_step
@@ -91,6 +107,7 @@ class MetricLogger:
             f'eta: {clock((self.steps - step - 1) * (now - self.began) / (step + 1 - self.start))}',
             f'lr: {lr:.3g}',
             *(f'{name}: {self._format(value)}' for name, value in averages.items() if name != 'images_per_s'),
+            *([f'bad_steps: {bad_steps}'] if bad_steps else []),
             f'images/s: {averages["images_per_s"]:.0f}',
             f'data: {100 * self.waited / (now - self.last_line):.0f}%',
         ]
@@ -98,7 +115,7 @@ class MetricLogger:
             parts.append(f'max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB')
         self._print('  '.join(parts), last=step + 1 == self.steps)
         self.last_line, self.last_step, self.waited = now, step + 1, 0.0
-        return averages
+        return averages | {'bad_steps': bad_steps}
 
     def sums(self) -> dict[str, list[float]]:
         """{name: [total, count]} of the epoch over all ranks; every rank must call it."""
@@ -109,12 +126,17 @@ class MetricLogger:
 
     def averages(self) -> dict[str, float]:
         """The epoch's averages over all ranks; every rank must call it."""
-        return {name: total / count for name, (total, count) in self.sums().items()}
+        return {name: total / count if count else math.nan for name, (total, count) in self.sums().items()}
 
     def load_sums(self, sums: dict[str, list[float]]) -> None:
         """Go on from the `sums` of a checkpoint. They are of all ranks: rank 0 takes them, the others start at zero."""
         for name, (total, count) in sums.items():
             self.total[name], self.count[name] = (total, count) if dist.is_main() else (0.0, 0)
+
+    @staticmethod
+    def _mean(values: list[float]) -> float:
+        finite = [value for value in values if math.isfinite(value)]
+        return sum(finite) / len(finite) if finite else math.nan
 
     @staticmethod
     def _format(value: float) -> str:

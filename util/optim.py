@@ -86,13 +86,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 class GuardedStep:
     """Backward, clip and step, such that a non-finite loss or gradient never reaches the weights.
 
-    Everything is decided on the device. A non-finite loss makes all of its gradients NaN, and the gradient reduction
-    carries that to every rank, so all leave out the same step. BatchNorm's running statistics, which the forward has
-    changed by then, go back to what they were. `check` reads the count when the host waits anyway.
-    fp16 has a dynamic loss scale, for which overflow is normal: there only a run of `FP16_PATIENCE` bad steps counts.
+    Everything is decided on the device. A non-finite loss makes its gradients NaN, and the gradient reduction carries
+    that to every rank, so all leave out the same step. BatchNorm's running statistics, which the forward has changed
+    by then, go back to what they were (but for their count of batches, which nothing reads).
+
+    More than `allowed` bad steps in a row trip the guard: from then on every step counts as bad, so that whenever the
+    host reads the streak, weights, moments and statistics are those from before it. Default: `PATIENCE`, or under fp16,
+    whose loss scale searches by overflow, `FP16_PATIENCE`.
     """
 
-    FP16_PATIENCE = 20
+    PATIENCE, FP16_PATIENCE = 3, 20
 
     def __init__(
         self,
@@ -101,19 +104,20 @@ class GuardedStep:
         device: torch.device,
         fp16: bool,
         clip_grad: float | None,
+        max_bad_steps: int | None = None,
     ):
         self.optimizer = optimizer
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.clip_grad = clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.allowed = self.FP16_PATIENCE if fp16 else 0
+        patience = self.FP16_PATIENCE if fp16 else self.PATIENCE
+        self.allowed = patience if max_bad_steps is None else max_bad_steps
         self.streak = torch.zeros((), device=device)  # bad steps in a row
-        self.longest = torch.zeros((), device=device)
+        self.total = torch.zeros((), device=device)  # bad steps of the run
+        self.left_out = torch.zeros((), device=device)  # 1 if the latest step was bad
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
         self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
         self.keep_statistics()
-        self.steps = 0
-        self.first_bad = torch.full((), -1, device=device)  # which of them
 
     def set_lr(self, lr: float, floor: float = 0.0) -> None:
         """Give each group its share of the learning rate; only what lies above `floor` is scaled."""
@@ -125,7 +129,8 @@ class GuardedStep:
         self.kept = [buffer.clone() for buffer in self.statistics]
 
     def backward(self, loss: Tensor) -> None:
-        poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        good = loss.detach().isfinite() & (self.streak <= self.allowed)
+        poison = torch.where(good, 1.0, torch.nan)
         self.scaler.scale(loss * poison).backward()
 
     def step(self) -> Tensor:
@@ -135,27 +140,35 @@ class GuardedStep:
         bad = (~norm.isfinite()).float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)
-        self.optimizer.found_inf = bad  # torch's fused kernels, and `Lamb`, leave weights and state alone where it is 1
-        self.scaler.step(self.optimizer)
+        # torch's fused kernels, and `Lamb`, leave weights and state alone where this is 1. Not by `scaler.step`, which
+        # would go by its own finding: it does not see a norm that overflows, and makes the host wait for `Lamb`
+        self.optimizer.found_inf = bad
+        self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.statistics:
             self.kept = [torch.where(bad > 0, *pair) for pair in zip(self.kept, self.statistics, strict=True)]
             torch._foreach_copy_(self.statistics, self.kept)
         self.streak = (self.streak + 1) * bad
-        self.longest = torch.maximum(self.longest, self.streak)
-        self.first_bad = torch.where((self.first_bad < 0) & (bad > 0), self.steps, self.first_bad)
-        self.steps += 1
+        self.total = self.total + bad
+        self.left_out = bad
         return norm
 
-    def check(self, epoch: int, step: int, steps: int) -> None:
-        """Raise FloatingPointError if too many steps in a row were bad, after `step` steps of `epoch`. Syncs."""
-        if (bad := int(self.longest)) > self.allowed:
-            first = epoch * steps + step - (self.steps - int(self.first_bad))
-            raise FloatingPointError(
-                f'epoch {first // steps}, step {first % steps + 1} of {steps}: loss or gradient was not finite '
-                f'(up to {bad} such steps in a row); no such step changed a weight'
-            )
+    def state_dict(self) -> dict[str, int]:
+        """Bad steps: in a row until now, and of the whole run. Waits for the device."""
+        streak, total = torch.stack([self.streak, self.total]).int().tolist()
+        return {'streak': streak, 'bad_steps': total}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        """Go on counting. A streak longer than this run allows ends it at the next bad step, not before."""
+        self.streak.fill_(min(saved['streak'], self.allowed))
+        self.total.fill_(saved['bad_steps'])
+
+    def loss_scale(self, steps_ago: int) -> float | None:
+        """What multiplied the loss in a bad step, since which all were bad; None but under fp16. Waits."""
+        if not self.scaler.is_enabled():
+            return None
+        return self.scaler.get_scale() / self.scaler.get_backoff_factor() ** (steps_ago + 1)
 
 
 def adamw(groups: list[dict], lr: float, betas: tuple[float, float], eps: float | None = None) -> torch.optim.AdamW:
@@ -176,8 +189,7 @@ class Lamb(timm_optim.Lamb):
 
     Such a step is taken and undone: weights and moments are copied before it and put back after it. That is room for
     three copies of the weights, at a time when activations have none, and one more pass over them. The step counter of
-    the bias correction lives on the host and is put right when the state is saved; under fp16, torch's GradScaler
-    reads its finding on the host and does not call `step` at all.
+    the bias correction lives on the host and is put right when the state is saved.
     """
 
     def __init__(self, *args, **kwargs):
@@ -225,3 +237,18 @@ class WeightAverage(ModelEmaV3):
         if not self.warmup_steps:
             return min(self.decay, (1 + step) / (10 + step))
         return self.decay * (1 - max(0.0, 1 - step / self.warmup_steps) * (1 - self.warmup_ratio))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, left_out: Tensor) -> None:
+        """Move towards the weights after optimiser step `step`, unless it was left out (1 or 0, on the device).
+
+        A step that was left out is as if it had not been: were the average to go on towards weights that stand still,
+        it would depend on how late the host learns that the run has diverged.
+        """
+        share = (1 - self.get_decay(step)) * (1 - left_out)
+        averages, weights = list(self.module.parameters()), list(model.parameters())
+        ahead = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(ahead, share)
+        torch._foreach_add_(averages, ahead)
+        for own, latest in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(latest)

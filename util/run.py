@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from util import checkpoint, config, datasets, dist, rng, signals
+from util import checkpoint, config, datasets, diagnosis, dist, rng, signals
 from util.errors import STOPPED, UserError
 from util.grad_checkpoint import checkpoint_blocks
 from util.log import MetricLogger, RunLog, info
@@ -92,7 +92,7 @@ class Run:
         groups = param_groups(self.core, rules, args.weight_decay, layer_decay)
         optimizer = OPTIMIZERS[args.opt](groups, self.lr, args.betas, args.opt_eps)
         fp16 = self.amp_dtype is torch.float16
-        self.guard = GuardedStep(self.core, optimizer, self.device, fp16, args.clip_grad)
+        self.guard = GuardedStep(self.core, optimizer, self.device, fp16, args.clip_grad, args.max_bad_steps)
         self.first_epoch, self.first_step, self.averages = args.start_epoch, 0, None
         if self.saved:
             self.restore(self.saved)
@@ -129,8 +129,8 @@ class Run:
 
     def loader(self, images: datasets.Images, labels: list[int] | None, transform: Callable) -> DataLoader:
         """Training batches in the run's order."""
-        images = datasets.ImageFiles(images, labels, transform, self.args.seed)
-        return datasets.loader(images, self.sampler, self.args.num_workers, self.pin_memory)
+        self.images = datasets.ImageFiles(images, labels, transform, self.args.seed)
+        return datasets.loader(self.images, self.sampler, self.args.num_workers, self.pin_memory)
 
     @property
     def pin_memory(self) -> bool:
@@ -187,9 +187,8 @@ class Run:
     def after_step(self, epoch: int, step: int, lr: float, logger: MetricLogger) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
         if logger.due(step):
-            values = logger.line(step, lr)
+            values = logger.line(step, lr, self.bad_steps(epoch, step + 1, logger))
             self.log.scalars(self.axis(epoch, step + 1), lr=lr, **values)
-            self.guard.check(epoch, step + 1, logger.steps)
         every = self.args.save_freq_steps
         if every and (step + 1) % every == 0 and step + 1 < logger.steps:
             self.save(checkpoint.LAST, epoch, step + 1, logger)
@@ -198,12 +197,22 @@ class Run:
 
     def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
         """The epoch's line in log.txt and its checkpoints."""
-        self.log.epoch(**values, epoch=epoch)
+        self.log.epoch(**values, bad_steps=self.bad_steps(epoch, logger.steps, logger), epoch=epoch)
         names = [checkpoint.LAST]
         if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
             names.append(f'checkpoint-{epoch}.pth')
         for name in names:
             self.save(name, epoch, logger.steps, logger)
+
+    def bad_steps(self, epoch: int, step: int, logger: MetricLogger) -> int:
+        """How many steps of the run were left out, after `step` steps of `epoch`; too many in a row end it. Syncs.
+
+        Every rank must call it. To be called before a line is printed, which drops what its steps have given.
+        """
+        counts = self.guard.state_dict()
+        if counts['streak'] > self.guard.allowed:
+            raise diagnosis.diverged(self, epoch, step, logger, counts)
+        return counts['bad_steps']
 
     def stop_if_asked(self, epoch: int, step: int, logger: MetricLogger) -> None:
         """Where any rank was asked to stop, save after `step` steps of `epoch` and end all of them at this place."""
@@ -235,13 +244,13 @@ class Run:
     def save(self, name: str, epoch: int, step: int, logger: MetricLogger) -> None:
         """Write the state after `step` optimiser steps of `epoch`; every rank must call it, rank 0 writes.
 
-        Then bad steps end the run: none of them has changed what was written, but their count is not kept across runs.
+        Not after too many bad steps in a row: they end the run, and what was written before stays.
         """
+        self.bad_steps(epoch, step, logger)
         sums = logger.sums()
         if dist.is_main():
             self.log.flush()
             checkpoint.save(self.args.output_dir / name, self.state(epoch, step, sums))
-        self.guard.check(epoch, step, logger.steps)
 
     def state(self, epoch: int, step: int, sums: dict) -> dict:
         """What a checkpoint holds."""
@@ -249,6 +258,7 @@ class Run:
             'model': self.core.state_dict(),
             'optimizer': self.guard.optimizer.state_dict(),
             'scaler': self.guard.scaler.state_dict(),
+            'guard': self.guard.state_dict(),
             'epoch': epoch,
             'step': step,
             'steps': self.sampler.steps,
@@ -270,6 +280,8 @@ class Run:
         load_optimizer_state(self.guard.optimizer, saved['optimizer'])
         if saved['scaler']:
             self.guard.scaler.load_state_dict(saved['scaler'])
+        if 'guard' in saved:
+            self.guard.load_state_dict(saved['guard'])
         self.record = saved['record']
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])

@@ -1,0 +1,261 @@
+"""Make again the step in which a run diverged, in float32, and name the first module that was not finite.
+
+Examples:
+    python scripts/replay_step.py runs/NAME/diagnosis.json
+    python scripts/replay_step.py runs/NAME/diagnosis.json --rank 3 --amp_dtype fp16 --device cuda
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import engine_finetune
+import engine_pretrain
+import main_finetune
+import main_pretrain
+from util import checkpoint, config, datasets, diagnosis, dist
+from util.errors import UserError, run_main
+
+SHOWN = 5  # modules with the largest outputs
+
+
+def get_args_parser() -> config.Parser:
+    parser = config.Parser(__doc__.partition('\n')[0])
+    add = parser.add_argument
+    add('diagnosis', type=Path, help='the diagnosis.json of a run')
+    add('--rank', type=int, help='of which rank; default: those whose loss was not finite, or else all')
+    add('--amp_dtype', choices=('bf16', 'fp16', 'none'), default='none', help='autocast; none: all in float32')
+    add('--device', default='cpu', help='cuda, cuda:N or cpu')
+    return parser
+
+
+# --------------------------------------------------------------------------
+# what happens in a step
+
+
+class Call(NamedTuple):
+    """A module's forward, with the largest absolute values that went in and came out; nan or inf if any was that."""
+
+    name: str
+    went_in: float
+    came_out: float
+
+
+class Gradient(NamedTuple):
+    """A gradient's largest absolute value. `of` is what of the module it belongs to, `edge` where in the graph."""
+
+    name: str
+    of: str
+    largest: float
+    edge: tuple = ()
+
+
+class Watch:
+    """Notes every module's forward in the order of completion, innermost first, and the gradients as they come."""
+
+    def __init__(self, core: nn.Module):
+        self.core = core
+        self.kinds = {name: f'{name} ({type(module).__name__})' for name, module in core.named_modules()}
+        self.kinds[''] = f'{type(core).__name__} itself, outside of its modules'
+        self.begin()
+        for name, module in core.named_modules():
+            module.register_forward_pre_hook(partial(self.before, name), with_kwargs=True)
+            module.register_forward_hook(partial(self.after, name))
+            for key, param in module.named_parameters(recurse=False):
+                if param.requires_grad:
+                    param.register_hook(partial(self.note, name, key, ()))
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self.calls: list[Call] = []
+        self.gradients: list[Gradient] = []
+        self.inputs: dict[str, float] = {}
+        self.core.zero_grad()
+
+    def before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.inputs[name] = largest((args, kwargs))  # now: it may be overwritten in place
+        self.listen(name, module, 'input', (args, kwargs))
+
+    def after(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        self.calls.append(Call(name, self.inputs[name], largest(output)))
+        self.listen(name, module, 'output', output)
+
+    def listen(self, name: str, module: nn.Module, of: str, value: Any) -> None:
+        """A hook on the tensors, since one on the module forbids what works in place."""
+        if not {name for name, _ in module.named_children()} - {'parametrizations'}:
+            for tensor in tensors(value):
+                if tensor.grad_fn:
+                    tensor.register_hook(partial(self.note, name, of, (tensor.grad_fn, tensor.output_nr)))
+
+    def note(self, name: str, of: str, edge: tuple, gradient: Tensor) -> None:
+        self.gradients.append(Gradient(name, of, largest(gradient), edge))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
+
+
+def largest(value: Any) -> float:
+    """Absolute value, 0 where there is no tensor; nan or inf if any is that."""
+    return torch.stack([torch.zeros(()), *(t.detach().abs().max().float().cpu() for t in tensors(value))]).max().item()
+
+
+# --------------------------------------------------------------------------
+# what it shows
+
+
+def forward_findings(watch: Watch, loss: float) -> str:
+    """Where the forward was not finite first; '' if it was."""
+    place = next((i for i, call in enumerate(watch.calls) if not math.isfinite(call.came_out)), None)
+    if place is None:
+        reach = f'it is up to {watch.calls[-1].came_out:.3g}'
+        return '' if math.isfinite(loss) else f'the output of the network is finite, its loss is not: {reach}'
+    call = watch.calls[place]
+    text = f'first module whose output is not finite: {watch.kinds[call.name]}'
+    own = watch.core.get_submodule(call.name).named_parameters(recurse=False)
+    if spoilt := [key for key, param in own if not math.isfinite(largest(param))]:
+        text += f', whose {spoilt[0]} itself is not'
+    if math.isfinite(call.went_in):
+        return f'{text}; the largest absolute value that went in is {call.went_in:.3g}'
+    if not place:
+        return f'{text}; the images that went in were not finite either'
+    last = watch.calls[place - 1]
+    return (
+        f'{text}; what went in was not finite either: '
+        f'it began after {watch.kinds[last.name]}, whose output is up to {last.came_out:.3g}'
+    )
+
+
+def backward_findings(watch: Watch) -> str:
+    """Where the backward was not finite first; '' if it was."""
+    bad = [gradient for gradient in watch.gradients if not math.isfinite(gradient.largest)]
+    if not bad:
+        return ''
+    first = bad[0]
+    if first.of == 'output':  # it is the gradient of the next module's input, if one took this output as it was
+        takers = [g for g in bad if g.of == 'input' and g.edge == first.edge]
+        if not takers:
+            return f'first gradient that is not finite: behind the output of {watch.kinds[first.name]}'
+        first = takers[-1]
+    came_in = max((g.largest for g in watch.gradients if (g.name, g.of) == (first.name, 'output')), default=math.nan)
+    return (
+        f'first module whose gradient is not finite: {watch.kinds[first.name]}, that of its {first.of}; '
+        f'the largest absolute gradient that came in is {came_in:.3g}'
+    )
+
+
+def finite_findings(watch: Watch, precision: str) -> str:
+    """The largest numbers, held against what 16 bits hold."""
+    peaks: dict[str, float] = {}
+    for call in watch.calls:
+        peaks[call.name] = max(call.came_out, peaks.get(call.name, 0.0))
+    peaks.pop('')
+    top = sorted(peaks, key=peaks.get, reverse=True)[:SHOWN]
+    return (
+        f'finite in {precision}: the largest gradient is {max(g.largest for g in watch.gradients):.3g}, the largest '
+        f'outputs are (fp16 holds 6.55e+04, bf16 3.39e+38) {", ".join(f"{watch.kinds[n]} {peaks[n]:.3g}" for n in top)}'
+    )
+
+
+# --------------------------------------------------------------------------
+# the step
+
+
+class Replay:
+    """What the engines ask of a run, made from its diagnosis, on one device and as one of its ranks at a time."""
+
+    def __init__(self, record: dict, weights: dict, device: torch.device, amp_dtype: torch.dtype | None):
+        self.record, self.device, self.amp_dtype = record, device, amp_dtype
+        main = {'pretrain': main_pretrain, 'finetune': main_finetune}[record['stage']]
+        self.args = args = main.get_args_parser().parse([])
+        vars(args).update(record['args'])
+        args.data_path = Path(args.data_path)
+        self.forward = self.prepare_pretrain() if main is main_pretrain else self.prepare_finetune()
+        checkpoint.check_same_weights(weights, self.core.state_dict(), diagnosis.WEIGHTS)
+        self.core.load_state_dict(weights)
+        memory_format = config.memory_format(args, self.core)
+        self.statistics = datasets.statistics(args.mean, args.std, device, memory_format)
+        self.model = self.core.to(device, memory_format=memory_format).train()
+        self.watch = Watch(self.core)
+
+    def prepare_pretrain(self) -> Callable:
+        args = self.args
+        self.core = main_pretrain.create_model(args)
+        crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
+        self.images = datasets.ImageFiles(datasets.pretraining_files(args.data_path), None, crop, args.seed)
+        return engine_pretrain.forward
+
+    def prepare_finetune(self) -> Callable:
+        args = self.args
+        [train], num_classes = main_finetune.labelled_splits(args, ('train',))
+        self.core = main_finetune.create_classifier(args, num_classes)
+        self.images = datasets.ImageFiles(*train, main_finetune.train_transform(args), args.seed)
+        augment = main_finetune.batch_augmentation(args, num_classes, self.device)
+        criterion = main_finetune.criterion(args)
+        return lambda *place: (engine_finetune.forward(*place, augment, criterion), {})
+
+    def batch(self, samples: list[dict]) -> list[Tensor]:
+        """The very images. Raises UserError if they are not there any more."""
+        for sample in samples:
+            index, file = sample['item'][1], sample['path']
+            if index >= len(self.images) or diagnosis.path(self.images.images, index) != file:
+                raise UserError(f'{file or "the data"}, image {index} of the run, is not at its place any more')
+        try:
+            return default_collate([self.images[tuple(sample['item'])] for sample in samples])
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+
+    def micro_step(self, rank: int, micro: int) -> str:
+        """Make it again; returns what it showed."""
+        seen = self.record['ranks'][rank]['micro_steps'][micro]
+        self.sampler = SimpleNamespace(rank=rank, world_size=self.record['world_size'])
+        batch = self.batch(seen['samples'])
+        self.watch.begin()
+        loss, terms = self.forward(self, batch, self.record['global_step'], micro)
+        numbers = {'loss': loss.item(), **{name: term.item() for name, term in terms.items()}}
+        found = forward_findings(self.watch, numbers['loss'])
+        if not found:
+            scale = self.record['loss_scale'] if self.amp_dtype is torch.float16 else None
+            (loss * (scale or 1.0) / self.record['accum_iter']).backward()
+            found = backward_findings(self.watch)
+        precision = str(self.amp_dtype or torch.float32).removeprefix('torch.')
+        listed = ', '.join(f'{name} {value:.6g}' for name, value in numbers.items())
+        return f'rank {rank}, micro-step {micro}: {listed}\n  {found or finite_findings(self.watch, precision)}'
+
+
+def main(args: argparse.Namespace) -> None:
+    """Every bad micro-step of every bad rank, or if no loss was bad, all of them."""
+    device = dist.own_device(args.device)
+    record, weights = diagnosis.read(args.diagnosis)
+    if args.rank is not None and not 0 <= args.rank < len(record['ranks']):
+        raise UserError(f'--rank {args.rank}: the run had ranks 0 to {len(record["ranks"]) - 1}')
+    replay = Replay(record, weights, device, config.amp_dtype(args, device))
+    print(diagnosis.summary(record))
+    if device.type != record['device']:
+        print(f'on {device.type} now, on {record["device"]} then: drop path, erasing and rounding fall otherwise')
+    ranks = (record['bad_ranks'] or range(len(record['ranks']))) if args.rank is None else [args.rank]
+    for rank in ranks:
+        seen = record['ranks'][rank]
+        for micro in diagnosis.bad_micro_steps(seen) or range(len(seen['micro_steps'])):
+            print(replay.micro_step(rank, micro), flush=True)
+
+
+if __name__ == '__main__':
+    run_main(lambda: main(get_args_parser().parse()))
