@@ -232,8 +232,8 @@ class Replay:
         numbers = {'loss': loss.item(), **{name: term.item() for name, term in terms.items()}}
         found = forward_findings(self.watch, numbers['loss'])
         if not found:
-            scale = self.record['loss_scale'] if self.amp_dtype is torch.float16 else None
-            (loss * (scale or 1.0) / self.record['accum_iter']).backward()
+            scaled = self.amp_dtype is torch.float16 and self.record['loss_scale'] is not None
+            (loss * (self.record['loss_scale'] if scaled else 1.0) / self.record['accum_iter']).backward()
             found = backward_findings(self.watch)
         precision = str(self.amp_dtype or torch.float32).removeprefix('torch.')
         listed = ', '.join(f'{name} {value:.6g}' for name, value in numbers.items())

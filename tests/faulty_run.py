@@ -1,12 +1,15 @@
 """main_pretrain.py with one fault, for tests: `FAULT=exit:0:2` ends every rank right after the checkpoint of epoch 0,
-step 2; `FAULT=nan:1:3` makes the loss of rank 1 not a number in optimiser step 3 of epoch 0."""
+step 2; `FAULT=nan:1:3-5` makes the loss of rank 1 not a number in optimiser steps 3 to 5 of the run, counted from 0.
+Ranks that go on after that print what they have for weights at the end of each epoch."""
 
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import engine_pretrain
 import main_pretrain
 from util import dist
 from util.errors import run_main
@@ -21,15 +24,22 @@ def save_and_exit(self, name, epoch, step, logger, save=Run.save):
         os._exit(9)
 
 
-def forward_with_nan(self, imgs, plan=None, forward=main_pretrain.models_mirl.MIRL.forward):
-    loss, terms = forward(self, imgs, plan)
-    self.calls = getattr(self, 'calls', -1) + 1
-    bad = dist.rank() == int(first) and self.calls == int(second)
+def forward_with_nan(run, batch, global_step, micro, forward=engine_pretrain.forward):
+    loss, terms = forward(run, batch, global_step, micro)
+    from_step, _, to_step = second.partition('-')
+    bad = dist.rank() == int(first) and int(from_step) <= global_step <= int(to_step or from_step)
     return loss * (float('nan') if bad else 1.0), terms
+
+
+def after_epoch(self, *args, after_epoch=Run.after_epoch, **values):
+    after_epoch(self, *args, **values)
+    weights = b''.join(value.numpy().tobytes() for value in self.core.state_dict().values())
+    print(f'rank {dist.rank()}: weights {hashlib.sha256(weights).hexdigest()}', flush=True)
 
 
 if kind == 'exit':
     Run.save = save_and_exit
 else:
-    main_pretrain.models_mirl.MIRL.forward = forward_with_nan
+    engine_pretrain.forward = forward_with_nan
+    Run.after_epoch = after_epoch
 run_main(lambda: main_pretrain.main(main_pretrain.get_args_parser().parse(stage='pretrain')))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import timm.optim
+import timm.utils
 import torch
 from parity import golden
 from torch import nn
@@ -94,9 +95,15 @@ def test_layer_decay_and_scales():
     }
 
 
-def guarded(layer: nn.Module, name: str = 'adamw', fp16: bool = False, clip_grad: float | None = None) -> GuardedStep:
+def guarded(
+    layer: nn.Module,
+    name: str = 'adamw',
+    fp16: bool = False,
+    clip_grad: float | None = None,
+    max_bad_steps: int | None = None,
+) -> GuardedStep:
     optimizer = OPTIMIZERS[name](param_groups(layer, RULES, 0.05), 1e-2, (0.9, 0.95))
-    return GuardedStep(layer, optimizer, torch.device('cpu'), fp16, clip_grad)
+    return GuardedStep(layer, optimizer, torch.device('cpu'), fp16, clip_grad, max_bad_steps)
 
 
 def train_layer(guard: GuardedStep, layer: nn.Module, factors: list[float]) -> None:
@@ -120,15 +127,65 @@ def test_a_bad_step_changes_nothing(name):
     layer = nn.Linear(4, 4)
     guard = guarded(layer, name, clip_grad=1)
     train_layer(guard, layer, [1.0])
-    guard.check(epoch=3, step=1, steps=4)
+    assert guard.state_dict() == {'streak': 0, 'bad_steps': 0}
     before = everything(guard)
     for factor in (math.nan, math.inf):
         train_layer(guard, layer, [factor])
         assert all(map(torch.equal, everything(guard), before))
+    assert guard.state_dict() == {'streak': 2, 'bad_steps': 2}
     train_layer(guard, layer, [1.0])
     assert not torch.equal(layer.weight, before[0])
-    with pytest.raises(FloatingPointError, match=r'epoch 3, step 2 of 4: loss or gradient was not finite .up to 2'):
-        guard.check(epoch=3, step=4, steps=4)  # the second of these four was the first bad one
+    assert guard.state_dict() == {'streak': 0, 'bad_steps': 2}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('fp16', [False, True])
+def test_a_tripped_guard_stays_so(name, fp16):
+    """One bad step too many in a row, and good ones are left out as well, however late the host looks."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    guard = guarded(layer, name, fp16, max_bad_steps=2)
+    guard.scaler = torch.amp.GradScaler('cpu', init_scale=16, enabled=fp16)
+    train_layer(guard, layer, [1.0, math.nan, math.nan, 1.0, 1.0])  # as many as are allowed
+    assert guard.state_dict() == {'streak': 0, 'bad_steps': 2}
+    before = everything(guard)
+    train_layer(guard, layer, [math.nan] * 3 + [1.0] * 4)
+    assert all(map(torch.equal, everything(guard), before))
+    assert guard.state_dict() == {'streak': 7, 'bad_steps': 9}
+    assert guard.loss_scale() == (1.0 if fp16 else None)  # halved by two bad steps, and by two of the last
+
+
+def test_how_many_bad_steps_are_allowed():
+    assert [guarded(nn.Linear(4, 4), fp16=fp16).allowed for fp16 in (False, True)] == [3, 20]
+    layer = nn.Linear(4, 4)
+    guard = guarded(layer, fp16=True, max_bad_steps=0)
+    train_layer(guard, layer, [math.nan])
+    assert guard.state_dict()['streak'] > guard.allowed == 0
+
+
+@pytest.mark.parametrize(('saved', 'taken'), [(2, 2), (9, 3)])
+def test_the_streak_goes_on(saved, taken):
+    """From a checkpoint; one that is longer than now allowed does not spoil steps that are good."""
+    layer = nn.Linear(4, 4)
+    guard = guarded(layer)
+    guard.load_state_dict({'streak': saved, 'bad_steps': 11})
+    assert guard.state_dict() == {'streak': taken, 'bad_steps': 11}
+    train_layer(guard, layer, [1.0])
+    assert guard.state_dict() == {'streak': 0, 'bad_steps': 11}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('fp16', [False, True])
+def test_a_norm_that_overflows(name, fp16):
+    """Every gradient is finite, their norm is not: such a step is bad, too."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    guard = guarded(layer, name, fp16)
+    guard.scaler = torch.amp.GradScaler('cpu', init_scale=1, enabled=fp16)
+    before = everything(guard)
+    train_layer(guard, layer, [1e25])
+    assert all(map(torch.equal, everything(guard)[: len(before)], before))
+    assert guard.state_dict() == {'streak': 1, 'bad_steps': 1}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -164,7 +221,7 @@ def test_fp16_overflow(name):
     counters = [value for value in everything(guard)[2:] if value.ndim == 0]
     assert counters
     assert set(map(float, counters)) == {1.0}
-    guard.check(epoch=0, step=2, steps=4)
+    assert guard.state_dict() == {'streak': 0, 'bad_steps': 1}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -181,16 +238,20 @@ def test_clipping(name, clip_grad):
     assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.1 * (clip_grad or norm.item()), rel=1e-4)
 
 
-def test_lamb_never_waits():
+def test_lamb_and_the_average_never_wait():
     """On the meta device, where nothing can be read."""
     layer = nn.Linear(4, 4, device='meta')
+    ema = WeightAverage(nn.Linear(4, 4), 0.9)
+    ema.module.to('meta')
     groups = param_groups(layer, RULES, 0.05)
     guard = GuardedStep(layer, OPTIMIZERS['lamb'](groups, 1e-2, (0.9, 0.95)), torch.device('meta'), False, 1.0)
     for _ in range(2):
         guard.backward(layer(torch.ones(2, 4, device='meta')).square().mean())
         guard.step()
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        guard.optimizer.state_dict()
+        ema.update(layer, 0, guard.left_out)
+    for reads in (guard.optimizer.state_dict, guard.state_dict):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            reads()
 
 
 def test_lamb_is_timms():
@@ -276,7 +337,21 @@ def test_buffers_are_not_averaged():
     start = model[0].weight.detach().clone()
     nn.init.ones_(model[0].weight)
     model(torch.randn(8, 4))
-    ema.update(model, 7)
+    ema.update(model, 7, torch.tensor(0.0))
     assert torch.allclose(ema.module[0].weight, start + (1 - start) * 0.5)
     assert all(map(torch.equal, ema.module.buffers(), model.buffers()))
     assert ema.module[1].running_mean.any()
+
+
+def test_a_step_that_was_left_out_moves_no_average():
+    """To the bit; any other step moves it as timm would."""
+    torch.manual_seed(0)
+    model, last = nn.Linear(4, 4), nn.Linear(4, 4)
+    ema, timms = (average(model, 0.9) for average in (WeightAverage, timm.utils.ModelEmaV3))
+    start = ema.module.weight.clone()
+    ema.update(last, 10**6, torch.tensor(1.0))
+    assert torch.equal(ema.module.weight, start)
+    ema.update(last, 10**6, torch.tensor(0.0))
+    timms.update(last)
+    assert torch.allclose(ema.module.weight, timms.module.weight, rtol=1e-6)
+    assert not torch.equal(ema.module.weight, start)

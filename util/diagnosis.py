@@ -69,7 +69,7 @@ def describe(run: 'Run', epoch: int, step: int, late: int, counts: dict[str, int
         'steps': steps,
         'global_step': epoch * steps + step - 1,
         'lr': run.schedule(epoch + (step - 1) / steps),
-        'loss_scale': run.guard.loss_scale(late),
+        'loss_scale': run.guard.loss_scale(),
         'bad_steps_in_a_row': run.guard.allowed + 1,
         'max_bad_steps': run.guard.allowed,
         'bad_steps': counts['bad_steps'] - late,
@@ -117,10 +117,11 @@ def summary(record: dict) -> str:
         whose = f'the losses of ranks {", ".join(map(str, ranks))} were not finite'
     else:
         whose = f"rank {ranks[0]}'s loss was not finite" if ranks else 'every loss was finite, a gradient was not'
+    scale = '' if record['loss_scale'] is None else f', at a loss scale of {record["loss_scale"]:g}'
     return (
         f'epoch {record["epoch"]}, step {record["step"]} of {record["steps"]}: loss or gradient was not finite in '
         f'{row} step{"s" if row > 1 else ""} in a row (--max_bad_steps {record["max_bad_steps"]}); '
-        f'no such step changed a weight; {whose}'
+        f'no such step changed a weight; {whose}{scale}'
     )
 
 

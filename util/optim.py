@@ -115,6 +115,7 @@ class GuardedStep:
         self.streak = torch.zeros((), device=device)  # bad steps in a row
         self.total = torch.zeros((), device=device)  # bad steps of the run
         self.left_out = torch.zeros((), device=device)  # 1 if the latest step was bad
+        self.scale = torch.ones((), device=device)  # of the loss; of the latest step, until the guard is tripped
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
         self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
         self.keep_statistics()
@@ -141,9 +142,11 @@ class GuardedStep:
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)
         # torch's fused kernels, and `Lamb`, leave weights and state alone where this is 1. Not by `scaler.step`, which
-        # would go by its own finding: it does not see a norm that overflows, and makes the host wait for `Lamb`
+        # would go by its own finding: that misses a norm that overflows, and what a loss scale of 0 makes of gradients
         self.optimizer.found_inf = bad
         self.optimizer.step()
+        scale = self.scaler.scale(torch.ones_like(self.scale))
+        self.scale = torch.where(self.streak > self.allowed, self.scale, scale)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.statistics:
@@ -164,11 +167,9 @@ class GuardedStep:
         self.streak.fill_(min(saved['streak'], self.allowed))
         self.total.fill_(saved['bad_steps'])
 
-    def loss_scale(self, steps_ago: int) -> float | None:
-        """What multiplied the loss in a bad step, since which all were bad; None but under fp16. Waits."""
-        if not self.scaler.is_enabled():
-            return None
-        return self.scaler.get_scale() / self.scaler.get_backoff_factor() ** (steps_ago + 1)
+    def loss_scale(self) -> float | None:
+        """What multiplied the loss in the latest step, or in the one that tripped the guard; None but in fp16. Syncs."""
+        return self.scale.item() if self.scaler.is_enabled() else None
 
 
 def adamw(groups: list[dict], lr: float, betas: tuple[float, float], eps: float | None = None) -> torch.optim.AdamW:
