@@ -24,6 +24,14 @@ from util.weight_files import read_checkpoint
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 DAMAGED = '.damaged'  # what is put behind the name of a file that cannot be read, which is kept for who wants to look
 
+# arguments that say where and how a run works, and do not change what it computes; or are held against `run` already
+ELSEWHERE = {
+    *('config', 'data_path', 'output_dir', 'log_dir', 'device', 'dist_url', 'dist_timeout', 'world_size', 'local_rank'),
+    *('num_workers', 'pin_mem', 'data_retries', 'print_freq', 'save_freq', 'save_freq_steps', 'keep_last', 'vis_freq'),
+    *('resume', 'finetune', 'download', 'start_epoch', 'batch_size', 'accum_iter', 'effective_batch_size', 'compile'),
+    *('grad_checkpoint', 'channels_last', 'max_bad_steps', 'dist_on_itp', 'dist_eval', 'resplit'),
+}
+
 known_good: dict[tuple, bool] = {}  # files whose sums this process has seen, by name, size and time
 
 
@@ -33,13 +41,20 @@ def save(path: Path, state: dict) -> None:
         with digests.temporary_for(path) as temporary:
             with digests.flushed(temporary) as file:
                 hashing = digests.Hashing(file)
-                torch.save(state, hashing)
+                write(state, hashing)
             if path.name == LAST:
                 keep_previous(path)
             digests.put(temporary, hashing.sum.hexdigest(), path)
             known_good[fingerprint(path)] = True
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror or error}{what_is_left(path)}') from error
+
+
+def write(state: dict, file: digests.Hashing) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # torch closes its archive after a failed write, fails at that, and says only so
+        raise file.error or error from None
 
 
 def what_is_left(path: Path) -> str:
@@ -177,3 +192,14 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
     if differing:
         listed = '; '.join(f'{k}: {saved.get(k)} then, {current[k]} now' for k in differing)
         raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}')
+
+
+def changed_settings(state: dict, current: dict) -> list[str]:
+    """What is told of a run that is resumed with settings that decide no sample and no mask, but matter."""
+    saved = state.get('args', {})
+    known = saved.keys() & current.keys() - ELSEWHERE
+    differing = sorted(name for name in known if saved[name] != current[name])
+    if not differing:
+        return []
+    listed = '; '.join(f'--{name} {saved[name]} then, {current[name]} now' for name in differing)
+    return [f'WARNING: resumed with other settings, which hold from here on: {listed}']

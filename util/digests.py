@@ -13,14 +13,19 @@ from typing import BinaryIO
 
 
 class Hashing:
-    """A file to write to that sums up what goes through it."""
+    """A file to write to that sums up what goes through it, and remembers what went wrong."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sum = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
         self.sum.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -54,6 +54,7 @@ class Run:
         self.resumed_from, self.saved = self.find_saved()
         if self.saved:
             checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
+            self.notices += checkpoint.changed_settings(self.saved, config.plain(args))
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
         self.ema: nn.Module | None = None
 

@@ -23,6 +23,7 @@ from util.errors import MEANING, STOPPED, StorageError, UserError
 from util.log import info
 
 SIGN_BYTES = 1024  # a sign of life is written in place, so all of them have one length
+BUSY = ('starting', 'running')
 PATIENCE_S = 5  # for other ranks to tell that they have noticed the loss of one
 
 
@@ -138,30 +139,37 @@ class RunFolder:
         """
         self.beat(state='noticed')
         others = [rank for rank in range(self.place.world_size) if rank != self.place.rank]
-        busy = ('starting', 'running')
-        wait_until(lambda: not any(self.read_sign(rank).get('state') in busy for rank in others), PATIENCE_S)
+        wait_until(lambda: not any(self.may_answer(self.read_sign(rank)) for rank in others), PATIENCE_S)
         signs = {rank: self.read_sign(rank) for rank in others}
         if failed := [rank for rank in others if signs[rank].get('state') == 'failed']:
             return f'rank {failed[0]} has failed: {signs[failed[0]]["message"]}'
-        silent = [rank for rank in others if signs[rank].get('state', 'starting') in busy]
+        silent = [rank for rank in others if signs[rank].get('state') in BUSY]
         return '; '.join(self.describe(rank, signs[rank]) for rank in silent) or 'a connection broke; all ranks live'
 
     def read_sign(self, rank: int) -> dict:
-        return read_json(self.sign_of(rank))
+        return read_json(self.sign_of(rank)) or {
+            'state': 'starting',
+            'host': 'unknown',
+            'pid': 0,
+            'epoch': 0,
+            'step': 0,
+        }
+
+    def is_here(self, sign: dict) -> bool:
+        return sign['host'] == self.identity['host']
+
+    def may_answer(self, sign: dict) -> bool:
+        return sign['state'] in BUSY and (alive(sign['pid']) or not self.is_here(sign))
 
     def describe(self, rank: int, sign: dict) -> str:
         """What is known of a rank that has not answered. A process that hangs on this machine is killed."""
-        if not sign:
-            return f'rank {rank} never began'
-        who = f'rank {rank} (host {sign["host"]}, process {sign["pid"]})'
+        end = 'has died or hangs'
+        if self.is_here(sign):
+            end = 'did not answer and was killed' if alive(sign['pid']) else 'has died'
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(sign['pid'], signal.SIGKILL)  # launchers would give it half a minute
         did = f'its last sign was after step {sign["step"]} of epoch {sign["epoch"]}'
-        if sign['host'] != self.identity['host']:
-            return f'{who} has died or hangs; {did}'
-        if not alive(sign['pid']):
-            return f'{who} has died; {did}'
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(sign['pid'], signal.SIGKILL)  # launchers would give it half a minute
-        return f'{who} did not answer and was killed; {did}'
+        return f'rank {rank} (host {sign["host"]}, process {sign["pid"]}) {end}; {did}'
 
 
 def alive(pid: int) -> bool:
