@@ -261,13 +261,12 @@ class Run:
     def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
         """The epoch's line in log.txt and its checkpoints."""
         self.log.epoch(**values, epoch=epoch)
-        names = [checkpoint.LAST]
         if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
-            names.append(f'checkpoint-{epoch}.pth')
-        for name in names:
-            self.save(name, epoch, logger.steps, logger)
-        if self.args.keep_last and dist.is_main():
-            checkpoint.prune(self.args.output_dir, self.args.keep_last, in_use=[self.resumed_from])
+            self.save(f'checkpoint-{epoch}.pth', epoch, logger.steps, logger)
+            if self.args.keep_last and dist.is_main():
+                checkpoint.prune(self.args.output_dir, self.args.keep_last, in_use=[self.resumed_from])
+        # the last thing: a run that is killed before this does all of the above again
+        self.save(checkpoint.LAST, epoch, logger.steps, logger)
 
     def stop_if_asked(self, epoch: int, step: int, logger: MetricLogger) -> None:
         """Where any rank was asked to stop, save after `step` steps of `epoch` and end all of them at this place."""
