@@ -46,7 +46,7 @@ def train_one_epoch(
         if run.ema:
             run.ema.update(run.core, global_step, run.guard.left_out)
         run.after_step(epoch, step, lr, logger)
-    return {'lr': lr, **logger.averages()}
+    return {'lr': run.schedule(epoch + (sampler.steps - 1) / sampler.steps), **logger.averages()}
 
 
 def forward(

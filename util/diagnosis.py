@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from util import checkpoint, config, dist
+from util import checkpoint, config, digests, dist
 from util.errors import DivergedError, StorageError, UserError
 from util.log import MetricLogger
 from util.weight_files import read_checkpoint
@@ -129,7 +129,7 @@ def write(run: 'Run', record: dict) -> None:
     """The weights first: what names them is there only when they are."""
     place = {key: record[key] for key in PLACE}
     checkpoint.save(run.args.output_dir / WEIGHTS, {'model': run.core.state_dict(), **place})
-    (run.args.output_dir / NAME).write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+    digests.replace(run.args.output_dir / NAME, (json.dumps(record, indent=2) + '\n').encode())
 
 
 def read(file: Path) -> tuple[dict, dict]:
