@@ -100,7 +100,7 @@ def test_a_streak_changes_nothing(stage, more, data, tmp_path, monkeypatch):
         "changed a weight; rank 0's loss was not finite; "
         'see diagnosis.json, and scripts/replay_step.py diagnosis.json finds the first module'
     )
-    good, within = (state for state in states if state['step'] in (2, 4))
+    good, within = {state['step']: state for state in states}.values()  # of epoch 0; the later of two at its end
     assert [state['guard'] for state in (good, within)] == [
         {'streak': 0, 'bad_steps': 0},
         {'streak': 2, 'bad_steps': 2},
@@ -117,6 +117,7 @@ def test_a_streak_changes_nothing(stage, more, data, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.glob('*.pth')) == [
         *(['checkpoint-best.pth'] if stage == 'finetune' else []),
         'checkpoint-last.pth',
+        'checkpoint-previous.pth',
         'diagnosis.pth',
     ]
 
@@ -308,6 +309,8 @@ def test_the_image_of_one_rank(tmp_path, capsys, fault, promise):
         'epoch 0, step 3 of 4: loss or gradient was not finite in 1 step in a row (--max_bad_steps 0); '
         "no such step changed a weight; rank 1's loss was not finite; see "
     )
+    status = json.loads((folder / 'status.json').read_text())
+    assert (status['state'], status['exit_code'], status['message']) == ('failed', 3, line)
     record = record_of(folder)
     assert [[step['loss'] for step in seen['micro_steps']] for seen in record['ranks']][1] == ['nan']
     assert math.isfinite(record['ranks'][0]['micro_steps'][0]['loss'])
@@ -391,10 +394,10 @@ def test_replay_refuses(data, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match='--rank 1: the run had ranks 0 to 0'):
         replay(tmp_path, capsys, '--rank', '1')
     weights = load(tmp_path, 'diagnosis.pth')
-    torch.save(weights | {'step': 9}, tmp_path / 'diagnosis.pth')
+    checkpoint.save(tmp_path / 'diagnosis.pth', weights | {'step': 9})
     with pytest.raises(UserError, match=r'diagnosis.pth is not of the step that .*diagnosis.json describes'):
         replay(tmp_path, capsys)
-    torch.save(weights | {'model': {'a': torch.zeros(1)}}, tmp_path / 'diagnosis.pth')
+    checkpoint.save(tmp_path / 'diagnosis.pth', weights | {'model': {'a': torch.zeros(1)}})
     with pytest.raises(UserError, match='is of another architecture'):
         replay(tmp_path, capsys)
     (tmp_path / 'diagnosis.pth').unlink()

@@ -168,7 +168,7 @@ class GuardedStep:
         self.total.fill_(saved['bad_steps'])
 
     def loss_scale(self) -> float | None:
-        """What multiplied the loss of the latest step, or of the one that tripped the guard; None but in fp16. Syncs."""
+        """Of the latest step, or of the one that tripped the guard; None but under fp16. Waits for the device."""
         return self.scale.item() if self.scaler.is_enabled() else None
 
 
