@@ -154,11 +154,9 @@ def backward_findings(watch: Watch) -> str:
         if not takers:
             return f'first gradient that is not finite: behind the output of {watch.kinds[first.name]}'
         first = takers[-1]
-    came_in = max((g.largest for g in watch.gradients if (g.name, g.of) == (first.name, 'output')), default=math.nan)
-    return (
-        f'first module whose gradient is not finite: {watch.kinds[first.name]}, that of its {first.of}; '
-        f'the largest absolute gradient that came in is {came_in:.3g}'
-    )
+    text = f'first module whose gradient is not finite: {watch.kinds[first.name]}, that of its {first.of}'
+    came_in = [g.largest for g in watch.gradients if (g.name, g.of) == (first.name, 'output')]
+    return text + (f'; the largest absolute gradient that came in is {max(came_in):.3g}' if came_in else '')
 
 
 def finite_findings(watch: Watch, precision: str) -> str:
@@ -185,7 +183,7 @@ class Replay:
         self.record, self.device, self.amp_dtype = record, device, amp_dtype
         main = {'pretrain': main_pretrain, 'finetune': main_finetune}[record['stage']]
         self.args = args = main.get_args_parser().parse([])
-        vars(args).update(record['args'])
+        vars(args).update(record['args'] | {'download': False})
         args.data_path = Path(args.data_path)
         self.forward = self.prepare_pretrain() if main is main_pretrain else self.prepare_finetune()
         checkpoint.check_same_weights(weights, self.core.state_dict(), diagnosis.WEIGHTS)

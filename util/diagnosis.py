@@ -22,17 +22,9 @@ if TYPE_CHECKING:
 
 NAME, WEIGHTS = 'diagnosis.json', 'diagnosis.pth'
 PLACE = ('epoch', 'step')
-KEYS = {
+KEYS = {  # without which no step can be made again
     *PLACE,
-    'stage',
-    'global_step',
-    'loss_scale',
-    'device',
-    'world_size',
-    'accum_iter',
-    'args',
-    'bad_ranks',
-    'ranks',
+    *('stage', 'global_step', 'loss_scale', 'device', 'world_size', 'accum_iter', 'args', 'bad_ranks', 'ranks'),
 }
 
 
