@@ -445,8 +445,8 @@ def test_findings():
 
     zero = nn.Linear(4, 4)
     nn.init.zeros_(zero.weight)
-    nn.init.constant_(zero.bias, -1.0)
-    watch, loss = watched(nn.Linear(4, 4), zero, nn.ReLU(inplace=True), Root(), nn.Linear(4, 4))
+    nn.init.zeros_(zero.bias)
+    watch, loss = watched(nn.Linear(4, 4), nn.ReLU(inplace=True), zero, Root(), nn.Linear(4, 4))
     assert replay_step.forward_findings(watch, loss) == ''
     assert replay_step.backward_findings(watch).startswith(
         'first module whose gradient is not finite: 3 (Root), that of'
