@@ -312,6 +312,7 @@ class Run:
     def state(self, epoch: int, step: int, sums: dict) -> dict:
         """What a checkpoint holds."""
         state = {
+            'schema': checkpoint.SCHEMA,
             'model': self.core.state_dict(),
             'optimizer': self.guard.optimizer.state_dict(),
             'scaler': self.guard.scaler.state_dict(),
