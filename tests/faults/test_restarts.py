@@ -23,7 +23,8 @@ def test_elastic_restarts(tmp_path, promise, fault):
         line = command(
             'pretrain', data, folder, *FLAGS, '--resume', 'auto', ranks=2, script='tests/faults/slow_rank.py'
         )
-        line.insert(line.index('torch.distributed.run') + 1, '--max_restarts=1')
+        line[line.index('--nproc_per_node=2') + 1] = '--standalone'  # in place of a fixed port
+        line.insert(line.index('--standalone'), '--max_restarts=1')
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
         read_until(process, '[5/8]')
         os.kill(json.loads((folder / '.ranks' / '0.json').read_text())['pid'], signal.SIGKILL)
