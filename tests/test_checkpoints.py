@@ -144,6 +144,23 @@ def test_other_settings_are_told(trained, tmp_path, capfd, fault):
     fault(12, 'with another batch', str(caught.value).replace(str(run), 'runs/x'), 2, 'everything, as it was')
 
 
+def test_what_cannot_be_resumed(trained, tmp_path, fault):
+    """Before anything is started: no process group, no model."""
+    (tmp_path / 'folder').mkdir()
+    newer = load(trained / 'run') | {'schema': checkpoint.SCHEMA + 1}
+    torch.save(newer, tmp_path / 'newer.pth')
+    for number, name, words in (
+        (9, 'nowhere.pth', 'does not exist'),
+        (9, 'folder', 'is a folder, not a checkpoint'),
+        (11, 'newer.pth', r'is of a newer version of this program \(schema 2; this one knows 1\): update it'),
+    ):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            train('pretrain', trained / 'images', tmp_path / 'out', *FLAGS, '--resume', tmp_path / name)
+        assert caught.value.code == 2
+        line = str(caught.value).replace(f'{tmp_path}/', '')
+        fault(number, name, line, 2, 'nothing was begun')
+
+
 # --------------------------------------------------------------------------
 # a kill between any two steps of a save
 

@@ -1,8 +1,8 @@
 """Checkpoint files: plain data, written so that a kill at any instant, a full disk or a bad sector loses nothing.
 
-A checkpoint is a dict: model, optimizer, scaler, epoch, step (optimiser steps done in that epoch), closed (whether the
-epoch has been evaluated, too), logger (running averages), run (what must not change when it is resumed), args; in
-pretraining also encoder, the weights that fine-tuning loads (it shares the model's storage: the file holds them once).
+A checkpoint is a dict: schema, model, optimizer, scaler, epoch, step (optimiser steps done in that epoch), closed
+(whether the epoch has been evaluated, too), logger (running averages), run (what must not change when it is resumed),
+args; in pretraining also encoder, the weights that fine-tuning loads (stored once, it shares the model's storage).
 
 A run keeps `checkpoint-last.pth` and the one before it, `checkpoint-previous.pth`; a numbered one every `--save_freq`
 epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, which is checked before a file is used.
@@ -21,6 +21,7 @@ from util import digests
 from util.errors import CheckpointError, NoCheckpointError, StorageError, UserError
 from util.weight_files import read_checkpoint
 
+SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 DAMAGED = '.damaged'  # what is put behind the name of a file that cannot be read, which is kept for who wants to look
 
@@ -185,6 +186,11 @@ def check_same_weights(saved: dict, current: dict, path: Path) -> None:
 
 def check_same_run(state: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError naming what differs between the run that wrote a checkpoint and the one that resumes it."""
+    if state.get('schema', SCHEMA) > SCHEMA:
+        raise CheckpointError(
+            f'{path} is of a newer version of this program (schema {state["schema"]}; this one knows {SCHEMA}): '
+            f'update it'
+        )
     saved = state.get('run')
     if not isinstance(saved, dict) or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys():
         raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')

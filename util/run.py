@@ -80,6 +80,7 @@ class Run:
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         """Leave word of the end. Raises what the fault is to be called, if that is not how it came."""
+        signals.restore()
         named = self.named(error)
         message = str(named) if isinstance(named, RunError) else f'{type(named).__name__}: {named}'
         self.folder.close(exit_code(named), message, noticed=named is not error and isinstance(named, LostError))
@@ -130,6 +131,7 @@ class Run:
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         self.device = dist.init(args.device, args.dist_url, args.dist_timeout)
+        signals.install()
         self.agree_on_saved()
         rng.settle_kernels(args.deterministic)
         self.amp_dtype = config.amp_dtype(args, self.device)
@@ -227,7 +229,6 @@ class Run:
 
         A request to stop ends the process after the step, or else before the epoch, that it falls into.
         """
-        signals.install()
         for epoch in range(self.first_epoch, self.args.epochs):
             logger = MetricLogger(
                 f'Epoch: [{epoch}]',
@@ -243,7 +244,6 @@ class Run:
             self.folder.beat(epoch, logger.start)
             self.stop_if_asked(epoch, logger.start, logger)
             yield epoch, logger
-        signals.restore()
 
     def after_step(self, epoch: int, step: int, lr: float, logger: MetricLogger) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
@@ -321,6 +321,7 @@ class Run:
     def state(self, epoch: int, step: int, sums: dict) -> dict:
         """What a checkpoint holds."""
         state = {
+            'schema': checkpoint.SCHEMA,
             'model': self.core.state_dict(),
             'optimizer': self.guard.optimizer.state_dict(),
             'scaler': self.guard.scaler.state_dict(),
