@@ -1,6 +1,7 @@
 """main_pretrain.py with one fault, for tests: `FAULT=exit:0:2` ends every rank right after the checkpoint of epoch 0,
 step 2; `FAULT=nan:1:3-5` makes the loss of rank 1 not a number in optimiser steps 3 to 5 of the run, counted from 0.
-Ranks that go on after that print what they have for weights at the end of each epoch."""
+Ranks that go on after that print what they have for weights at the end of each epoch. `FAULT=raise:1:3` is a bug on
+rank 1 in step 3."""
 
 import hashlib
 import os
@@ -31,6 +32,12 @@ def forward_with_nan(run, batch, global_step, micro, forward=engine_pretrain.for
     return loss * (float('nan') if bad else 1.0), terms
 
 
+def forward_with_bug(run, batch, global_step, micro, forward=engine_pretrain.forward):
+    if (dist.rank(), global_step) == (int(first), int(second)):
+        raise IndexError('of rank 1 alone')
+    return forward(run, batch, global_step, micro)
+
+
 def after_epoch(self, *args, after_epoch=Run.after_epoch, **values):
     after_epoch(self, *args, **values)
     weights = b''.join(value.numpy().tobytes() for value in self.core.state_dict().values())
@@ -39,6 +46,8 @@ def after_epoch(self, *args, after_epoch=Run.after_epoch, **values):
 
 if kind == 'exit':
     Run.save = save_and_exit
+elif kind == 'raise':
+    engine_pretrain.forward = forward_with_bug
 else:
     engine_pretrain.forward = forward_with_nan
     Run.after_epoch = after_epoch

@@ -77,6 +77,21 @@ def test_a_lost_rank_ends_the_run_and_is_named(name, number, words, entry, data,
 
 
 @pytest.mark.timeout(60)
+def test_an_exception_on_one_rank(data, tmp_path, fault):
+    done = run('pretrain', data, tmp_path, *FLAGS, '--epochs', '2', ranks=2, fault='raise:1:5')
+    assert done.returncode == 1
+    own = done.stderr.partition('torch/distributed/elastic')[0]  # before torchrun's own words
+    assert own.count('Traceback') == 1
+    assert 'IndexError: of rank 1 alone' in own
+    [line] = [line for line in own.splitlines() if ': error: ' in line]
+    assert line.endswith('rank 0: epoch 0, after 5 of 8 steps: rank 1 has failed: IndexError: of rank 1 alone')
+    status = json.loads((tmp_path / 'status.json').read_text())
+    assert (status['exit_code'], status['rank'], status['message']) == (1, 1, 'IndexError: of rank 1 alone')
+    assert load(tmp_path)['step'] == 4
+    fault(19, 'IndexError on rank 1 alone', line.partition(': error: ')[2], 6, 'the last checkpoint')
+
+
+@pytest.mark.timeout(60)
 def test_one_writer_per_folder(data, tmp_path, promise, fault):
     flags = ['--batch_size', '8', '--warmup_epochs', '1', '--epochs', '100']
     first = subprocess.Popen(

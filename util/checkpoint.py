@@ -1,8 +1,9 @@
 """Checkpoint files: plain data, written so that a kill at any instant, a full disk or a bad sector loses nothing.
 
-A checkpoint is a dict: schema, model, optimizer, scaler, epoch, step (optimiser steps done in that epoch), closed
-(whether the epoch has been evaluated, too), logger (running averages), run (what must not change when it is resumed),
-args; in pretraining also encoder, the weights that fine-tuning loads (stored once, it shares the model's storage).
+A checkpoint is a dict: schema, model, optimizer, scaler, guard (its count of bad steps), epoch, step (optimiser steps
+done in that epoch), closed (whether the epoch has been evaluated, too), logger (running averages), run (what must not
+change when it is resumed), args; in pretraining also encoder, the weights that fine-tuning loads (they share the
+model's storage, so the file holds them once).
 
 A run keeps `checkpoint-last.pth` and the one before it, `checkpoint-previous.pth`; a numbered one every `--save_freq`
 epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, which is checked before a file is used.
@@ -113,8 +114,7 @@ def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
 
 def clean(folder: Path, damaged: Collection[Path]) -> int:
     """Remove what a kill in the middle of `save` has left, and put damaged files aside; how many were removed."""
-    leftovers = [file for pattern in ('.checkpoint-*.tmp', '.status.json.*.tmp') for file in folder.glob(pattern)]
-    leftovers += [f for f in folder.glob('checkpoint-*.pth.sha256') if not f.with_suffix('').exists()]
+    leftovers = [*folder.glob('.*.tmp'), *(f for f in folder.glob('*.pth.sha256') if not f.with_suffix('').exists())]
     for file in leftovers:
         file.unlink(missing_ok=True)
     for path in damaged:
