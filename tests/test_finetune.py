@@ -67,7 +67,7 @@ def test_fine_tuning_starts_from_the_encoder(data, tmp_path):
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0']
     pretrained = train('pretrain', data, tmp_path / 'pretrain', *flags)
     source = ['--finetune', tmp_path / 'pretrain' / 'checkpoint-last.pth']
-    tuned = train('finetune', data, tmp_path / 'finetune', *flags, *source, '--lr', '0', '--min_lr', '0')
+    tuned = train('finetune', data, tmp_path / 'finetune', *flags, *source, '--lr', '1e-30', '--min_lr', '0')
     assert all(same(tuned['model'][k], v) for k, v in pretrained['encoder'].items() if not k.startswith('norm.'))
     # the encoder shares the model's storage in the file
     names = [name for name in pretrained['encoder'] if name.startswith('blocks.')]
