@@ -92,7 +92,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
     method = find_method(args.model)
     rng.seed_all(args.seed, rng.INIT)
     options = {} if args.global_pool else {'global_pool': 'token'}
-    core = construct(
+    return construct(
         method.create_classifier,
         args.model,
         num_classes=num_classes,
@@ -101,11 +101,15 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
         **options,
         model_kwargs=args.model_kwargs,
     )
+
+
+def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
+    """Raise UserError for a classifier that would fail in its first step, or in its evaluation."""
     if not args.eval:
         check_forward(core, args, args.input_size)
     if args.eval or args.eval_size not in (None, args.input_size):
         check_forward(core.eval(), args, args.eval_size or args.input_size)
-    return core.train()
+        core.train()
 
 
 def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:
@@ -196,6 +200,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     config.check_common_args(args)
     [val], num_classes = labelled_splits(args, ('val',))
     core = create_classifier(args, num_classes)
+    check_steps(core, args)
     loaded = load_published(core, args.resume, ema=args.use_ema)
     if loaded.missing:
         origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
@@ -237,6 +242,7 @@ def main(args: argparse.Namespace) -> None:
     transform = train_transform(args)
     run = Run(args, 'finetune', len(train[0]))
     core = create_classifier(args, num_classes)
+    check_steps(core, args)
     loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
     ema_steps = args.ema_warmup_epochs * run.sampler.steps
     ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None

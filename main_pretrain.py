@@ -70,14 +70,18 @@ def options_and_reason(model_kwargs: dict, error: Exception) -> str:
     return f' with --model_kwargs {given:.300}' * bool(given) + f': {str(error) or type(error).__name__:.300}'
 
 
+def check_step(core: nn.Module, args: argparse.Namespace) -> None:
+    """Raise UserError for a pretraining model that would fail in its first step."""
+    check_forward(core, args, args.input_size, lambda n: (core.draw_plan(n, rng.generator(args.seed, rng.PICTURE)),))
+
+
 @torch.no_grad()
 def check_forward(
     core: nn.Module, args: argparse.Namespace, size: int, extra: Callable[[int], tuple] = lambda n: ()
 ) -> None:
-    """Try one forward in shapes alone, which computes no number. Raises UserError for what the model cannot do.
+    """Try a forward in shapes alone, which computes no number. Raises UserError for what the model cannot do.
 
-    The batch has images of `size` pixels and, where that makes no difference, few of them; `extra` gives what else the
-    model takes with a batch of n.
+    One or two images of `size` pixels stand for the batch; `extra` gives what else the model takes with n of them.
     """
     pairs = getattr(args, 'batch_size', 2) > 1 or dist.will_synchronise(core, args.device)  # BatchNorm needs two values
     n, fake = 1 + pairs, FakeTensorMode(allow_non_fake_inputs=True)
@@ -97,9 +101,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     make = getattr(find_method(args.model), args.model)
     given = {'mask_ratio': args.mask_ratio, 'norm_pix_loss': args.norm_pix_loss}
     options = {name: value for name, value in given.items() if value is not None}
-    core = construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
-    check_forward(core, args, args.input_size, lambda n: (core.draw_plan(n, rng.generator(args.seed, rng.PICTURE)),))
-    return core
+    return construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
 
 
 def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules:
@@ -149,6 +151,7 @@ def main(args: argparse.Namespace) -> None:
     files = datasets.pretraining_files(args.data_path)
     run = Run(args, 'pretrain', len(files))
     core = create_model(args)
+    check_step(core, args)
     run.start(core, param_rules(method, core, args.rule_kwargs))
 
     crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)

@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
     device = dist.own_device(args.device)
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = main_pretrain.create_model(args)
+    main_pretrain.check_step(core, args)
     print(load_published(core, args.checkpoint))
     picture = Pictures(core, files, args, args.count).draw(core.to(device), device)
     try:
