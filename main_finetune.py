@@ -152,7 +152,7 @@ def train_transform(args: argparse.Namespace) -> Callable:
     """timm's training transform. Raises UserError for a policy that timm does not know."""
     aa = None if args.aa == 'none' else args.aa
     try:
-        if aa and not all(re.fullmatch(r'[a-z]+\d[\d.]*|t[a-z]+', part) for part in aa.split('-')[1:]):
+        if aa and not all(re.fullmatch(r'[a-z]+\d[\d.]*|tweights|t3aw', part) for part in aa.split('-')[1:]):
             raise ValueError  # timm passes over what it does not understand
         transform = datasets.finetune_transform(
             args.input_size, args.crop_scale, args.hflip, args.color_jitter, aa, args.mean
