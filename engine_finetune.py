@@ -48,7 +48,7 @@ def train_one_epoch(
         if run.ema:
             run.ema.update(run.core, global_step)
         run.after_step(epoch, step, lr, logger)
-    return {'lr': lr, **logger.averages()}
+    return {'lr': run.schedule(epoch + (sampler.steps - 1) / sampler.steps), **logger.averages()}
 
 
 @torch.inference_mode()

@@ -34,4 +34,4 @@ def train_one_epoch(run: Run, batches: DataLoader, epoch: int, logger: MetricLog
             logger.update(loss=loss, **terms)
         logger.update(grad_norm=run.guard.step())
         run.after_step(epoch, step, lr, logger)
-    return {'lr': lr, **logger.averages()}
+    return {'lr': run.schedule(epoch + (sampler.steps - 1) / sampler.steps), **logger.averages()}

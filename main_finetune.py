@@ -240,32 +240,33 @@ def main(args: argparse.Namespace) -> None:
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'
         )
     transform = train_transform(args)
-    run = Run(args, 'finetune', len(train[0]))
-    core = create_classifier(args, num_classes)
-    check_steps(core, args)
-    loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
-    ema_steps = args.ema_warmup_epochs * run.sampler.steps
-    ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
-    run.start(core, param_rules(method, core, args.rule_kwargs), args.layer_decay, ema)
-    if loaded:
-        info(str(loaded))
+    with Run(args, 'finetune', len(train[0])) as run:
+        core = create_classifier(args, num_classes)
+        check_steps(core, args)
+        loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
+        ema_steps = args.ema_warmup_epochs * run.sampler.steps
+        ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
+        run.start(core, param_rules(method, core, args.rule_kwargs), args.layer_decay, ema)
+        if loaded:
+            info(str(loaded))
 
-    batches = run.loader(*train, transform)
-    val_batches = val_loader(args, *val, run.pin_memory)
-    augment, loss = batch_augmentation(args, num_classes, run.device), criterion(args)
-    for epoch, logger in run.epochs():
-        stats = train_one_epoch(run, batches, epoch, logger, augment, loss)
-        networks = {'test': run.core} | ({'test_ema': run.ema.module} if run.ema else {})
-        tests = {name: evaluate(net, val_batches, run.statistics, run.amp_dtype) for name, net in networks.items()}
-        report(tests['test'])
-        keep_best(run, epoch, networks, tests)
-        values = {f'train_{name}': value for name, value in stats.items()}
-        values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
-        run.log.scalars(run.axis(epoch + 1, 0), **{k: v for k, v in values.items() if k.startswith('test')})
-        params = sum(p.numel() for p in core.parameters() if p.requires_grad)
-        run.after_epoch(epoch, logger, **values, n_parameters=params)
-    info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
-    dist.cleanup()
+        batches = run.loader(*train, transform)
+        val_batches = val_loader(args, *val, run.pin_memory)
+        augment, loss = batch_augmentation(args, num_classes, run.device), criterion(args)
+        for epoch, logger in run.epochs():
+            stats = train_one_epoch(run, batches, epoch, logger, augment, loss)
+            run.save(checkpoint.LAST, epoch, logger.steps, logger, closed=False)  # an evaluation takes long
+            networks = {'test': run.core} | ({'test_ema': run.ema.module} if run.ema else {})
+            tests = {name: evaluate(net, val_batches, run.statistics, run.amp_dtype) for name, net in networks.items()}
+            report(tests['test'])
+            keep_best(run, epoch, networks, tests)
+            values = {f'train_{name}': value for name, value in stats.items()}
+            values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
+            run.log.scalars(run.axis(epoch + 1, 0), **{k: v for k, v in values.items() if k.startswith('test')})
+            params = sum(p.numel() for p in core.parameters() if p.requires_grad)
+            run.after_epoch(epoch, logger, **values, n_parameters=params)
+        info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
+        dist.cleanup()
 
 
 def keep_best(run: Run, epoch: int, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:

@@ -149,23 +149,23 @@ def main(args: argparse.Namespace) -> None:
     """Pretrain as the arguments say."""
     method = find_method(args.model)
     files = datasets.pretraining_files(args.data_path)
-    run = Run(args, 'pretrain', len(files))
-    core = create_model(args)
-    check_step(core, args)
-    run.start(core, param_rules(method, core, args.rule_kwargs))
+    with Run(args, 'pretrain', len(files)) as run:
+        core = create_model(args)
+        check_step(core, args)
+        run.start(core, param_rules(method, core, args.rule_kwargs))
 
-    crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
-    batches = run.loader(files, None, crop)
-    pictures = Pictures(core, files, args) if args.vis_freq and dist.is_main() else None
-    for epoch, logger in run.epochs():
-        stats = train_one_epoch(run, batches, epoch, logger)
-        if pictures and ((epoch + 1) % args.vis_freq == 0 or epoch + 1 == args.epochs):
-            picture = pictures.draw(run.core, run.device)
-            Image.fromarray(picture).save(args.output_dir / f'pictures-{epoch}.png')
-            run.log.image('reconstruction', picture, run.axis(epoch + 1, 0))
-        run.after_epoch(epoch, logger, **{f'train_{name}': value for name, value in stats.items()})
-    info(f'done; checkpoints, log.txt and TensorBoard events are in {args.output_dir}')
-    dist.cleanup()
+        crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
+        batches = run.loader(files, None, crop)
+        pictures = Pictures(core, files, args) if args.vis_freq and dist.is_main() else None
+        for epoch, logger in run.epochs():
+            stats = train_one_epoch(run, batches, epoch, logger)
+            if pictures and ((epoch + 1) % args.vis_freq == 0 or epoch + 1 == args.epochs):
+                picture = pictures.draw(run.core, run.device)
+                Image.fromarray(picture).save(args.output_dir / f'pictures-{epoch}.png')
+                run.log.image('reconstruction', picture, run.axis(epoch + 1, 0))
+            run.after_epoch(epoch, logger, **{f'train_{name}': value for name, value in stats.items()})
+        info(f'done; checkpoints, log.txt and TensorBoard events are in {args.output_dir}')
+        dist.cleanup()
 
 
 if __name__ == '__main__':

@@ -114,7 +114,7 @@ class Job:
         args = copy.copy(self.args)
         args.output_dir = args.output_dir or job_folder
         again = self.requeued or int(os.environ.get('SLURM_RESTART_COUNT', '0'))
-        if again and not getattr(args, 'eval', False) and checkpoint.find_resume('auto', args.output_dir):
+        if again and not getattr(args, 'eval', False) and checkpoint.any_in(args.output_dir):
             args.resume = 'auto'
         return args
 

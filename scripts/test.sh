@@ -4,6 +4,7 @@
 #   scripts/test.sh              the default tests, at most eight minutes on two cores
 #   scripts/test.sh --oldest     the same with the lower bounds of requirements.txt, in .venv-oldest
 #   scripts/test.sh --slurm      the tests on a one-node SLURM that they bring up (Debian, root)
+#   scripts/test.sh --faults     200 random kills (KILLS=10: ten) and other long trials; half an hour
 #   scripts/test.sh ...          anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,10 +19,11 @@ case "${1:-}" in
     sed 's/>=/==/' requirements.txt > .venv-oldest/requirements.txt
     use_venv .venv-oldest .venv-oldest/requirements.txt tests/requirements.txt
     ;;
-  --slurm)
+  --slurm | --faults)
+    layer=${1#--}
     shift
     use_venv .venv requirements.txt tests/requirements.txt
-    set -- -m slurm "$@"
+    set -- -m "$layer" "$@"
     workers=()
     ;;
   *)

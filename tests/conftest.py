@@ -45,6 +45,8 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if hasattr(config, 'workerinput'):  # a process of pytest-xdist; the first one has all reports
+        return
     reports = [report for kind in ('passed', 'failed') for report in terminalreporter.stats.get(kind, [])]
     shown = [(*pair, report) for report in reports if report.when == 'call' for pair in report.user_properties]
     if any(kind == 'measured' for kind, _, _ in shown):

@@ -12,6 +12,7 @@ import torch
 from training import command, environment, load, make_images, run, same, train
 
 from util import checkpoint, dist
+from util.errors import StorageError
 from util.run import Run
 
 PRETRAIN = ['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3']
@@ -35,31 +36,37 @@ def equal_states(a: dict, b: dict) -> bool:
 def test_resumed_equals_uninterrupted(stage, flags, data, tmp_path, monkeypatch):
     """Resume from every checkpoint of a run: inside an epoch, at its end, and twice in a row."""
     flags = [*flags, '--save_freq_steps', '1', '--save_freq', '1']
-    moments = []
+    moments = {}
 
-    def save_and_copy(self, name, epoch, step, logger, save=Run.save):
-        save(self, name, epoch, step, logger)
+    def save_and_copy(self, name, epoch, step, logger, closed=True, save=Run.save):
+        save(self, name, epoch, step, logger, closed)
         if name == checkpoint.LAST and tmp_path / 'whole' == self.args.output_dir:
-            moments.append(tmp_path / f'{epoch}-{step}.pth')
-            shutil.copy(self.args.output_dir / name, moments[-1])
+            moments[epoch, step, closed] = tmp_path / f'{epoch}-{step}-{closed}.pth'
+            shutil.copy(self.args.output_dir / name, moments[epoch, step, closed])
 
     monkeypatch.setattr(Run, 'save', save_and_copy)
     whole = train(stage, data, tmp_path / 'whole', *flags)
     log = (tmp_path / 'whole' / 'log.txt').read_text()
-    assert len(moments) == 12  # 66 images, 16 a step: 4 steps an epoch, 3 epochs
-    for moment in (moments[0], moments[5], moments[7]):
-        resumed = train(stage, data, tmp_path / moment.stem, *flags, '--resume', moment)
+    before_evaluations = 3 if stage == 'finetune' else 0
+    assert len(moments) == 12 + before_evaluations  # 66 images, 16 a step: 4 steps an epoch, 3 epochs
+    evaluating = [(1, 4, False)] if before_evaluations else []
+    for moment in ((0, 1, True), (1, 2, True), (1, 4, True), *evaluating):
+        resumed = train(stage, data, tmp_path / moments[moment].stem, *flags, '--resume', moments[moment])
         assert equal_states(resumed, whole)
 
     folder = tmp_path / 'twice'
     folder.mkdir()
-    for moment in (moments[1], moments[6]):  # the second was written by the whole run: replace what the first left
-        shutil.copy(moment, folder / checkpoint.LAST)
+    for moment in ((0, 2, True), (1, 3, True)):  # the second was written by the whole run: replace what the first left
+        for file in folder.glob('checkpoint-*'):
+            file.unlink()
+        shutil.copy(moments[moment], folder / checkpoint.LAST)
         resumed = train(stage, data, folder, *flags, '--resume', 'auto')
     assert equal_states(resumed, whole)
 
     # over the finished run's own folder: epochs that are run again are logged once
-    shutil.copy(moments[6], tmp_path / 'whole' / checkpoint.LAST)
+    for file in (tmp_path / 'whole').glob('checkpoint-*'):
+        file.unlink()
+    shutil.copy(moments[1, 3, True], tmp_path / 'whole' / checkpoint.LAST)
     train(stage, data, tmp_path / 'whole', *flags, '--resume', 'auto')
     assert (tmp_path / 'whole' / 'log.txt').read_text() == log
 
@@ -162,10 +169,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', torn)
-    with pytest.raises(OSError, match='No space left'):
+    with pytest.raises(StorageError, match=r'No space left on device; checkpoint-last\.pth of before is intact'):
         checkpoint.save(tmp_path / 'checkpoint-last.pth', {'epoch': 2})
     assert load(tmp_path) == {'epoch': 1}
-    assert [path.name for path in tmp_path.iterdir()] == ['checkpoint-last.pth']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint-last.pth', 'checkpoint-last.pth.sha256']
 
 
 def test_not_a_number_on_one_rank(data, tmp_path):

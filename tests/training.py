@@ -1,5 +1,6 @@
 """Small training runs for the tests: a folder of images, arguments, and processes."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -75,6 +77,24 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))
         return sock.getsockname()[1]
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    """Read a process's lines up to one with this text in it."""
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f'{text!r} never came; stderr: {process.stderr and process.stderr.read()}')
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes, but this one, that have the folder in their command line."""
+    found = []
+    for proc in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):  # it has ended
+            if str(folder).encode() in (proc / 'cmdline').read_bytes():
+                found.append(int(proc.name))
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def same(a, b) -> bool:

@@ -1,80 +1,175 @@
-"""Checkpoint files: plain data, written so that a kill at any instant leaves the old file or the new one.
+"""Checkpoint files: plain data, written so that a kill at any instant, a full disk or a bad sector loses nothing.
 
-A checkpoint is a dict: model, optimizer, scaler, epoch, step (optimiser steps done in that epoch), logger (running
-averages), run (what must not change when it is resumed), args; in pretraining also encoder, the weights that
-fine-tuning loads (it shares the model's storage, so the file holds them once).
+A checkpoint is a dict: schema, model, optimizer, scaler, epoch, step (optimiser steps done in that epoch), closed
+(whether the epoch has been evaluated, too), logger (running averages), run (what must not change when it is resumed),
+args; in pretraining also encoder, the weights that fine-tuning loads (stored once, it shares the model's storage).
+
+A run keeps `checkpoint-last.pth` and the one before it, `checkpoint-previous.pth`; a numbered one every `--save_freq`
+epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, which is checked before a file is used.
 """
 
 import os
 import re
-import tempfile
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from util.errors import CheckpointError, UserError
+from util import digests
+from util.errors import CheckpointError, NoCheckpointError, StorageError, UserError
+from util.weight_files import read_checkpoint
 
-LAST, BEST = 'checkpoint-last.pth', 'checkpoint-best.pth'
+SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
+LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
+DAMAGED = '.damaged'  # what is put behind the name of a file that cannot be read, which is kept for who wants to look
+
+# arguments that say where and how a run works, and do not change what it computes; or are held against `run` already
+ELSEWHERE = {
+    *('config', 'data_path', 'output_dir', 'log_dir', 'device', 'dist_url', 'dist_timeout', 'world_size', 'local_rank'),
+    *('num_workers', 'pin_mem', 'data_retries', 'print_freq', 'save_freq', 'save_freq_steps', 'keep_last', 'vis_freq'),
+    *('resume', 'finetune', 'download', 'start_epoch', 'batch_size', 'accum_iter', 'effective_batch_size', 'compile'),
+    *('grad_checkpoint', 'channels_last', 'max_bad_steps', 'dist_on_itp', 'dist_eval', 'resplit'),
+}
+
+known_good: dict[tuple, bool] = {}  # files whose sums this process has seen, by name, size and time
 
 
 def save(path: Path, state: dict) -> None:
-    """Write `state` to a temporary file beside `path`, flush it to the disk, and rename it."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    """Write `state` beside `path`, bring it to the disk, and rename it. Raises StorageError; the old file is intact."""
     try:
-        with open(temporary, 'wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with digests.temporary_for(path) as temporary:
+            with digests.flushed(temporary) as file:
+                hashing = digests.Hashing(file)
+                write(state, hashing)
+            if path.name == LAST:
+                keep_previous(path)
+            digests.put(temporary, hashing.sum.hexdigest(), path)
+            known_good[fingerprint(path)] = True
+    except OSError as error:
+        raise StorageError(f'cannot write {path}: {error.strerror or error}{what_is_left(path)}') from error
 
 
-def clean(folder: Path) -> None:
-    """Remove what a kill in the middle of `save` has left."""
-    for temporary in folder.glob('.checkpoint-*.tmp'):
-        temporary.unlink(missing_ok=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def write(state: dict, file: digests.Hashing) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        torch.save(state, file)
+    except RuntimeError as error:  # torch closes its archive after a failed write, fails at that, and says only so
+        raise file.error or error from None
 
 
-def find_resume(resume: str, output_dir: Path) -> Path | None:
-    """`auto` is the last checkpoint of `output_dir`, if there is one; anything else is a path."""
-    if resume != 'auto':
-        return Path(resume) if resume else None
-    if (output_dir / LAST).is_file():
-        return output_dir / LAST
-    numbered = [
-        (int(m[1]), f) for f in output_dir.glob('checkpoint-*.pth') if (m := re.search(r'-(\d+)\.pth$', f.name))
-    ]
-    return max(numbered)[1] if numbered else None
+def what_is_left(path: Path) -> str:
+    left = [name for name in (path.name, LAST) if (path.parent / name).is_file()]
+    return f'; {left[0]} of before is intact' if left else ''
+
+
+def keep_previous(last: Path) -> None:
+    """Give the last checkpoint a second name, which keeps it when it is replaced; a damaged one is not worth it."""
+    if not last.is_file() or not is_good(last):
+        return
+    previous = last.with_name(PREVIOUS)
+    sums = digests.read_sums(last)
+    with digests.temporary_for(previous) as temporary:
+        try:
+            os.link(last, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(last, temporary)
+        if sums:
+            digests.put(temporary, sums[0], previous)
+        else:
+            digests.remove(previous)
+            os.replace(temporary, previous)
+    known_good[fingerprint(previous)] = True
+
+
+def fingerprint(path: Path) -> tuple:
+    stat = path.stat()
+    return path, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def is_good(path: Path) -> bool:
+    """Whether a checkpoint agrees with its sum, which is made once for a file that does not change."""
+    mark = fingerprint(path)
+    if mark not in known_good:
+        known_good[mark] = digests.agrees(path)
+    return known_good[mark]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """`checkpoint-<epoch>.pth`, the latest epoch first."""
+    found = [(int(m[1]), f) for f in folder.glob('checkpoint-*.pth') if (m := re.search(r'-(\d+)\.pth$', f.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
+    """Remove numbered checkpoints that are older than the `keep` newest good ones, but none that is in use."""
+    kept = 0
+    for path in numbered(folder):
+        if kept < keep:
+            kept += is_good(path)
+        elif path not in in_use:
+            digests.remove(path)
+
+
+def clean(folder: Path, damaged: Collection[Path]) -> int:
+    """Remove what a kill in the middle of `save` has left, and put damaged files aside; how many were removed."""
+    leftovers = [file for pattern in ('.checkpoint-*.tmp', '.status.json.*.tmp') for file in folder.glob(pattern)]
+    leftovers += [f for f in folder.glob('checkpoint-*.pth.sha256') if not f.with_suffix('').exists()]
+    for file in leftovers:
+        file.unlink(missing_ok=True)
+    for path in damaged:
+        path.rename(path.with_name(path.name + DAMAGED))
+        digests.beside(path).unlink(missing_ok=True)
+    return len(leftovers)
+
+
+# --------------------------------------------------------------------------
+# what to resume
+
+
+def find_newest(folder: Path) -> tuple[Path | None, dict | None, dict[Path, str]]:
+    """The newest good checkpoint of a folder, what it holds, and the damaged ones that are passed over, with reasons.
+
+    None, None if there is no checkpoint at all. Raises NoCheckpointError if there are, but none of them can be read.
+    """
+    good, damaged = [], {}
+    for path in (folder / LAST, folder / PREVIOUS, *numbered(folder)):
+        if path.is_file():
+            try:
+                state = read_checkpoint(path)
+            except CheckpointError as error:
+                damaged[path] = str(error)
+                continue
+            known_good[fingerprint(path)] = True
+            good.append(((state.get('epoch', -1), state.get('step', -1)), path, state))
+            if path.name != PREVIOUS:  # which a numbered one may be newer than
+                break
+    if damaged and not good:
+        reasons = '; '.join(damaged.values())
+        raise NoCheckpointError(f'none of the checkpoints in {folder} can be read, so none can be resumed: {reasons}')
+    _, path, state = max(good, key=lambda found: found[0], default=(None, None, None))
+    return path, state, damaged
+
+
+def any_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, of whatever kind."""
+    return sorted(folder.glob('checkpoint-*.pth'))
 
 
 def check_unused(folder: Path) -> None:
     """Raise UserError if another run's checkpoints lie in the output folder of one that begins anew."""
-    if found := sorted(folder.glob('checkpoint-*.pth')):
+    if found := any_in(folder):
         raise UserError(
             f'{found[0]} is of an earlier run and would be lost: --resume auto goes on with that run, '
             f'another --output_dir keeps it'
         )
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder. Raises UserError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f'cannot write to the output folder {folder}: {error.strerror}') from error
+def check_space(folder: Path, tensors: Collection[Tensor]) -> None:
+    """Raise StorageError if a folder has no room for a checkpoint of these tensors."""
+    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(f'{folder} has {free / 1e6:.0f} MB of free space, a checkpoint takes {needed / 1e6:.0f} MB')
 
 
 def check_same_weights(saved: dict, current: dict, path: Path) -> None:
@@ -91,6 +186,11 @@ def check_same_weights(saved: dict, current: dict, path: Path) -> None:
 
 def check_same_run(state: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError naming what differs between the run that wrote a checkpoint and the one that resumes it."""
+    if state.get('schema', SCHEMA) > SCHEMA:
+        raise CheckpointError(
+            f'{path} is of a newer version of this program (schema {state["schema"]}; this one knows {SCHEMA}): '
+            f'update it'
+        )
     saved = state.get('run')
     if not isinstance(saved, dict) or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys():
         raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
@@ -98,3 +198,14 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
     if differing:
         listed = '; '.join(f'{k}: {saved.get(k)} then, {current[k]} now' for k in differing)
         raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}')
+
+
+def changed_settings(state: dict, current: dict) -> list[str]:
+    """What is told of a run that is resumed with settings that decide no sample and no mask, but matter."""
+    saved = state.get('args', {})
+    known = saved.keys() & current.keys() - ELSEWHERE
+    differing = sorted(name for name in known if saved[name] != current[name])
+    if not differing:
+        return []
+    listed = '; '.join(f'--{name} {saved[name]} then, {current[name]} now' for name in differing)
+    return [f'WARNING: resumed with other settings, which hold from here on: {listed}']

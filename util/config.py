@@ -295,6 +295,7 @@ def add_common_args(
         default=0,
         help='optimiser steps between writes of the last one; 0: at epochs only',
     )
+    add('--keep_last', type=int, default=0, help='numbered checkpoints to keep, the newest good ones; 0: all')
     add('--resume', default='', metavar='PATH', help="checkpoint to go on from; 'auto': the last of output_dir, if any")
     add('--start_epoch', type=int, default=0, help='first epoch of a run that is not resumed')
 
@@ -328,7 +329,7 @@ def add_model_args(parser: Parser, model: str) -> None:
 RANGES = {  # of flags that either main may have; none may be nan
     'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug': (1, math.inf),
     'warmup_epochs weight_decay min_lr clip_grad': (0, LARGEST),
-    'num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
+    'num_workers save_freq_steps keep_last vis_freq seed start_epoch': (0, math.inf),
     'mixup cutmix color_jitter ema_warmup_epochs': (0, math.inf),
     'hflip mixup_prob mixup_switch_prob ema_decay ema_warmup_ratio layer_decay warmup_lr_ratio': (0, 1),
     'drop_path smoothing reprob betas': (0, BELOW_ONE),

@@ -5,10 +5,11 @@ import contextlib
 import ctypes
 import inspect
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -18,9 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from util import signals
-from util.errors import AT_THE_END, UserError
+from util.errors import AT_THE_END, LostError, RunError, UserError
 
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts settle among themselves; None: the default group
+# how much longer NCCL waits than the hosts, which can say what was lost: its watchdog ends a process without a word
+WATCHDOG_S = 30
+LOST = re.compile('gloo|NCCL|ProcessGroup|TCPStore|[Cc]onnection (closed|reset|refused)|[Tt]imed out|Broken pipe')
 
 
 class Place(NamedTuple):
@@ -60,9 +64,28 @@ def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch
         if 'MASTER_ADDR' not in os.environ and dist_url == 'env://':
             dist_url = slurm_url()
         backend = 'nccl' if own.type == 'cuda' else 'gloo'
-        torch_dist.init_process_group(backend, dist_url, timeout, world_size=here.world_size, rank=here.rank)
+        patience = timeout + timedelta(seconds=WATCHDOG_S if backend == 'nccl' else 0)
+        try:
+            torch_dist.init_process_group(backend, dist_url, patience, world_size=here.world_size, rank=here.rank)
+        except RuntimeError as error:
+            raise no_meeting(error, dist_url, here) from error
         HOST_GROUP = torch_dist.new_group(timeout=timeout, backend='gloo') if backend == 'nccl' else None
     return own
+
+
+def no_meeting(error: RuntimeError, dist_url: str, here: Place) -> RunError:
+    """What to say when the processes do not find each other."""
+    if dist_url == 'env://':
+        dist_url = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+    why = str(error).partition('\n')[0]
+    if 'EADDRINUSE' in str(error) or 'already in use' in str(error):
+        return UserError(f'the port of {dist_url}, where the processes meet, is in use: take another (MASTER_PORT)')
+    return LostError(f'rank {here.rank} of {here.world_size} did not find the others at {dist_url}: {why}')
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an exception says that a collective has failed: the fault, then, is another process's."""
+    return active() and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 def own_device(device: str) -> torch.device:
@@ -104,7 +127,8 @@ def active() -> bool:
 
 
 def rank() -> int:
-    return torch_dist.get_rank() if active() else 0
+    """This process's; before the processes have met, the one that it will have."""
+    return torch_dist.get_rank() if active() else place().rank
 
 
 def world_size() -> int:
@@ -140,6 +164,15 @@ def largest(number: int) -> int:
     tensor = torch.tensor(number)
     torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, HOST_GROUP)
     return int(tensor)
+
+
+def gather(thing: Any) -> list:
+    """What each rank gives, on all of them: small plain data."""
+    if not active():
+        return [thing]
+    things = [None] * world_size()
+    torch_dist.all_gather_object(things, thing, HOST_GROUP)
+    return things
 
 
 def wait_for_main_to_end() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
@@ -22,6 +23,7 @@ class RunError(Exception):
     """Whatever ends a run in one line: what is wrong, and what would be right. `code` is the exit code."""
 
     code = 1
+    rank: int | None = None  # of several, the only one that it has happened to, or the one whose words differ
 
 
 class UserError(RunError):
@@ -58,23 +60,37 @@ class LostError(RunError):
     code = 6
 
 
+def exit_code(error: BaseException | None) -> int:
+    """The exit code of a process that ends with this exception."""
+    match error:
+        case None:
+            return 0
+        case RunError():
+            return error.code
+        case SystemExit():
+            return error.code or 0
+        case KeyboardInterrupt():
+            return 130
+    return 1
+
+
 AT_THE_END: list[Callable[[int], None]] = []  # called with the exit code, after everything else
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point: a `RunError` becomes one line on stderr, once on each machine, and its exit code."""
+    error = None
     try:
         main()
-        end(0)
-    except SystemExit as stop:
-        end(stop.code)
-        raise
-    except RunError as error:
-        if os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0':
-            print(f'{os.path.basename(sys.argv[0])}: error: {" ".join(str(error).split())}', file=sys.stderr)
-        raise SystemExit(error.code) from None
-
-
-def end(code: int) -> None:
+    except BaseException as raised:
+        error = raised
+    if isinstance(error, RunError):
+        if error.rank is not None or os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0':
+            who = '' if error.rank is None else f'rank {error.rank}: '
+            print(f'{os.path.basename(sys.argv[0])}: error: {who}{" ".join(str(error).split())}', file=sys.stderr)
+    elif isinstance(error, Exception):
+        traceback.print_exception(error)
     for function in AT_THE_END:
-        function(code)
+        function(exit_code(error))
+    if error:
+        raise SystemExit(exit_code(error)) from None

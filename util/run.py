@@ -1,26 +1,33 @@
 """What pretraining and fine-tuning do alike around their epochs: set up, resume, save, log."""
 
 import argparse
+import errno
 import json
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from util import checkpoint, config, datasets, dist, rng, signals
-from util.errors import STOPPED, UserError
+from util import checkpoint, config, datasets, digests, dist, rng, signals
+from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
 from util.grad_checkpoint import checkpoint_blocks
 from util.log import MetricLogger, RunLog, info
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
+from util.run_folder import RunFolder, prepare
 from util.weight_files import read_checkpoint
+
+STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
 
 class Run:
     """A training run: made from its arguments, started with a model, resumed and saved by the optimiser step.
 
-    `Run(...)` finds the user's mistakes and starts nothing; `start` joins the process group and builds the optimiser.
+    `Run(...)` finds the user's mistakes and starts nothing but its hold on the output folder; `start` joins the process
+    group and builds the optimiser. In a `with` statement, it leaves word of its end, whatever it is, and names faults
+    that a disk or another process has caused.
     """
 
     def __init__(self, args: argparse.Namespace, stage: str, num_images: int):
@@ -40,15 +47,56 @@ class Run:
             )
         if not args.resume:
             checkpoint.check_unused(args.output_dir)
-        for folder in (args.output_dir, args.log_dir or args.output_dir):
-            checkpoint.prepare_folder(folder)
-        resume_from = checkpoint.find_resume(args.resume, args.output_dir)
-        self.saved = read_checkpoint(resume_from) if resume_from else None
+        self.folder = RunFolder(args.output_dir, here)
+        prepare(args.log_dir or args.output_dir)
+        self.notices: list[str] = []  # to be told when the run is announced
+        self.damaged: dict[Path, str] = {}  # checkpoints that were passed over, and why
+        self.resumed_from, self.saved = self.find_saved()
         if self.saved:
-            checkpoint.check_same_run(self.saved, self.identity(), resume_from)
-        self.resumed_from = resume_from
+            checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
+            self.notices += checkpoint.changed_settings(self.saved, config.plain(args))
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
         self.ema: nn.Module | None = None
+
+    def find_saved(self) -> tuple[Path | None, dict | None]:
+        """The checkpoint that --resume means, and what it holds. A damaged one is passed over, with a warning."""
+        args = self.args
+        if not args.resume:
+            return None, None
+        if args.resume != 'auto':
+            return Path(args.resume), read_checkpoint(args.resume)
+        path, saved, self.damaged = checkpoint.find_newest(args.output_dir)
+        self.notices += [f'WARNING: {why}; it is put aside, and {path} taken' for why in self.damaged.values()]
+        if not path:
+            self.notices.append(f'no checkpoint in {args.output_dir} to resume: this run begins anew')
+        elif not digests.beside(path).exists():
+            self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
+        return path, saved
+
+    def __enter__(self) -> 'Run':
+        if self.folder.place.rank == 0:
+            self.folder.write_status('running')
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        """Leave word of the end. Raises what the fault is to be called, if that is not how it came."""
+        signals.restore()
+        named = self.named(error)
+        message = str(named) if isinstance(named, RunError) else f'{type(named).__name__}: {named}'
+        self.folder.close(exit_code(named), message, noticed=named is not error and isinstance(named, LostError))
+        if named is not error:
+            raise named from error
+
+    def named(self, error: BaseException | None) -> BaseException | None:
+        """What storage or another process has caused, with its place; other faults as they are."""
+        place = f'epoch {self.folder.epoch}, after {self.folder.step} of {self.sampler.steps} steps'
+        if dist.is_lost(error):
+            error = LostError(f'{place}: {self.folder.lost()}')
+        elif isinstance(error, OSError) and (error.errno in STORAGE or not self.args.output_dir.is_dir()):
+            error = StorageError(f'{place}: {error}')
+        if isinstance(error, RunError) and dist.active() and not isinstance(error, DivergedError):
+            error.rank = dist.rank()
+        return error
 
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
@@ -83,6 +131,8 @@ class Run:
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         self.device = dist.init(args.device, args.dist_url, args.dist_timeout)
+        signals.install()
+        self.agree_on_saved()
         rng.settle_kernels(args.deterministic)
         self.amp_dtype = config.amp_dtype(args, self.device)
         memory_format = config.memory_format(args, core)
@@ -98,10 +148,20 @@ class Run:
             self.restore(self.saved)
         self.model = dist.parallel(self.core, self.device, args.compile)
         if dist.is_main():
-            checkpoint.clean(args.output_dir)
+            moments = [param for param in self.core.parameters() if param.requires_grad] * 2
+            checkpoint.check_space(args.output_dir, [*self.core.state_dict().values(), *moments])
+            if removed := checkpoint.clean(args.output_dir, self.damaged):
+                self.notices.append(f'removed {removed} unfinished files of a run that was killed')
         first = self.axis(self.first_epoch, self.first_step)
         self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, first)
         self.announce()
+
+    def agree_on_saved(self) -> None:
+        """Raise StorageError unless all ranks have read one checkpoint: a disk can show them different ones."""
+        where = (self.saved['epoch'], self.saved['step']) if self.saved else None
+        found = dist.gather((str(self.resumed_from), where))
+        if len(set(found)) > 1:
+            raise StorageError(f'the ranks see different checkpoints in {self.args.output_dir}: {found}')
 
     def announce(self) -> None:
         """Say what is about to run, and keep it beside the checkpoints."""
@@ -113,6 +173,8 @@ class Run:
             info(notice)
         info(f'{args.model}: {params:,} trainable parameters, {dtype} on {dist.world_size()} x {self.device.type}')
         info(self.arithmetic)
+        for notice in self.notices:
+            info(notice)
         info(f'{self.num_images} training images, {steps} steps an epoch; {left_out} images are left out of each epoch')
         if dist.has_batchnorm(self.core) and dist.world_size() > 1 and self.device.type == 'cpu':
             info("BatchNorm keeps its statistics per process on CPU; rank 0's are saved and evaluated")
@@ -122,7 +184,7 @@ class Run:
             info(f'resumed from {self.resumed_from} at epoch {self.first_epoch}, step {self.first_step} of {steps}')
         if dist.is_main():
             resolved = config.plain(args) | {'lr': self.lr, 'accum_iter': self.sampler.accum_iter}
-            (args.output_dir / 'args.json').write_text(json.dumps(resolved, indent=2) + '\n', encoding='utf-8')
+            digests.replace(args.output_dir / 'args.json', (json.dumps(resolved, indent=2) + '\n').encode())
 
     # --------------------------------------------------------------------------
     # what the engines ask for
@@ -167,7 +229,6 @@ class Run:
 
         A request to stop ends the process after the step, or else before the epoch, that it falls into.
         """
-        signals.install()
         for epoch in range(self.first_epoch, self.args.epochs):
             logger = MetricLogger(
                 f'Epoch: [{epoch}]',
@@ -180,12 +241,13 @@ class Run:
             if self.averages:
                 logger.load_sums(self.averages)
             self.first_step, self.averages = 0, None
+            self.folder.beat(epoch, logger.start)
             self.stop_if_asked(epoch, logger.start, logger)
             yield epoch, logger
-        signals.restore()
 
     def after_step(self, epoch: int, step: int, lr: float, logger: MetricLogger) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
+        self.folder.beat(epoch, step + 1)
         if logger.due(step):
             values = logger.line(step, lr)
             self.log.scalars(self.axis(epoch, step + 1), lr=lr, **values)
@@ -199,11 +261,12 @@ class Run:
     def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
         """The epoch's line in log.txt and its checkpoints."""
         self.log.epoch(**values, epoch=epoch)
-        names = [checkpoint.LAST]
         if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
-            names.append(f'checkpoint-{epoch}.pth')
-        for name in names:
-            self.save(name, epoch, logger.steps, logger)
+            self.save(f'checkpoint-{epoch}.pth', epoch, logger.steps, logger)
+            if self.args.keep_last and dist.is_main():
+                checkpoint.prune(self.args.output_dir, self.args.keep_last, in_use=[self.resumed_from])
+        # the last thing: a run that is killed before this does all of the above again
+        self.save(checkpoint.LAST, epoch, logger.steps, logger)
 
     def stop_if_asked(self, epoch: int, step: int, logger: MetricLogger) -> None:
         """Where any rank was asked to stop, save after `step` steps of `epoch` and end all of them at this place."""
@@ -211,6 +274,7 @@ class Run:
         if not request:
             return
         self.save(checkpoint.LAST, epoch, step, logger)
+        self.folder.close(STOPPED, '')  # before it is queued again: its next process takes the folder over
         dist.barrier()  # a rank that ends makes launchers end the others
         where = f'epoch {epoch}, step {step} of {logger.steps}'
         info(f'stopped on request at {where}; state saved: resume with --resume auto')
@@ -232,20 +296,23 @@ class Run:
     # --------------------------------------------------------------------------
     # checkpoints
 
-    def save(self, name: str, epoch: int, step: int, logger: MetricLogger) -> None:
+    def save(self, name: str, epoch: int, step: int, logger: MetricLogger, closed: bool = True) -> None:
         """Write the state after `step` optimiser steps of `epoch`; every rank must call it, rank 0 writes.
 
+        `closed` is False after the last step of an epoch whose evaluation is still to come.
         Then bad steps end the run: none of them has changed what was written, but their count is not kept across runs.
         """
         sums = logger.sums()
         if dist.is_main():
             self.log.flush()
-            checkpoint.save(self.args.output_dir / name, self.state(epoch, step, sums))
+            checkpoint.save(self.args.output_dir / name, self.state(epoch, step, sums) | {'closed': closed})
+            self.folder.write_status('running')
         self.guard.check(epoch, step, logger.steps)
 
     def state(self, epoch: int, step: int, sums: dict) -> dict:
         """What a checkpoint holds."""
         state = {
+            'schema': checkpoint.SCHEMA,
             'model': self.core.state_dict(),
             'optimizer': self.guard.optimizer.state_dict(),
             'scaler': self.guard.scaler.state_dict(),
@@ -273,7 +340,7 @@ class Run:
         self.record = saved['record']
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
-        if saved['step'] == saved['steps']:
+        if saved['step'] == saved['steps'] and saved.get('closed', True):
             self.first_epoch = saved['epoch'] + 1
         else:
             self.first_epoch, self.first_step, self.averages = saved['epoch'], saved['step'], saved['logger']

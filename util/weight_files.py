@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from util import digests
 from util.errors import CheckpointError
 from util.unpickle import Refused, printable, run
 
@@ -33,6 +34,8 @@ def read_checkpoint(path: str | Path) -> dict:
         if not path.is_file():
             raise Refused('is a folder, not a checkpoint' if path.is_dir() else 'does not exist')
         kind, read = recognise(path)
+        if not digests.agrees(path):
+            raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
         state = read(path)
         if not isinstance(state, dict):
             raise Refused(f'holds a {type(state).__name__}, not a dict of weights')

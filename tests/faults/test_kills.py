@@ -1,0 +1,167 @@
+"""Runs that are killed at random moments until they are done, and then hold the bytes of one that nobody killed.
+
+`KILLS=200` says how many kills. A kill may fall anywhere: before the first step, into a step, an evaluation, a save, or
+between the two renames of one. Most runs are forked from a server that has imported everything, and so begin at once.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import ROOT, arguments, command, environment, load, make_images, processes_of, same
+
+from util import checkpoint, digests
+from util.errors import run_main
+
+KILLS = int(os.environ.get('KILLS', '200'))
+COMMON = ['--batch_size', '8', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3', '--save_freq_steps', '1']
+COMMON += ['--save_freq', '1', '--keep_last', '2']
+# a model of every method, with and without BatchNorm; evaluation, averages and mixup; accumulation; loader processes
+CASES = {
+    'MIRL': ('pretrain', ['--accum_iter', '2']),
+    'MIRL, two loader processes': ('pretrain', ['--num_workers', '2']),
+    'MIRL fine-tuned': ('finetune', ['--mixup', '0.8', '--cutmix', '1', '--use_ema', '--drop_path', '0.2']),
+    'MixMAE': ('pretrain', ['--model', 'mixmae_tiny']),
+    'LocalMIM': ('pretrain', ['--model', 'localmim_vit_tiny']),
+    'A2MIM, ResNet': ('pretrain', ['--model', 'a2mim_resnet_tiny', '--opt', 'lamb']),
+}
+KEPT = ('model', 'ema', 'optimizer', 'scaler', 'record', 'epoch', 'step', 'logger')
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(60 + 30 * KILLS)]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'))  # 66 images: 8 steps an epoch
+
+
+@pytest.fixture(scope='module')
+def server():
+    """Forks processes of a server that has imported the mains; nothing in it has run."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['main_pretrain', 'main_finetune'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', str(ROOT))  # the server does not inherit sys.path
+        warm = context.Process(target=print)
+        warm.start()
+        warm.join()
+    return context
+
+
+def begin(stage: str, flags: list[str], log: Path) -> None:
+    """In a process of its own: run a main, as the command line would."""
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv[:] = [f'main_{stage}.py', *flags]
+    os.setsid()
+    main = __import__(f'main_{stage}')
+    run_main(lambda: main.main(main.get_args_parser().parse(flags, stage=stage)))
+
+
+class Chain:
+    """A run that is begun again and again in one folder."""
+
+    def __init__(self, server, stage: str, data: Path, folder: Path, flags: list[str]):
+        self.server, self.stage, self.folder = server, stage, folder
+        self.flags = arguments(stage, data, folder, *flags, '--resume', 'auto')
+        self.log = folder.with_suffix('.log')
+
+    def go(self, seconds: float | None) -> int | None:
+        """Begin or go on, and kill it with its loader processes after so long. Its exit code, or None."""
+        process = self.server.Process(target=begin, args=(self.stage, self.flags, self.log))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+            return None
+        return process.exitcode
+
+
+def unloadable(folder: Path) -> list[str]:
+    """Checkpoints that a plain torch.load does not take, or whose sums do not agree."""
+    bad = []
+    for file in checkpoint.any_in(folder):
+        try:
+            torch.load(file, weights_only=True)
+            assert digests.agrees(file)
+        except Exception as error:
+            bad.append(f'{file.name}: {error}')
+    return bad
+
+
+def test_random_kills(server, data, tmp_path, promise, fault):
+    rng = random.Random(KILLS)
+    kills = runs = resumes = torn = 0
+    undisturbed = {}
+    for name, (stage, flags) in CASES.items():
+        chain = Chain(server, stage, data, tmp_path / f'whole {name}', [*COMMON, *flags])
+        assert chain.go(100) == 0, chain.log.read_text()[-3000:]
+        undisturbed[name] = load(chain.folder)
+    for name in itertools.cycle(CASES):
+        if kills >= KILLS:
+            break
+        runs += 1
+        stage, flags = CASES[name]
+        chain, code = Chain(server, stage, data, tmp_path / f'run {runs}', [*COMMON, *flags]), None
+        while code is None:
+            code = chain.go(rng.uniform(0, 3) if kills < KILLS else 100)
+            if code is None:
+                kills += 1
+                resumes += bool(checkpoint.any_in(chain.folder))
+                torn += bool(list(chain.folder.glob('.checkpoint-*.tmp')))
+                assert not unloadable(chain.folder)
+        assert code == 0, chain.log.read_text()[-3000:]
+        last = load(chain.folder)
+        assert all(same(last.get(key), undisturbed[name].get(key)) for key in KEPT), f'{name}: other bytes'
+        assert not list(chain.folder.glob('.*.tmp'))
+        assert len(checkpoint.numbered(chain.folder)) == 2
+    assert not processes_of(tmp_path)
+    figure = (
+        f'{kills} random kills of {runs} runs: 0 checkpoints unloadable, 0 runs that did not resume, 0 final states '
+        f'different; {torn} kills fell into the writing of a file, {kills - resumes} before the first checkpoint'
+    )
+    promise(4, figure)
+    fault(15, f'{kills} random kills', 'removed 1 unfinished files of a run that was killed', 0, figure)
+
+
+@pytest.mark.skipif(KILLS < 20, reason='ten kills are of single processes')
+def test_random_kills_of_ranks(data, tmp_path, promise):
+    """Under torchrun: rank 0, rank 1, or torchrun itself."""
+    flags = [*COMMON, '--batch_size', '4', '--resume', 'auto', '--dist_timeout', '10']
+    rng, kills = random.Random(2), 0
+
+    def go(folder: Path, seconds: float | None) -> int | None:
+        line = command('pretrain', data, folder, *flags, ranks=2)
+        with open(folder.with_suffix('.log'), 'ab') as log:
+            process = subprocess.Popen(line, stdout=log, stderr=log, env=environment(), start_new_session=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(seconds)
+            victims = [pid for pid in processes_of(folder) if pid != process.pid] or [process.pid]
+            os.kill(rng.choice([process.pid, *victims]), signal.SIGKILL)
+            process.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return None
+
+    assert go(tmp_path / 'whole', None) == 0
+    while kills < KILLS // 10:
+        folder, code = tmp_path / f'run {kills}', None
+        while code is None:
+            code = go(folder, rng.uniform(3, 12) if kills < KILLS // 10 else None)
+            kills += code is None
+            assert not unloadable(folder)
+        assert code == 0, folder.with_suffix('.log').read_text()[-3000:]
+        assert all(same(load(folder)[key], load(tmp_path / 'whole')[key]) for key in ('model', 'optimizer', 'logger'))
+    promise(4, f'{kills} random kills of a rank or of torchrun: 0 unloadable, 0 not resumed, 0 different')

@@ -1,0 +1,130 @@
+"""Ranks that die or hang, and runs that would share a folder: the job ends, says why, and what is written is whole."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+from training import command, environment, free_port, load, make_images, processes_of, read_until, run, same, train
+
+FLAGS = ['--batch_size', '4', '--warmup_epochs', '1', '--lr', '1e-3', '--save_freq_steps', '2', '--dist_timeout', '5']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp('images'))  # 66 images: 8 steps of 2 ranks an epoch
+
+
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+    """The last checkpoint of two ranks that nobody disturbs."""
+    folder = tmp_path_factory.mktemp('whole')
+    done = run('pretrain', data, folder, *FLAGS, '--epochs', '2', ranks=2)
+    assert done.returncode == 0, done.stderr
+    return load(folder)
+
+
+def start(data, folder, *flags: str) -> subprocess.Popen:
+    """Two ranks under torchrun, in their sixth step."""
+    line = command('pretrain', data, folder, *FLAGS, *flags, ranks=2)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    read_until(process, '[5/8]')
+    return process
+
+
+def error_lines(text: str) -> list[str]:
+    return [
+        line.partition(': error: ')[2] for line in text.splitlines() if line.startswith('main_pretrain.py: error: ')
+    ]
+
+
+@pytest.mark.parametrize(
+    ('name', 'number', 'words', 'entry'),
+    [
+        ('SIGKILL', signal.SIGKILL, r'rank 1 \(host \S+, process \d+\) has died', 17),
+        ('SIGSTOP', signal.SIGSTOP, r'rank 1 \(host \S+, process \d+\) did not answer and was killed', 18),
+    ],
+)
+@pytest.mark.timeout(100)
+def test_a_lost_rank_ends_the_run_and_is_named(name, number, words, entry, data, whole, tmp_path, promise, fault):
+    process = start(data, tmp_path, '--epochs', '100')
+    victim = json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid']
+    began = time.monotonic()
+    os.kill(victim, number)
+    _, err = process.communicate(timeout=5 + 30)
+    seconds = time.monotonic() - began
+    assert process.returncode == 1  # torchrun's, whatever its processes return
+    [line] = error_lines(err)
+    assert re.fullmatch(
+        rf'rank 0: epoch 0, after \d of 8 steps: {words}; its last sign was after step \d of epoch 0', line
+    )
+    status = json.loads((tmp_path / 'status.json').read_text())
+    assert (status['state'], status['exit_code']) == ('failed', 6)
+    assert line == f'rank 0: {status["message"]}'
+    assert not processes_of(tmp_path)
+
+    # from the last checkpoint on, with the same bytes in the end as if nothing had been
+    done = run('pretrain', data, tmp_path, *FLAGS, '--epochs', '2', '--resume', 'auto', ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert all(same(load(tmp_path)[key], whole[key]) for key in ('model', 'optimizer', 'logger'))
+    promise(9, f'torchrun, {name} of rank 1: job over after {seconds:.1f} s (--dist_timeout 5), rank and step named')
+    line = re.sub(r'host \S+, process \d+', 'host a, process 123', line)
+    fault(entry, f'{name} of rank 1', line, 6, 'the last checkpoint; resumed to the same bytes')
+
+
+@pytest.mark.timeout(60)
+def test_one_writer_per_folder(data, tmp_path, promise, fault):
+    flags = ['--batch_size', '8', '--warmup_epochs', '1', '--epochs', '100']
+    first = subprocess.Popen(
+        command('pretrain', data, tmp_path, *flags), stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    read_until(first, '[3/8]')
+    second = run('pretrain', data, tmp_path, *flags, '--resume', 'auto')
+    assert second.returncode == 2
+    [line] = error_lines(second.stderr)
+    assert re.search(rf'another run writes to \S+ \(host \S+, pid {first.pid}\)', line)
+    read_until(first, 'Epoch: [1]')  # it goes on undisturbed
+    first.kill()
+    first.communicate()
+    status = json.loads((tmp_path / 'status.json').read_text())
+    assert (status['state'], status['pid']) == ('running', first.pid)
+    train('pretrain', data, tmp_path, *flags, '--epochs', '3', '--resume', 'auto')  # the lock has died with its process
+    promise(13, 'two processes on one folder: 1 runs, 1 ends with exit code 2 and names the other')
+    line = re.sub(r'host \S+, pid \d+', 'host a, pid 123', line.replace(str(tmp_path), 'runs/x'))
+    fault(16, 'two runs in one folder', line, 2, "the first run's files, untouched")
+
+
+@pytest.mark.timeout(60)
+def test_a_port_in_use(data, tmp_path, fault):
+    with socket.socket() as holder:
+        holder.bind(('127.0.0.1', 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        place = {
+            'RANK': '0',
+            'WORLD_SIZE': '2',
+            'LOCAL_RANK': '0',
+            'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': str(port),
+        }
+        line = command('pretrain', data, tmp_path, *FLAGS, '--epochs', '2')
+        done = subprocess.run(line, capture_output=True, text=True, timeout=50, env=environment() | place)
+    assert done.returncode == 2
+    [line] = error_lines(done.stderr)
+    assert f'the port of 127.0.0.1:{port}, where the processes meet, is in use' in line
+    fault(25, 'port in use', line.replace(str(port), '29500'), 2, 'nothing was begun')
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_never_comes(data, tmp_path):
+    place = {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
+    line = command('pretrain', data, tmp_path, *FLAGS, '--epochs', '2')
+    env = environment() | place | {'MASTER_PORT': str(free_port())}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=50, env=env)
+    assert done.returncode == 6
+    [line] = error_lines(done.stderr)
+    assert 'rank 0 of 2 did not find the others at 127.0.0.1:' in line

@@ -1,0 +1,193 @@
+"""A run's hold on its output folder: one writer at a time, `status.json`, and a sign of life of every rank.
+
+`.lock` is held by rank 0 for as long as it lives, whatever ends it. `status.json` says how the run goes or ended, since
+launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is where a rank has got to: when one is lost, the
+others find there which it was, and what it was doing.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from util import digests
+from util.dist import Place
+from util.errors import MEANING, STOPPED, StorageError, UserError
+from util.log import info
+
+SIGN_BYTES = 1024  # a sign of life is written in place, so all of them have one length
+BUSY = ('starting', 'running')
+PATIENCE_S = 5  # for other ranks to tell that they have noticed the loss of one
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder. Raises StorageError if nothing can be written there, UserError if it is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b'0')
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f'cannot write to the output folder {folder}: it is, or lies in, a file') from error
+    except OSError as error:
+        raise StorageError(f'cannot write to the output folder {folder}: {error.strerror}') from error
+
+
+class RunFolder:
+    """The output folder of a run, as one of its ranks holds it."""
+
+    def __init__(self, folder: Path, place: Place):
+        self.folder, self.place = folder, place
+        self.epoch = self.step = 0
+        self.identity = {'host': socket.gethostname(), 'pid': os.getpid()}
+        self.identity |= {'job': os.environ['SLURM_JOB_ID']} if 'SLURM_JOB_ID' in os.environ else {}
+        prepare(folder)
+        self.lock = self.take_lock() if place.rank == 0 else None
+        prepare(folder / '.ranks')
+        self.sign = open(self.sign_of(place.rank), 'w+b', buffering=0)  # noqa: SIM115
+        self.beat(state='starting')
+
+    # --------------------------------------------------------------------------
+    # one writer
+
+    def take_lock(self):
+        """Raises UserError if another process has it. The system gives it free when that process ends."""
+        file = open(self.folder / '.lock', 'a+', encoding='utf-8')  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise UserError(
+                f'another run writes to {self.folder} ({file.read().strip()}); stop it, or take another --output_dir'
+            ) from error
+        except OSError as error:
+            info(f'{self.folder} cannot be locked ({error.strerror}): see to it that no other run writes there')
+        file.truncate(0)
+        file.write(', '.join(f'{key} {value}' for key, value in self.identity.items()))
+        file.flush()
+        return file
+
+    # --------------------------------------------------------------------------
+    # status
+
+    def write_status(self, state: str, code: int | None = None, message: str = '') -> None:
+        """`status.json`; if there is no room for a new one, over the old one."""
+        status = {
+            'state': state,
+            'exit_code': code,
+            'meaning': MEANING.get(code, ''),
+            'message': message,
+            'epoch': self.epoch,
+            'step': self.step,
+            'rank': self.place.rank,
+            'world_size': self.place.world_size,
+            **self.identity,
+            'time': datetime.now().astimezone().isoformat(timespec='seconds'),
+        }
+        content = (json.dumps(status, indent=2) + '\n').encode()
+        file = self.folder / 'status.json'
+        try:
+            digests.replace(file, content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.write_bytes(content)
+
+    def status(self) -> dict:
+        return read_json(self.folder / 'status.json')
+
+    def close(self, code: int, message: str, noticed: bool = False) -> None:
+        """Say how it ended, unless another rank has said so first, and let the folder go.
+
+        `noticed`: it ends since another rank was lost.
+        """
+        if self.sign.closed:
+            return
+        state = {0: 'done', STOPPED: 'stopped'}.get(code, 'failed')
+        if self.status().get('state') == 'running' and (code or self.place.rank == 0):
+            self.write_status(state, code, message if state == 'failed' else '')
+        self.beat(state='noticed' if noticed else state, message=message)
+        self.sign.close()
+        if self.lock:
+            self.lock.close()
+
+    # --------------------------------------------------------------------------
+    # signs of life
+
+    def sign_of(self, rank: int) -> Path:
+        return self.folder / '.ranks' / f'{rank}.json'
+
+    def beat(
+        self, epoch: int | None = None, step: int | None = None, state: str = 'running', message: str = ''
+    ) -> None:
+        """This rank has done `step` steps of `epoch`. Costs one short write; what fails here fails nothing."""
+        if epoch is not None:
+            self.epoch, self.step = epoch, step
+        sign = {'state': state, 'epoch': self.epoch, 'step': self.step, **self.identity, 'message': message[:300]}
+        with contextlib.suppress(OSError):
+            os.pwrite(self.sign.fileno(), json.dumps(sign).encode().ljust(SIGN_BYTES), 0)
+
+    def lost(self) -> str:
+        """Which ranks have failed, died or do not answer, after a collective has failed. Ends those that hang here.
+
+        Every rank that lives has noticed, too, and says so within seconds: one that does not is the one that is lost.
+        """
+        self.beat(state='noticed')
+        others = [rank for rank in range(self.place.world_size) if rank != self.place.rank]
+        wait_until(lambda: not any(self.may_answer(self.read_sign(rank)) for rank in others), PATIENCE_S)
+        signs = {rank: self.read_sign(rank) for rank in others}
+        if failed := [rank for rank in others if signs[rank].get('state') == 'failed']:
+            return f'rank {failed[0]} has failed: {signs[failed[0]]["message"]}'
+        silent = [rank for rank in others if signs[rank].get('state') in BUSY]
+        return '; '.join(self.describe(rank, signs[rank]) for rank in silent) or 'a connection broke; all ranks live'
+
+    def read_sign(self, rank: int) -> dict:
+        return read_json(self.sign_of(rank)) or {
+            'state': 'starting',
+            'host': 'unknown',
+            'pid': 0,
+            'epoch': 0,
+            'step': 0,
+        }
+
+    def is_here(self, sign: dict) -> bool:
+        return sign['host'] == self.identity['host']
+
+    def may_answer(self, sign: dict) -> bool:
+        return sign['state'] in BUSY and (alive(sign['pid']) or not self.is_here(sign))
+
+    def describe(self, rank: int, sign: dict) -> str:
+        """What is known of a rank that has not answered. A process that hangs on this machine is killed."""
+        end = 'has died or hangs'
+        if self.is_here(sign):
+            end = 'did not answer and was killed' if alive(sign['pid']) else 'has died'
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(sign['pid'], signal.SIGKILL)  # launchers would give it half a minute
+        did = f'its last sign was after step {sign["step"]} of epoch {sign["epoch"]}'
+        return f'rank {rank} (host {sign["host"]}, process {sign["pid"]}) {end}; {did}'
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs, or hangs: neither gone nor waiting to be collected by its parent."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
