@@ -451,7 +451,7 @@ def test_own_checkpoints_are_plain_data(tmp_path, promise):
     for path in files:
         torch.load(path, weights_only=True)
         assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
-    assert len(files) == 5
+    assert len(files) >= 5
     promise(12, f'own checkpoints: {len(files)} of {len(files)} load with weights_only=True and name 0 unsafe globals')
 
 
