@@ -7,9 +7,11 @@ Examples:
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -17,17 +19,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engine_finetune import evaluate, train_one_epoch
-from main_pretrain import construct, find_method, param_rules
-from util import checkpoint, config, datasets, dist, rng, transfer
+from main_pretrain import check_forward, construct, find_method, param_rules
+from util import checkpoint, config, datasets, dist, download, rng, transfer
 from util.errors import UserError, run_main
+from util.intake import Origin
 from util.log import info
 from util.optim import WeightAverage
 from util.published import load_published
 from util.run import Run
+from util.unpickle import printable
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0])
+    parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain')
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -43,7 +47,7 @@ def get_args_parser() -> config.Parser:
         '--finetune',
         default='',
         metavar='PATH',
-        help='pretrained checkpoint, own or published; default: random weights',
+        help=f'pretrained checkpoint, own or published; default: random weights. A path, or {download.FORM}',
     )
     add('--eval', action='store_true', help='only evaluate the checkpoint given by --resume')
     add('--dataset', choices=transfer.SOURCES, default='folder', help='what --data_path holds, and in which layout')
@@ -88,7 +92,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
     method = find_method(args.model)
     rng.seed_all(args.seed, rng.INIT)
     options = {} if args.global_pool else {'global_pool': 'token'}
-    core = construct(
+    return construct(
         method.create_classifier,
         args.model,
         num_classes=num_classes,
@@ -97,19 +101,15 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
         **options,
         model_kwargs=args.model_kwargs,
     )
-    if args.eval_size not in (None, args.input_size):
-        check_takes(core, args.eval_size)
-    return core
 
 
-@torch.no_grad()
-def check_takes(core: nn.Module, size: int) -> None:
-    """Raise UserError if a network was made for another image side."""
-    try:
-        core.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f'--eval_size {size}: this network takes images of --input_size only: {error}') from error
-    core.train()
+def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
+    """Raise UserError for a classifier that would fail in its first step, or in its evaluation."""
+    if not args.eval:
+        check_forward(core, args, args.input_size)
+    if args.eval or args.eval_size not in (None, args.input_size):
+        check_forward(core.eval(), args, args.eval_size or args.input_size)
+        core.train()
 
 
 def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:
@@ -152,11 +152,15 @@ def train_transform(args: argparse.Namespace) -> Callable:
     """timm's training transform. Raises UserError for a policy that timm does not know."""
     aa = None if args.aa == 'none' else args.aa
     try:
-        return datasets.finetune_transform(
+        if aa and not all(re.fullmatch(r'[a-z]+\d[\d.]*|tweights|t3aw', part) for part in aa.split('-')[1:]):
+            raise ValueError  # timm passes over what it does not understand
+        transform = datasets.finetune_transform(
             args.input_size, args.crop_scale, args.hflip, args.color_jitter, aa, args.mean
         )
+        transform(Image.new('RGB', (args.input_size, args.input_size)))
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--aa {args.aa}: not a policy of timm's, like rand-m9-mstd0.5-inc1, or 'none'") from error
+    return transform
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -191,20 +195,38 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """`--eval`: load `--resume`, every weight of it, and evaluate it on the validation images."""
     if not args.resume or args.resume == 'auto':
         raise UserError('--eval needs the checkpoint to evaluate: --resume PATH')
+    if args.finetune:
+        raise UserError(f'--eval trains nothing from --finetune {args.finetune}: to evaluate it, --resume PATH')
     config.check_common_args(args)
     [val], num_classes = labelled_splits(args, ('val',))
     core = create_classifier(args, num_classes)
+    check_steps(core, args)
     loaded = load_published(core, args.resume, ema=args.use_ema)
     if loaded.missing:
-        raise UserError(f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}')
+        origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
+        raise UserError(
+            f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
+        )
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
+    if loaded.origin:
+        notice_differences(args, loaded.origin)
     batches = val_loader(args, *val, args.pin_mem and device.type == 'cuda')
     memory_format = config.memory_format(args, core)
     statistics = datasets.statistics(args.mean, args.std, device, memory_format)
     core = core.to(device, memory_format=memory_format)
     report(evaluate(core, batches, statistics, config.amp_dtype(args, device)))
     dist.cleanup()
+
+
+def notice_differences(args: argparse.Namespace, origin: Origin) -> None:
+    """Say, in a line, what decides how a network sees an image and was otherwise when it was fine-tuned."""
+    names = ('input_size', 'eval_size', 'crop_pct', 'mean', 'std', 'model_kwargs', 'global_pool')
+    then, now = origin.args, vars(args)
+    differing = [name for name in names if name in then and then[name] != now[name]]
+    if differing:
+        listed = '; '.join(f'{name}: {printable(then[name])} then, {now[name]} now' for name in differing)
+        info(f'not as it was fine-tuned: {listed}')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -220,6 +242,7 @@ def main(args: argparse.Namespace) -> None:
     transform = train_transform(args)
     with Run(args, 'finetune', len(train[0])) as run:
         core = create_classifier(args, num_classes)
+        check_steps(core, args)
         loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
         ema_steps = args.ema_warmup_epochs * run.sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None

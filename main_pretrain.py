@@ -6,13 +6,17 @@ torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --bat
 
 import argparse
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import get_args, get_type_hints
 
+import torch
 from PIL import Image
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 
 import models_a2mim
 import models_localmim
@@ -49,7 +53,7 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
     except (ValueError, TypeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
-            raise UserError(f'{name}: {error}') from error
+            raise UserError(f'{name}: {error!s:.300}') from error
         result = get_type_hints(make)['return']
         classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
         known = {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
@@ -57,9 +61,38 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
     except Exception as error:  # what networks raise that do not check their options
         if not model_kwargs:
             raise
-        given = ' '.join(f'{key}={value}' for key, value in model_kwargs.items())
-        why = str(error) or type(error).__name__
-        raise UserError(f'{name} cannot be made with --model_kwargs {given}: {why}') from error
+        raise UserError(f'{name} cannot be made{options_and_reason(model_kwargs, error)}') from error
+
+
+def options_and_reason(model_kwargs: dict, error: Exception) -> str:
+    """' with --model_kwargs KEY=VALUE ...: why not'"""
+    given = ' '.join(f'{key}={value}' for key, value in model_kwargs.items())
+    return f' with --model_kwargs {given:.300}' * bool(given) + f': {str(error) or type(error).__name__:.300}'
+
+
+def check_step(core: nn.Module, args: argparse.Namespace) -> None:
+    """Raise UserError for a pretraining model that would fail in its first step."""
+    check_forward(core, args, args.input_size, lambda n: (core.draw_plan(n, rng.generator(args.seed, rng.PICTURE)),))
+
+
+@torch.no_grad()
+def check_forward(
+    core: nn.Module, args: argparse.Namespace, size: int, extra: Callable[[int], tuple] = lambda n: ()
+) -> None:
+    """Try a forward in shapes alone, which computes no number. Raises UserError for what the model cannot do.
+
+    One or two images of `size` pixels stand for the batch; `extra` gives what else the model takes with n of them.
+    """
+    pairs = getattr(args, 'batch_size', 2) > 1 or dist.will_synchronise(core, args.device)  # BatchNorm needs two values
+    n, fake = 1 + pairs, FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        inputs = (torch.zeros(n, 3, size, size), *extra(n))
+        with fake:
+            tensors = itertools.chain(core.named_parameters(), core.named_buffers())
+            functional_call(core, {name: fake.from_tensor(tensor) for name, tensor in tensors}, inputs)
+    except Exception as error:  # whatever an operation raises
+        what = f'{args.model} cannot take {n} image{"s" * pairs} of {size} pixels'
+        raise UserError(what + options_and_reason(args.model_kwargs, error)) from error
 
 
 def create_model(args: argparse.Namespace) -> nn.Module:
@@ -93,7 +126,7 @@ def add_target_args(parser: config.Parser) -> None:
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0])
+    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune')
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -118,6 +151,7 @@ def main(args: argparse.Namespace) -> None:
     files = datasets.pretraining_files(args.data_path)
     with Run(args, 'pretrain', len(files)) as run:
         core = create_model(args)
+        check_step(core, args)
         run.start(core, param_rules(method, core, args.rule_kwargs))
 
         crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)

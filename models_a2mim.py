@@ -253,8 +253,16 @@ def swin(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     return SwinTransformer(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError for what is no network of timm's, which would take it for a folder, or for a host's."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f'timm has no model {name}' + f'; did you mean {" or ".join(close)}?' * bool(close))
+
+
 def cnn(*, name: str, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **sizes) -> nn.Module:
     """timm's ResNet (v1.5) or ConvNeXt of this name, at any image size."""
+    check_name(name)
     encoder = timm.create_model(name, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
     if num_classes and isinstance(encoder, ResNet):
         nn.init.normal_(encoder.fc.weight, std=0.01)
@@ -264,9 +272,7 @@ def cnn(*, name: str, img_size: int, num_classes: int = 0, drop_path_rate: float
 
 def any_timm(*, name: str, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **sizes) -> nn.Module:
     """timm's network of this name. Raises ValueError for an unknown one, and for drop path where it has none."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f'timm has no model {name}' + f'; did you mean {" or ".join(close)}?' * bool(close))
+    check_name(name)
     options = {'img_size': img_size, 'drop_path_rate': drop_path_rate}
     while True:
         try:

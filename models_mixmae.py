@@ -233,6 +233,8 @@ class MixMAE(MixMIMEncoder):
         super().__init__(mlp_ratio=mlp_ratio, **encoder)
         if decoder_dim % decoder_num_heads:
             raise ValueError(f'decoder_dim {decoder_dim} is not a multiple of its {decoder_num_heads} heads')
+        if range_mask_ratio < 0:
+            raise ValueError(f'range_mask_ratio {range_mask_ratio} is negative')
         for ratio in (mask_ratio, mask_ratio + range_mask_ratio):
             if not 0 < int(self.num_cells * ratio) < self.num_cells:
                 raise ValueError(

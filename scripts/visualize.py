@@ -13,20 +13,27 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from main_pretrain import add_target_args, create_model
-from util import config, datasets, dist
+import main_pretrain
+from util import config, datasets, dist, download
 from util.errors import UserError, run_main
 from util.pictures import Pictures
 from util.published import load_published
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0])
+    parser = config.Parser(__doc__.partition('\n')[0], main=main_pretrain.get_args_parser())
+    parser.add_argument(
+        '--config', default='', metavar='YAML', help="pretraining's recipe, for the model and its input"
+    )
     config.add_model_args(parser, model='mirl_vit_base_depth48')
-    add_target_args(parser)
+    main_pretrain.add_target_args(parser)
     add = parser.add_argument
     add('images', nargs='+', type=Path, help='image files, or folders of them')
-    add('--checkpoint', required=True, help='own or published pretraining checkpoint, with its decoders')
+    add(
+        '--checkpoint',
+        required=True,
+        help='own or published pretraining checkpoint, with its decoders: a path, or ' + download.FORM,
+    )
     add('--output', type=Path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=int, default=6, help='most images to draw, taken evenly from all')
     return parser
@@ -37,7 +44,8 @@ def main(args: argparse.Namespace) -> None:
     config.check_common_args(args)
     device = dist.own_device(args.device)
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
-    core = create_model(args)
+    core = main_pretrain.create_model(args)
+    main_pretrain.check_step(core, args)
     print(load_published(core, args.checkpoint))
     picture = Pictures(core, files, args, args.count).draw(core.to(device), device)
     try:
@@ -48,4 +56,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    run_main(lambda: main(get_args_parser().parse()))
+    run_main(lambda: main(get_args_parser().parse(stage='pretrain')))

@@ -133,7 +133,7 @@ def test_evaluation_at_another_size(data, tmp_path, capsys, monkeypatch):
     line = re.findall(r'^\* Acc@1 .*', capsys.readouterr().out, re.MULTILINE)[-1]
     train('finetune', data, tmp_path, *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
     assert line in capsys.readouterr().out
-    with pytest.raises(UserError, match=r'--eval_size 40: this network takes images of --input_size only: .*40'):
+    with pytest.raises(UserError, match=r'mirl_vit_tiny cannot take 2 images of 40 pixels: .*40'):
         train('finetune', data, tmp_path / 'vit', *flags, '--model', 'mirl_vit_tiny')
 
 

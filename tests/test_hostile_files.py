@@ -12,6 +12,8 @@ import io
 import os
 import pathlib
 import pickle
+import re
+import socket
 import struct
 import subprocess
 import sys
@@ -24,9 +26,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
+from training import make_images, train
 
+import models_a2mim
 import models_mirl
-from util.errors import CheckpointError
+from main_pretrain import construct, find_method, get_args_parser
+from util.config import RecipeLoader
+from util.errors import CheckpointError, UserError
 from util.published import load_published
 from util.weight_files import LEGACY_MAGIC, read_checkpoint
 
@@ -297,7 +304,7 @@ for path in map(pathlib.Path, sys.argv[1:]):
 """
 
 
-def test_live_files(tmp_path, measured):
+def test_live_files(tmp_path, promise, fault):
     """None runs when we read it; each does when a subprocess trusts it."""
     markers, files = {}, {}
     for kind, (name, contents) in live_files('MARKER').items():
@@ -312,8 +319,10 @@ def test_live_files(tmp_path, measured):
                 assert '\n' not in line
                 assert 'weights_only' not in line
             assert not marker.exists()
-    kinds = len(live_files('MARKER'))
+    kinds, made = len(live_files('MARKER')), sum(marker.exists() for marker in markers.values())
     assert kinds >= 12
+    told = next(refusals(files[tmp_path / 'os.system_by_reduce_0']))
+    fault(5, 'pickles that call os.system, eval, Popen, ...', told, CheckpointError.code, f'{made} markers')
 
     env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': ''}
     subprocess.run(
@@ -323,7 +332,11 @@ def test_live_files(tmp_path, measured):
     while time.monotonic() < deadline and not all(marker.exists() for marker in markers.values()):
         time.sleep(0.05)  # Popen does not wait
     assert not [str(folder.name) for folder, marker in markers.items() if not marker.exists()]
-    measured(f'{kinds} kinds of hostile files ({len(files)} files) refused; each of them runs when it is trusted')
+    promise(
+        12,
+        f'{len(files)} of {len(files)} malicious files ({kinds} kinds) refused, {made} markers made; each of them runs '
+        'when it is trusted',
+    )
 
 
 @pytest.mark.timeout(60)
@@ -369,14 +382,192 @@ def test_damaged_anywhere(tmp_path, kind):
             read_checkpoint(tmp_path / 'a.pth')
 
 
-def test_nothing_trusts_a_pickle():
-    """No file of ours unpickles in any other way."""
-    trusting = {'pickle', '_pickle', 'cPickle', 'dill', 'joblib', 'shelve', 'marshal'}
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('util/*.py'), *ROOT.glob('scripts/*.py')]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert not trusting & {alias.name for alias in node.names}, path
-            elif isinstance(node, ast.ImportFrom):
-                assert node.module not in trusting, path
-            elif isinstance(node, ast.Attribute):
-                assert ast.unparse(node) not in ('torch.load', 'torch.hub', 'torch.jit'), path
+NOT_A_CHECKPOINT = {
+    'a web page': b'<!DOCTYPE html><html><body>404</body></html>',
+    'text': b'404: Not Found',
+    'random bytes': np.random.default_rng(0).bytes(4096),
+}
+
+
+def test_what_is_no_checkpoint(tmp_path, fault):
+    """torch's own answer to each is an advice to trust it."""
+    path = tmp_path / 'a.pth'
+    for kind, content in NOT_A_CHECKPOINT.items():
+        path.write_bytes(content)
+        with pytest.raises(Exception, match='weights_only'):
+            torch.load(path)
+        lines = list(refusals(path))
+        assert all('not a checkpoint' in line and 'weights_only' not in line for line in lines)
+        fault(4, f'{kind} named .pth', f'a.pth{lines[0]}', CheckpointError.code, 'the file as it was')
+
+
+def test_arguments_and_paths_are_dropped(tmp_path, fault):
+    """Files of older programs hold a Namespace or a Path, which torch refuses: read as if these were not there."""
+    weights = classifier().state_dict()
+    args = argparse.Namespace(lr=1e-3, output_dir=pathlib.PosixPath('runs'))
+    for zipped in (True, False):
+        (tmp_path / 'a.pth').write_bytes(torch_file({'model': weights, 'args': args}, zipped))
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / 'a.pth', weights_only=True)
+        report = load_published(classifier(), tmp_path / 'a.pth')
+        assert sorted(weights) == report.loaded
+        assert not report.origin
+    line = str(report).replace(f'{tmp_path}/', '')
+    fault(6, "argparse.Namespace and PosixPath in another program's checkpoint", line, 0, 'the weights are loaded')
+
+
+def test_other_architectures(tmp_path, fault):
+    """The first five keys that differ, with both shapes; keys that nothing explains are errors too."""
+    path, own = tmp_path / 'a.pth', classifier().state_dict()
+    wider = {name: torch.zeros(*value.shape[:-1], value.shape[-1] + 1) for name, value in own.items() if value.ndim}
+    cases = {
+        7: (
+            'weights of other shapes',
+            wider,
+            r'\(\d+\): (\w.*?: file \[.*?\], model \[.*?\]; ){5}\.\.\.',
+        ),
+        8: ('a key that nothing explains', own | {'surplus': torch.ones(3)}, r'surplus: file \[3\], model absent'),
+    }
+    for number, (case, weights, words) in cases.items():
+        path.write_bytes(torch_file({'model': weights}))
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load_published(classifier(), path)
+        fault(number, case, str(caught.value).replace(f'{tmp_path}/', ''), caught.value.code, 'the model as it was')
+    lacking = {name: value for name, value in own.items() if name != 'blocks.0.norm1.weight'}
+    path.write_bytes(torch_file({'model': lacking}))
+    with pytest.raises(CheckpointError, match=r'blocks\.0\.norm1\.weight: file absent, model \[8\]'):
+        load_published(classifier(), path)
+    headless = {name: value for name, value in own.items() if not name.startswith('head')}
+    path.write_bytes(torch_file({'model': headless}))
+    assert load_published(classifier(), path).missing == ['head.weight', 'head.bias']
+
+
+def test_own_checkpoints_are_plain_data(tmp_path, promise):
+    """Of both mains: torch loads them with weights_only, and they name no class or function beyond tensors'."""
+    data, flags = make_images(tmp_path / 'images', 8), ['--batch_size', '8', '--epochs', '1', '--warmup_epochs', '0']
+    train('pretrain', data, tmp_path / 'a', *flags)
+    train('finetune', data, tmp_path / 'b', *flags, '--use_ema')
+    files = [*tmp_path.glob('*/*.pth')]
+    for path in files:
+        torch.load(path, weights_only=True)
+        assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
+    assert len(files) >= 5
+    promise(12, f'own checkpoints: {len(files)} of {len(files)} load with weights_only=True and name 0 unsafe globals')
+
+
+# --------------------------------------------------------------------------
+# names out of files, recipes and options
+
+
+def test_names_in_a_checkpoint_become_no_path(tmp_path, monkeypatch):
+    """Whatever a file says of its run is text: nothing is opened, made or looked up under it."""
+    (tmp_path / 'one').mkdir()
+    monkeypatch.chdir(tmp_path / 'one')
+    evil = '../../\x1b[2Jmarker\n'
+    args = dict.fromkeys(('model', 'output_dir', 'config', 'resume', 'finetune'), evil) | {'model_kwargs': {}}
+    content = {'model': classifier().state_dict(), 'args': args, 'run': {'stage': evil, 'model': evil}}
+    (tmp_path / 'a.pth').write_bytes(torch_file(content))
+    report = load_published(classifier(), tmp_path / 'a.pth')
+    assert str(report.origin).isprintable()
+    for weights in (content['model'] | {evil: torch.ones(1)}, {evil: torch.ones(1)}):
+        (tmp_path / 'a.pth').write_bytes(torch_file(content | {'model': weights}))
+        with pytest.raises(CheckpointError) as caught:
+            load_published(classifier(), tmp_path / 'a.pth')
+        assert str(caught.value).isprintable()
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['a.pth', 'one']
+
+
+@pytest.mark.parametrize(
+    'name', ['hf-hub:timm/resnet18.a1_in1k', 'hf_hub:timm/resnet18', 'local-dir:/tmp', '../resnet18', '/etc/passwd']
+)
+def test_names_of_networks_become_no_path(name, monkeypatch):
+    """timm would look some of them up on a disk or a host."""
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kwargs: pytest.fail('the network was asked'))
+    for model in ('a2mim_timm', 'a2mim_resnet_tiny', 'a2mim_convnext_pico'):
+        pretraining = functools.partial(getattr(models_a2mim, model), mask_patch_size=16)
+        for make in (pretraining, functools.partial(models_a2mim.create_classifier, model)):
+            with pytest.raises(ValueError, match=f'timm has no model {name}'):
+                make(img_size=64, name=name)
+    with pytest.raises(UserError, match='unknown --model'):
+        find_method(name)
+
+
+def recipe(folder: pathlib.Path, text: str) -> str:
+    """How a recipe is refused."""
+    (folder / 'a.yaml').write_text(text)
+    with pytest.raises(UserError) as caught:
+        get_args_parser().parse(['--config', str(folder / 'a.yaml')], stage='pretrain')
+    assert caught.value.code == 2
+    return str(caught.value)
+
+
+@pytest.mark.timeout(20)
+def test_recipes_made_to_harm(tmp_path):
+    """None is built or run; nothing takes time or memory."""
+    marker = tmp_path / 'marker'
+    bomb = 'a0: &a0 [x, x, x, x, x, x, x, x, x]\n'
+    bomb += ''.join(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]\n' for i in range(1, 20))
+    for text in (bomb, f'{bomb}model: *a19\n', f'{bomb}model_kwargs: {{a: *a19}}\n', 'a: &a [*a]\n', 'a: &a {b: *a}'):
+        assert re.search(r'\*a\d*, an alias in line \d+: a recipe has none', recipe(tmp_path, text))
+    for depth in (20, 100_000):
+        for opening, closing in (('[', ']'), ('{a: ', '}')):
+            assert 'nesting too deep in line 1' in recipe(tmp_path, f'a: {opening * depth}{closing * depth}')
+    for tag in ('object/apply:os.system', 'object/new:os.system', 'name:os.system', 'module:os'):
+        line = recipe(tmp_path, f'model: !!python/{tag} ["touch {marker}"]\n')
+        assert 'could not determine a constructor for the tag' in line
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        *('(' * 100_000, '(' * 500 + ')' * 500, '[' * 50 + ']' * 50, '-' * 100_000 + '1', '9' * 100_000, '{[]: 1}'),
+        *('__import__("os").system("false")', '[1] * 10 ** 9', '10 ** 10 ** 10', '"\\N{x}"', '1\\0', 'f"{1}"'),
+    ],
+)
+def test_literals_made_to_harm(value):
+    """What is no literal, or one too deep, is a text that the model refuses."""
+    parsed = get_args_parser().parse(['--model_kwargs', f'depth={value}', '--model', 'mirl_vit_tiny']).model_kwargs
+    with pytest.raises(UserError) as caught:
+        construct(models_mirl.mirl_vit_tiny, model_kwargs=parsed)
+    assert len(str(caught.value)) < 1000
+
+
+# --------------------------------------------------------------------------
+# our own code
+
+TRUSTING = {
+    'pickle',
+    '_pickle',
+    'cPickle',
+    'dill',
+    'cloudpickle',
+    'joblib',
+    'shelve',
+    'marshal',
+    'runpy',
+    'code',
+    'pty',
+}
+CALLS = {'eval', 'exec', 'compile', '__import__', 'input'}
+ATTRIBUTES = r'os\.(system|popen|exec\w*|spawn\w*)|torch\.(load|jit\..*|hub\.(?!get_dir$).+|package)|yaml\.\w*load\w*'
+SOURCES = [*ROOT.glob('*.py'), *ROOT.glob('util/*.py'), *ROOT.glob('scripts/*.py')]
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_of_ours_runs_data(path):
+    """No pickle, no eval, no shell, no YAML but the safe loader's, nothing from torch.hub."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not TRUSTING & {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module not in TRUSTING
+            assert not [a for a in node.names if re.fullmatch(ATTRIBUTES, f'{node.module}.{a.name}')]
+        elif isinstance(node, ast.Name):
+            assert node.id not in CALLS
+        elif isinstance(node, ast.keyword):
+            assert node.arg not in ('shell', 'weights_only', 'allow_pickle')
+        elif isinstance(node, ast.Attribute) and re.fullmatch(ATTRIBUTES, ast.unparse(node)):
+            assert ast.unparse(node) == 'yaml.load'
+            assert path.name == 'config.py'
+    assert issubclass(RecipeLoader, yaml.constructor.SafeConstructor)

@@ -1,15 +1,20 @@
 """A user's mistake ends in one line with exit code 2, before any training, and says what would be right."""
 
+import copy
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from training import MAINS, ROOT, arguments, environment, make_images, train
+from torch._subclasses import FakeTensor
+from training import MAINS, ROOT, arguments, environment, make_images, same, train
 
+import main_pretrain
+from scripts import visualize
 from util import checkpoint, dist
 from util.errors import UserError, run_main
 
@@ -50,6 +55,7 @@ def said(data, tmp_path, capsys, monkeypatch):
 
 
 BOTH = ('pretrain', 'finetune')
+STEPS = ['--epochs', '9', '--warmup_epochs', '1', '--lr_sched', 'step', '--lr_decay_epochs']
 
 
 @pytest.mark.parametrize('stage', BOTH)
@@ -69,7 +75,7 @@ BOTH = ('pretrain', 'finetune')
         (['--input_size', '33'], r'33 is not a multiple of patch_size 8'),
         (['--lr_sched', 'step'], r'--lr_sched step needs --lr_decay_epochs'),
         (['--std', '0', '1', '1'], r'--std must be more than 0 and finite, got 0\.0'),
-        (['--lr', 'nan'], r'--lr must be at least 0 and finite, got nan'),
+        (['--lr', 'nan'], r'--lr must be more than 0 and finite, got nan'),
         (['--betas', '0.9', '1'], r'--betas must be at least 0 and less than 1, got 1\.0'),
         (['--clip_grad', '-1'], r'--clip_grad must be at least 0'),
         (['--start_epoch', '99', '--epochs', '9', '--warmup_epochs', '1'], r'--start_epoch 99 leaves nothing of'),
@@ -77,7 +83,7 @@ BOTH = ('pretrain', 'finetune')
         (['--model_kwargs', 'img_size=64'], r'--model_kwargs img_size=64: it has a flag of its own'),
         (['--device', 'cuda'], r'no GPU is visible; use --device cpu'),
         (['--device', 'meta'], r'--device meta: cuda, cuda:N or cpu'),
-        (['--lr', 'inf'], r'--lr must be at least 0 and finite, got inf'),
+        (['--lr', 'inf'], r'--lr must be more than 0 and finite, got inf'),
         (['--dist_timeout', 'inf'], r'--dist_timeout must be more than 0 and finite'),
         (['--model_kwargs', 'num_heads=5'], r'mirl_vit_tiny'),
         (['--model', 'localmim_vit_tiny', '--model_kwargs', 'dept=3'], r'has no option dept; did you mean depth'),
@@ -98,6 +104,20 @@ BOTH = ('pretrain', 'finetune')
         (['--opt', 'sgd'], r'invalid choice: .?sgd'),
         (['--opt_eps', '0'], r'--opt_eps must be more than 0 and finite, got 0\.0'),
         (['--rule_kwargs', 'decay=1'], r'param_rules has no option decay; known: none'),
+        (['--lr', '0'], r'--lr must be more than 0 and finite, got 0\.0'),
+        (['--blr', '0'], r'--blr must be more than 0 and finite, got 0\.0'),
+        (
+            ['--lr', '1e-4', '--min_lr', '1e-3'],
+            r'--min_lr 0\.001, where the cosine ends, is above its peak: batch 64 x',
+        ),
+        ([*STEPS, '-4'], r'--lr_decay_epochs must rise, from 1 at least to below --epochs 9, got -4'),
+        ([*STEPS, '3', '3'], r'--lr_decay_epochs must rise, .* got 3 3'),
+        ([*STEPS, '4', '2'], r'--lr_decay_epochs must rise, .* got 4 2'),
+        ([*STEPS, '9'], r'--lr_decay_epochs must rise, .* below --epochs 9, got 9'),
+        (['--resume', 'https://host/a.pth'], r'--resume https://host/a\.pth: a run goes on from a file of its own'),
+        (['--model_kwargs', 'mlp_ratio=abc'], r'mirl_vit_tiny: invalid literal'),
+        (['--model', 'a2mim_convnext_pico', '--input_size', '8'], r'a2mim_convnext_pico'),
+        (['--model', 'a2mim_resnet_tiny', '--input_size', '8', '--batch_size', '1'], r'a2mim_resnet_tiny'),
     ],
 )
 def test_flags(said, stage, flags, words):
@@ -108,16 +128,41 @@ def assert_matches(line, words):
     assert re.search(words, line), line
 
 
+CANNOT = 'a2mim_vit_tiny cannot take 2 images of 32 pixels with --model_kwargs '
+
+
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
         (['--mask_ratio', '1'], r'mask_ratio 1\.0 keeps 0 of 16 patches'),
         (['--mask_ratio', '0'], r'mask_ratio 0\.0 keeps 16 of 16 patches'),
         (['--model_kwargs', 'num_segments=3'], r'3 segments .* must be even'),
+        (['--model', 'mixmae_tiny', '--model_kwargs', 'range_mask_ratio=-0.1'], r'range_mask_ratio -0\.1 is negative'),
+        (['--model', 'a2mim_vit_tiny', '--model_kwargs', 'fft_weight=abc'], CANNOT + 'fft_weight=abc: '),
+        (
+            ['--model', 'a2mim_vit_tiny', '--model_kwargs', 'mask_patch_size=-16'],
+            CANNOT + 'mask_patch_size=-16: Repeats',
+        ),
+        (['--mixup', '0.8'], r'unknown argument --mixup here: main_finetune\.py takes it'),
+        (['--no-use-ema'], r'unknown argument --no_use_ema'),
+        (['--use-ema'], r'unknown argument --use_ema here: main_finetune\.py takes it'),
+        (['--eval'], r'unknown argument --eval here: main_finetune\.py takes it'),
     ],
 )
 def test_pretraining_flags(said, flags, words):
     assert_matches(said('pretrain', *flags), words)
+
+
+POLICIES = (
+    'random',
+    'rand-foo',
+    'rand-m',
+    'rand-m9-mstdx',
+    'rand-n-1',
+    'rand-m9-tfoo',
+    'xyz-m9',
+    'v0-foo',
+)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +175,24 @@ def test_pretraining_flags(said, flags, words):
         (['--drop_path', '1'], r'--drop_path must be at least 0 and less than 1, got 1\.0'),
         (['--layer_decay', '-1'], r'--layer_decay must be at least 0 and at most 1'),
         (['--crop_pct', '0'], r'--crop_pct must be more than 0'),
-        (['--aa', 'random'], r'--aa'),
+        *[(['--aa', policy], rf"--aa {policy}: not a policy of timm's") for policy in POLICIES],
         (['--criterion', 'mse'], r'invalid choice: .?mse'),
         (['--ema_warmup_ratio', '1.5'], r'--ema_warmup_ratio must be at least 0 and at most 1'),
         (['--ema_warmup_epochs', '-1'], r'--ema_warmup_epochs must be at least 0'),
+        (['--blr', '1e-9'], r'--min_lr 1e-06, .*, lr = blr 1e-09 x 64 / 256 = 2\.5e-10'),
+        (['--mask_ratio=0.5'], r'unknown argument --mask_ratio=0\.5 here: main_pretrain\.py takes it'),
+        (['--eval', '--resume', 'a.pth', '--finetune', 'b.pth'], r'--eval trains nothing from --finetune b\.pth'),
+        (
+            ['--finetune', 'ftp://host/a.pth'],
+            r'a checkpoint is a local path, or https://host/path/file\.pth#sha256=<64',
+        ),
+        (['--eval', '--resume', 'http://host/a.pth'], r'http://host/a\.pth: a checkpoint is a local path, or https://'),
+        (['--eval_size', '40'], r'mirl_vit_tiny cannot take 2 images of 40 pixels: '),
+        (['--model', 'a2mim_convnext_pico', '--input_size', '8'], r'cannot take 2 images of 8 pixels: .*Kernel size'),
+        (
+            ['--model', 'a2mim_resnet_tiny', '--input_size', '8', '--batch_size', '1'],
+            r'a2mim_resnet_tiny cannot take 1 image of 8 pixels: Expected more than 1 value per channel',
+        ),
     ],
 )
 def test_finetuning_flags(said, flags, words):
@@ -219,8 +278,79 @@ def test_finetuning_another_architecture(said, trained):
     assert_matches(line, r'another architecture; .*cls_token: file \[1, 1, 96\], model \[1, 1, 48\]')
 
 
-def test_evaluating_what_has_no_head(said, trained):
-    assert_matches(said('finetune', '--eval', '--resume', trained / 'checkpoint-last.pth'), r'missing.*head')
+def test_evaluating_other_checkpoints(said, trained):
+    """What a checkpoint of our own is, the line tells."""
+    last = trained / 'checkpoint-last.pth'
+    written = r'; it was written by main_pretrain\.py --model mirl_vit_tiny$'
+    assert_matches(said('finetune', '--eval', '--resume', last), 'missing.*head.*' + written)
+    assert_matches(said('finetune', '--eval', '--resume', last, '--model', 'a2mim_vit_tiny'), written)
+    assert_matches(said('finetune', '--finetune', last, '--model', 'mixmae_tiny'), written)
+    assert_matches(said('finetune', '--eval', '--use_ema', '--resume', last), 'no averaged weights in it: leave out')
+
+
+def test_evaluating_otherwise_than_trained(data, tmp_path, capsys):
+    """One notice with the differences, and none without."""
+    flags = ['--batch_size', '32', '--epochs', '1', '--warmup_epochs', '0', '--use_ema']
+    train('finetune', data, tmp_path, *flags)
+    for name in ('checkpoint-last.pth', 'checkpoint-best.pth'):  # the second holds the better of network and average
+        for use_ema in ([], ['--use_ema']):
+            capsys.readouterr()
+            train('finetune', data, tmp_path, '--eval', '--resume', tmp_path / name, *use_ema)
+            assert 'not as it was fine-tuned' not in capsys.readouterr().out
+    other = ['--mean', '0', '0', '0', '--crop_pct', '1', '--input_size', '40']
+    train('finetune', data, tmp_path, '--eval', '--resume', tmp_path / name, *other)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if 'not as it was' in line]
+    assert line == (
+        'not as it was fine-tuned: input_size: 32 then, 40 now; crop_pct: 0.875 then, 1.0 now; '
+        'mean: [0.485, 0.456, 0.406] then, [0.0, 0.0, 0.0] now'
+    )
+
+
+@pytest.mark.parametrize('stage', BOTH)
+@pytest.mark.parametrize('name', ['output_dir', 'log_dir'])
+def test_writing_among_the_images(said, stage, name, data, tmp_path, monkeypatch):
+    before = sorted(data.rglob('*'))
+    monkeypatch.chdir(data)
+    (tmp_path / 'link').symlink_to(data / 'train')
+    for folder in (data, '.', data / 'train', 'train/runs', data / 'val/class0', tmp_path / 'link/runs'):
+        assert_matches(
+            said(stage, f'--{name}', folder), rf'--{name} \S+ is among the images of --data_path .*keep them'
+        )
+    flat = [f'--{name}', data / 'train/class0/runs']
+    assert_matches(said('pretrain', *flat, data=data / 'train/class0'), 'is among the images')
+    assert sorted(data.rglob('*')) == before
+
+
+def test_resuming_from_what_is_no_file(said, tmp_path, fault):
+    """Before any process group: `said` sees to it."""
+    cases = {'missing': tmp_path / 'none.pth', 'a folder': tmp_path, 'a folder of it missing': tmp_path / 'a/b.pth'}
+    if os.geteuid():  # root reads all
+        cases['not readable'] = tmp_path / 'locked.pth'
+        cases['not readable'].touch(0o000)
+    for case, path in cases.items():
+        line = said('pretrain', '--resume', path)
+        assert_matches(line, 'does not exist|is a folder, not a checkpoint|cannot be read: Permission denied')
+        fault(9, f'--resume {case}', line.strip().replace(str(tmp_path), 'runs'), 2, 'the folder as it was')
+
+
+def test_recipes_with_a_key_twice(said, tmp_path):
+    recipe = tmp_path / 'a.yaml'
+    for text in ('lr: 1e-3\nopt: lamb\nlr: 1e-4\n', 'model_kwargs:\n  lr: 1\n  lr: 2\n'):
+        recipe.write_text(text)
+        assert_matches(said('pretrain', '--config', recipe), r'a\.yaml cannot be read as a recipe: lr is given twice')
+
+
+def test_a_trial_changes_nothing_and_takes_little_time(measured):
+    """In shapes alone: no weight, no statistic and no random number is drawn, and a large model takes no second."""
+    args = MAINS['pretrain'].get_args_parser().parse(['--model', 'a2mim_resnet50', '--device', 'cpu'])
+    core = main_pretrain.create_model(args)
+    before, drawn = copy.deepcopy(core.state_dict()), torch.get_rng_state()
+    began = time.monotonic()
+    main_pretrain.check_step(core, args)
+    measured(f'a2mim_resnet50: the trial step took {time.monotonic() - began:.2f} s')
+    assert same(before, core.state_dict())
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert not any(isinstance(t, FakeTensor) for m in core.modules() for t in vars(m).values())
 
 
 def test_a_process_ends_like_this(data, tmp_path):
@@ -256,3 +386,21 @@ def test_pictures_from_the_command_line(trained, data, tmp_path):
         assert done.returncode == code, done.stderr
         assert 'Traceback' not in done.stderr
     assert (tmp_path / 'a.png').stat().st_size > 1000
+
+
+def test_pictures_take_a_recipe(trained, data, tmp_path):
+    """What it has no use for is left aside; a key that pretraining does not know is a mistake here too."""
+    recipe, picture = tmp_path / 'a.yaml', tmp_path / 'a.png'
+    line = ['--config', recipe, '--checkpoint', trained / 'checkpoint-last.pth', '--device', 'cpu', '--output', picture]
+
+    def parse(text: str):
+        recipe.write_text(text)
+        return visualize.get_args_parser().parse([str(word) for word in (*line, data / 'val')], stage='pretrain')
+
+    args = parse('model: mirl_vit_tiny\nmask_ratio: 0.5\nbatch_size: 16\nmodel_kwargs: {depth: 4}\n')
+    assert (args.mask_ratio, args.model_kwargs, hasattr(args, 'batch_size')) == (0.5, {'depth': 4}, False)
+    visualize.main(parse('model: mirl_vit_tiny\ninput_size: 32\nblr: 1e-3\n'))
+    assert picture.stat().st_size > 1000
+    for text, words in (('modell: a', "unknown key 'modell'; did you mean model"), ('blr: x', 'invalid value')):
+        with pytest.raises(UserError, match=words):
+            parse(text)

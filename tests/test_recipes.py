@@ -286,7 +286,7 @@ def parse_text(tmp_path, text: str, *flags: str, stage: str = 'pretrain'):
         ('- epochs', 'is not a recipe'),
         ('recipe: mine', 'is not a recipe'),
         ('', 'is not a recipe'),
-        ('epochs: [1', 'is not YAML'),
+        ('epochs: [1', 'cannot be read as a recipe'),
         ('recipe: {stage: finetune}\nepochs: 5', r'is a recipe for main_finetune.py, not for main_pretrain.py'),
     ],
 )

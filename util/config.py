@@ -3,6 +3,8 @@
 import argparse
 import ast
 import difflib
+import importlib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -15,20 +17,34 @@ from util import dist
 from util.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
-SAFE_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)  # plain data only; many times faster where it is in C
 INSTEAD_OF = {'accum_iter': 'effective_batch_size', 'blr': 'lr'}  # given as a flag, the first drops a recipe's second
 LARGEST = 1e9  # of what may be large, but not infinite
 ABOVE_ZERO, BELOW_ONE = math.nextafter(0, 1), math.nextafter(1, 0)  # ends of open ranges
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError and takes `--some-flag` for `--some_flag`."""
+class RecipeLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # many times faster where it is in C
+    """YAML of plain data, in which no key is given twice."""
 
-    def __init__(self, description: str):
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), ''):
+            raise yaml.constructor.ConstructorError(None, None, f'{twice} is given twice', node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError and takes `--some-flag` for `--some_flag`.
+
+    It takes the recipes of `main`, if that is given, as far as it knows their keys. `other` is the module whose parser
+    has what this one lacks: a flag that is unknown here is looked up there.
+    """
+
+    def __init__(self, description: str, main: 'Parser | None' = None, other: str = ''):
         super().__init__(
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
         )
+        self.main, self.other = main, other
 
     def error(self, message: str):
         raise UserError(message)
@@ -40,7 +56,9 @@ class Parser(argparse.ArgumentParser):
         path.add_argument('--config', nargs='?', default='')
         config = path.parse_known_args(argv)[0].config
         if config and '--config' in self._option_string_actions:
-            values = self.recipe(find_recipe(config), stage)
+            values = (self.main or self).recipe(find_recipe(config), stage)
+            own = {action.dest for action in self._actions}
+            values = {dest: value for dest, value in values.items() if dest in own}
             for flag, other in INSTEAD_OF.items():
                 if any(word.partition('=')[0] == f'--{flag}' for word in argv):
                     values.pop(other, None)
@@ -48,8 +66,16 @@ class Parser(argparse.ArgumentParser):
         argv = [word for word in argv if not self.switch_off(word)]
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            raise UserError(f'unknown argument {unknown[0]}{closest(unknown[0], self._option_string_actions)}')
+            raise UserError(f'unknown argument {unknown[0]}{self.hint(unknown[0])}')
         return args
+
+    def hint(self, flag: str) -> str:
+        """Who takes a flag that this parser does not know, or its closest ones."""
+        if self.other:
+            other = importlib.import_module(self.other).get_args_parser()
+            if flag.partition('=')[0] in other._option_string_actions:
+                return f' here: {self.other}.py takes it'
+        return closest(flag, self._option_string_actions)
 
     def switch_off(self, word: str) -> bool:
         """Take `--no_FLAG` for any switch that a recipe may have turned on."""
@@ -142,14 +168,26 @@ def read_recipe(path: Path, stage: str = '') -> dict:
 def load_recipe(path: Path) -> tuple[dict, dict]:
     """The `recipe` entry of a file, and the rest."""
     try:
-        content = yaml.load(path.read_text(encoding='utf-8'), Loader=SAFE_LOADER)
+        text = path.read_text(encoding='utf-8')
+        check_events(text)
+        content = yaml.load(text, Loader=RecipeLoader)
     except OSError as error:
         raise UserError(f'cannot read the recipe {path}: {error.strerror}') from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} is not YAML: {error}') from error
+        raise UserError(f'{path} cannot be read as a recipe: {error}') from error
     if not isinstance(content, dict) or not isinstance(content.get('recipe', {}), dict):
         raise UserError(f'{path} is not a recipe: it should hold flag: value lines, and recipe: its stage, source, ...')
     return content.pop('recipe', {}), content
+
+
+def check_events(text: str, deepest: int = 10) -> None:
+    """Raise YAMLError for aliases, of which few bytes can make more than any memory holds, and for deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=RecipeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > deepest:
+            what = f'*{event.anchor}, an alias' if isinstance(event, yaml.AliasEvent) else 'nesting too deep'
+            raise yaml.YAMLError(f'{what} in line {event.start_mark.line + 1}: a recipe has none')
 
 
 def recipes_for(model: str, stage: str) -> list[str]:
@@ -173,7 +211,7 @@ class KeyValues(argparse.Action):
                 raise UserError(f'{option_string} expects key=value, got {word!r}')
             try:
                 pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # no literal, or one too deep
                 pairs[key] = text
         setattr(namespace, self.dest, getattr(namespace, self.dest) | pairs)
 
@@ -295,12 +333,12 @@ def add_model_args(parser: Parser, model: str) -> None:
 
 RANGES = {  # of flags that either main may have; none may be nan
     'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug': (1, math.inf),
-    'warmup_epochs weight_decay lr blr min_lr clip_grad': (0, LARGEST),
+    'warmup_epochs weight_decay min_lr clip_grad': (0, LARGEST),
     'num_workers save_freq_steps keep_last max_bad_steps vis_freq seed start_epoch': (0, math.inf),
     'mixup cutmix color_jitter ema_warmup_epochs': (0, math.inf),
     'hflip mixup_prob mixup_switch_prob ema_decay ema_warmup_ratio layer_decay warmup_lr_ratio': (0, 1),
     'drop_path smoothing reprob betas': (0, BELOW_ONE),
-    'dist_timeout opt_eps std': (ABOVE_ZERO, LARGEST),
+    'lr blr dist_timeout opt_eps std': (ABOVE_ZERO, LARGEST),
     'mask_ratio': (0, 1),
     'crop_scale crop_pct cutmix_minmax lr_decay_rate': (ABOVE_ZERO, 1),
 }
@@ -318,12 +356,27 @@ def check_common_args(args: argparse.Namespace) -> None:
         pair = getattr(args, name, None)
         if pair and pair[0] > pair[1]:
             raise UserError(f'--{name} takes the smaller share first, got {pair}')
+    if '://' in getattr(args, 'resume', '') and not getattr(args, 'eval', False):
+        raise UserError(f'--resume {args.resume}: a run goes on from a file of its own; --finetune takes URLs')
+    for name in ('output_dir', 'log_dir'):
+        if folder := getattr(args, name, None):
+            check_apart(name, folder, args.data_path, getattr(args, 'dataset', 'folder'))
     dist.own_device(args.device)
     world_size = dist.place().world_size
     if getattr(args, 'world_size', None) not in (None, world_size):
         raise UserError(
             f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'
         )
+
+
+def check_apart(name: str, folder: Path, data_path: Path, dataset: str) -> None:
+    """Raise UserError if what a run writes would lie among the images that it reads."""
+    folder, data = folder.resolve(), data_path.resolve()
+    images = [data / split for split in ('train', 'val') if (data / split).is_dir()]
+    if not images and dataset == 'folder':  # images nested at will; other data sets are read from their lists
+        images = [data]
+    if folder == data or any(folder.is_relative_to(split) for split in images):
+        raise UserError(f'--{name} {folder} is among the images of --data_path {data_path}; keep them apart')
 
 
 def range_in_words(low: float, high: float) -> str:
@@ -337,8 +390,23 @@ def check_schedule(args: argparse.Namespace) -> None:
         raise UserError(f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}')
     if args.start_epoch >= args.epochs:
         raise UserError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
-    if args.lr_sched == 'step' and not args.lr_decay_epochs:
+    check_boundaries(args)
+    lr, arithmetic = scaled_lr(args, accumulation(args))
+    if args.lr_sched == 'cosine' and args.min_lr > lr:
+        raise UserError(f'--min_lr {args.min_lr:g}, where the cosine ends, is above its peak: {arithmetic}')
+
+
+def check_boundaries(args: argparse.Namespace) -> None:
+    """Raise UserError for steps of the learning rate that would never come, or in no order."""
+    epochs = args.lr_decay_epochs
+    if args.lr_sched == 'step' and not epochs:
         raise UserError('--lr_sched step needs --lr_decay_epochs')
+    rising = all(a < b for a, b in itertools.pairwise(epochs))
+    if args.lr_sched == 'step' and not (rising and epochs[0] > 0 and epochs[-1] < args.epochs):
+        raise UserError(
+            f'--lr_decay_epochs must rise, from 1 at least to below --epochs {args.epochs}, '
+            f'got {" ".join(map(str, epochs))}'
+        )
 
 
 def accumulation(args: argparse.Namespace) -> int:

@@ -21,12 +21,31 @@ from util.unpickle import printable
 State = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The run that wrote a checkpoint of our own, as the file tells it."""
+
+    stage: str
+    args: dict
+
+    def __str__(self) -> str:
+        return f'main_{self.stage}.py --model {printable(self.args["model"])}'
+
+
+def find_origin(container: dict) -> Origin | None:
+    """None for files of others."""
+    args, run = container.get('args'), container.get('run', {'stage': 'finetune'})  # checkpoint-best.pth has no `run`
+    ours = isinstance(args, dict) and isinstance(args.get('model_kwargs'), dict) and isinstance(run, dict)
+    return Origin(printable(run.get('stage')), args) if ours and 'model' in args else None
+
+
 @dataclass
 class Report:
     """What became of every key: of the file (loaded, resized, ignored) and of the model (missing)."""
 
     source: str
     format: str
+    origin: Origin | None = None
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # 'pos_embed [1, 197, 768] -> [1, 577, 768]'
     ignored: list[str] = field(default_factory=list)
@@ -80,13 +99,16 @@ COMMON_WRAPPERS = ('model', 'state_dict', 'module')
 def load(model: nn.Module, container: dict, intake: Intake, label: str, ema: bool) -> Report:
     """Fill the model from what the checkpoint `label` holds. Raises CheckpointError, and changes nothing then."""
     averaged = ema and isinstance(container.get('ema'), dict)
+    if ema and not averaged and 'weights' not in container:  # checkpoint-best.pth holds the better of the two networks
+        raise CheckpointError("no averaged weights in it: leave out --use_ema, or put off a recipe's by --no_use_ema")
     wrappers = ('ema',) if averaged else (*intake.wrappers, *COMMON_WRAPPERS)
     weights = join_parts(find_weights(container, wrappers))
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
     state = torch_state(weights)
     layout = recognise(state, intake.formats)
 
-    report = Report(label, layout.name + ' (Paddle)' * from_paddle + ', averaged weights' * averaged)
+    name = layout.name + ' (Paddle)' * from_paddle + ', averaged weights' * averaged
+    report = Report(label, name, find_origin(container))
     report.ignored = [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     report.ignored += [key for key in state if layout.rename(key) is None]
     renamed = unique((name, value) for key, value in state.items() if (name := layout.rename(key)))

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from util import download
 from util.errors import CheckpointError
-from util.intake import Format, Intake, Report, State, load, unique
+from util.intake import Format, Intake, Report, State, find_origin, load, unique
 from util.pos_embed import sincos_2d
 from util.weight_files import read_checkpoint
 
@@ -452,17 +453,18 @@ ANY_INTAKE = Intake(
 def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = False) -> Report:
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
-    `source` is a path, or a state dict in the paper's own names: torch tensors in torch's layout, or numpy arrays in
-    Paddle's. Positions for another image size or window are resized. `ema` prefers the averaged weights of our own
-    checkpoint, if it has them. Raises CheckpointError when the source is not for this model, naming the first five keys
-    that differ with both shapes; the model is then unchanged.
+    `source` is a path, a URL with its hash (`util/download.py`), or a state dict in the paper's own names: torch
+    tensors in torch's layout, or numpy arrays in Paddle's. Positions for another image size or window are resized.
+    `ema` asks for the averaged weights of our own checkpoint. Raises CheckpointError when the source is not for this
+    model, naming the first five keys that differ with both shapes; the model is then unchanged.
     """
-    label = 'state dict' if isinstance(source, dict) else str(source)
-    container = source if isinstance(source, dict) else read_checkpoint(source)
+    label = 'state dict' if isinstance(source, dict) else str(source).partition('#')[0]
+    container = source if isinstance(source, dict) else read_checkpoint(download.fetch(source))
     intake = INTAKES.get(type(model).__name__, ANY_INTAKE if hasattr(model, 'pretrained_cfg') else None)
     try:
         if intake is None:
             raise CheckpointError(f'no checkpoint format is known for a {type(model).__name__}')
         return load(model, container, intake, label, ema)
     except CheckpointError as error:
-        raise CheckpointError(f'{label}: {error}') from error
+        origin = find_origin(container)
+        raise CheckpointError(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
