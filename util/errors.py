@@ -60,6 +60,12 @@ class LostError(RunError):
     code = 6
 
 
+def one_line(text: object) -> str:
+    """Fit for a line on a terminal: names of files may hold anything."""
+    line = ' '.join(str(text).split())
+    return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
 def exit_code(error: BaseException | None) -> int:
     """The exit code of a process that ends with this exception."""
     match error:
@@ -87,7 +93,7 @@ def run_main(main: Callable[[], None]) -> None:
     if isinstance(error, RunError):
         if error.rank is not None or os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0':
             who = '' if error.rank is None else f'rank {error.rank}: '
-            print(f'{os.path.basename(sys.argv[0])}: error: {who}{" ".join(str(error).split())}', file=sys.stderr)
+            print(f'{os.path.basename(sys.argv[0])}: error: {who}{one_line(error)}', file=sys.stderr)
     elif isinstance(error, Exception):
         traceback.print_exception(error)
     for function in AT_THE_END:
