@@ -34,7 +34,7 @@ ELSEWHERE = {
     *('grad_checkpoint', 'channels_last', 'max_bad_steps', 'dist_on_itp', 'dist_eval', 'resplit'),
 }
 
-known_good: dict[tuple, bool] = {}  # files whose sums this process has seen, by name, size and time
+known_sums: dict[tuple, str] = {}  # SHA-256 of files that this process has seen, by name, size and time; '' if damaged
 
 
 def save(path: Path, state: dict) -> None:
@@ -46,8 +46,7 @@ def save(path: Path, state: dict) -> None:
                 write(state, hashing)
             if path.name == LAST:
                 keep_previous(path)
-            digests.put(temporary, hashing.sum.hexdigest(), path)
-            known_good[fingerprint(path)] = True
+            put(temporary, hashing.sum.hexdigest(), path)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror or error}{what_is_left(path)}') from error
 
@@ -64,23 +63,25 @@ def what_is_left(path: Path) -> str:
     return f'; {left[0]} of before is intact' if left else ''
 
 
+def put(temporary: Path, digest: str, path: Path) -> None:
+    digests.put(temporary, digest, path)
+    known_sums[fingerprint(path)] = digest
+
+
 def keep_previous(last: Path) -> None:
-    """Give the last checkpoint a second name, which keeps it when it is replaced; a damaged one is not worth it."""
-    if not last.is_file() or not is_good(last):
-        return
-    previous = last.with_name(PREVIOUS)
-    sums = digests.read_sums(last)
-    with digests.temporary_for(previous) as temporary:
+    """Keep the last checkpoint, under another name, when it is about to be replaced; a damaged one is not worth it."""
+    if last.is_file() and good_sum(last):
+        link(last, last.with_name(PREVIOUS))
+
+
+def link(path: Path, other: Path) -> None:
+    """Give a good checkpoint a second name, in place of what had it; each stays when the other is replaced."""
+    with digests.temporary_for(other) as temporary:
         try:
-            os.link(last, temporary)
+            os.link(path, temporary)
         except OSError:  # a file system without hard links
-            shutil.copyfile(last, temporary)
-        if sums:
-            digests.put(temporary, sums[0], previous)
-        else:
-            digests.remove(previous)
-            os.replace(temporary, previous)
-    known_good[fingerprint(previous)] = True
+            shutil.copyfile(path, temporary)
+        put(temporary, good_sum(path), other)
 
 
 def fingerprint(path: Path) -> tuple:
@@ -88,12 +89,12 @@ def fingerprint(path: Path) -> tuple:
     return path, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def is_good(path: Path) -> bool:
-    """Whether a checkpoint agrees with its sum, which is made once for a file that does not change."""
+def good_sum(path: Path) -> str:
+    """The SHA-256 of a checkpoint that agrees with it, or has none, else ''. Made once for a file that stays."""
     mark = fingerprint(path)
-    if mark not in known_good:
-        known_good[mark] = digests.agrees(path)
-    return known_good[mark]
+    if mark not in known_sums:
+        known_sums[mark] = digests.sum_of(path) if digests.agrees(path) else ''
+    return known_sums[mark]
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -107,7 +108,7 @@ def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
     kept = 0
     for path in numbered(folder):
         if kept < keep:
-            kept += is_good(path)
+            kept += bool(good_sum(path))
         elif path not in in_use:
             digests.remove(path)
 
@@ -140,7 +141,6 @@ def find_newest(folder: Path) -> tuple[Path | None, dict | None, dict[Path, str]
             except CheckpointError as error:
                 damaged[path] = str(error)
                 continue
-            known_good[fingerprint(path)] = True
             good.append(((state.get('epoch', -1), state.get('step', -1)), path, state))
             if path.name != PREVIOUS:  # which a numbered one may be newer than
                 break

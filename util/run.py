@@ -152,6 +152,9 @@ class Run:
             checkpoint.check_space(args.output_dir, [*self.core.state_dict().values(), *moments])
             if removed := checkpoint.clean(args.output_dir, self.damaged):
                 self.notices.append(f'removed {removed} unfinished files of a run that was killed')
+            last = args.output_dir / checkpoint.LAST
+            if self.resumed_from and args.resume == 'auto' and self.resumed_from != last:
+                checkpoint.link(self.resumed_from, last)
         first = self.axis(self.first_epoch, self.first_step)
         self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, first)
         self.announce()
