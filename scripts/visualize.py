@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from main_pretrain import add_target_args, create_model
 from util import config, datasets, dist
 from util.errors import UserError, run_main
+from util.images import Reader
 from util.pictures import Pictures
 from util.published import load_published
 
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = create_model(args)
     print(load_published(core, args.checkpoint))
-    picture = Pictures(core, files, args, args.count).draw(core.to(device), device)
+    picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)
     except (OSError, ValueError) as error:

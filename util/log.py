@@ -77,8 +77,11 @@ class MetricLogger:
                 self.count[name] += 1
         self.pending.clear()
 
-    def line(self, step: int, lr: float) -> dict[str, float]:
-        """Print the progress after optimiser step `step`; returns the averages since the last line."""
+    def line(self, step: int, lr: float, **counts: int) -> dict[str, float]:
+        """Print the progress after optimiser step `step`; returns the averages since the last line, and the counts.
+
+        Counts are printed once they are above zero.
+        """
         self.read()
         averages = {name: sum(values) / len(values) for name, values in self.window.items()}
         self.window.clear()
@@ -93,12 +96,13 @@ class MetricLogger:
             *(f'{name}: {self._format(value)}' for name, value in averages.items() if name != 'images_per_s'),
             f'images/s: {averages["images_per_s"]:.0f}',
             f'data: {100 * self.waited / (now - self.last_line):.0f}%',
+            *(f'{name}: {count}' for name, count in counts.items() if count),
         ]
         if self.device.type == 'cuda':
             parts.append(f'max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB')
         self._print('  '.join(parts), last=step + 1 == self.steps)
         self.last_line, self.last_step, self.waited = now, step + 1, 0.0
-        return averages
+        return averages | counts
 
     def sums(self) -> dict[str, list[float]]:
         """{name: [total, count]} of the epoch over all ranks; every rank must call it."""

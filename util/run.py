@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from util import checkpoint, config, datasets, dist, rng, signals
 from util.errors import STOPPED, UserError
 from util.grad_checkpoint import checkpoint_blocks
+from util.images import Reader
 from util.log import MetricLogger, RunLog, info
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
 from util.weight_files import read_checkpoint
@@ -28,6 +29,7 @@ class Run:
         config.check_schedule(args)
         here = dist.place()
         self.args, self.stage, self.num_images = args, stage, num_images
+        self.reader = Reader.of(args)
         accum_iter = config.accumulation(args)
         self.lr, self.arithmetic = config.scaled_lr(args, accum_iter)
         copies = getattr(args, 'repeated_aug', 1)
@@ -129,8 +131,11 @@ class Run:
 
     def loader(self, images: datasets.Images, labels: list[int] | None, transform: Callable) -> DataLoader:
         """Training batches in the run's order."""
-        images = datasets.ImageFiles(images, labels, transform, self.args.seed)
-        return datasets.loader(images, self.sampler, self.args.num_workers, self.pin_memory)
+        args = self.args
+        if dist.is_main() and not self.resumed_from:  # no rank trains before all are past this
+            self.reader.start_anew()
+        images = datasets.ImageFiles(images, labels, transform, args.seed, self.reader)
+        return datasets.loader(images, self.sampler, args.num_workers, self.pin_memory, args.dist_timeout)
 
     @property
     def pin_memory(self) -> bool:
@@ -187,7 +192,7 @@ class Run:
     def after_step(self, epoch: int, step: int, lr: float, logger: MetricLogger) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
         if logger.due(step):
-            values = logger.line(step, lr)
+            values = logger.line(step, lr, **self.reader.counted())
             self.log.scalars(self.axis(epoch, step + 1), lr=lr, **values)
             self.guard.check(epoch, step + 1, logger.steps)
         every = self.args.save_freq_steps
@@ -198,7 +203,7 @@ class Run:
 
     def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
         """The epoch's line in log.txt and its checkpoints."""
-        self.log.epoch(**values, epoch=epoch)
+        self.log.epoch(**values, **self.reader.counted(), epoch=epoch)
         names = [checkpoint.LAST]
         if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
             names.append(f'checkpoint-{epoch}.pth')
