@@ -293,10 +293,7 @@ def add_model_args(parser: Parser, model: str) -> None:
 
 
 RANGES = {  # of flags that either main may have; none may be nan
-    'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug max_pixels': (
-        1,
-        math.inf,
-    ),
+    'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug': (1, math.inf),
     'max_pixels': (1, math.inf),
     'warmup_epochs weight_decay lr blr min_lr clip_grad': (0, LARGEST),
     'num_workers save_freq_steps vis_freq seed start_epoch': (0, math.inf),
