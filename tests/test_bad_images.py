@@ -23,7 +23,7 @@ from torch.utils.data._utils import signal_handling
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from training import MAINS, ROOT, arguments, command, environment, make_images, run, same, train
 
-from util import datasets, images, signals
+from util import datasets, images, loader, signals
 from util.datasets import ImageFiles
 from util.errors import LostError, StorageError, UserError, run_main
 from util.images import Reader, decode
@@ -92,10 +92,10 @@ def said(tmp_path, capsys, workers):
     return end
 
 
-def message(path: str, reader: Reader | None = None) -> str:
+def message(path: str, reader: Reader | None = None, **limit: int) -> str:
     """What a data set of this one file says of it."""
     with pytest.raises(UserError) as error:
-        ImageFiles([path], None, datasets.eval_transform(32, 1.0), 0, reader)[0, 0]
+        ImageFiles([path], None, datasets.eval_transform(32, 1.0, **limit), 0, reader)[0, 0]
     assert error.value.__cause__ is None
     assert '\n' not in str(error.value)
     return str(error.value)
@@ -227,8 +227,9 @@ def test_an_extreme_shape_in_evaluation(write, fault):
     with pytest.raises(UserError, match='4000 x 2 pixels, its shorter side resized to 256, are more than') as error:
         ImageFiles([path], None, datasets.eval_transform(224, 0.875), 0)[0, 0]
     fault(29, '4000x2, evaluated', str(error.value).replace(path, '.../image.png'), UserError.code, 'the image alone')
-    whole = datasets.eval_transform(224, 0.875, 512000 * 256)
-    assert ImageFiles([path], None, whole, 0)[0, 0][0].shape == (3, 224, 224)
+    just = datasets.eval_transform(32, 1.0, 64000 * 32)
+    assert ImageFiles([path], None, just, 0)[0, 0][0].shape == (3, 32, 32)
+    assert 'more than --max_pixels 2047999' in message(path, max_pixels=64000 * 32 - 1)
 
 
 def tiff(order: str, depth: int, data: bytes) -> bytes:
@@ -683,7 +684,7 @@ def children(process: subprocess.Popen) -> list[int]:
     ('number', 'words'),
     [
         (signal.SIGKILL, r'DataLoader worker \(pid {pid}\) is killed by signal: Killed'),
-        (signal.SIGSTOP, r'DataLoader timed out after 3\.6 seconds'),
+        (signal.SIGSTOP, r'no loader process has answered for 3\.6 seconds'),
     ],
 )
 def test_a_lost_loader_process_ends_the_run(number, words, data, tmp_path, fault):
@@ -697,7 +698,7 @@ def test_a_lost_loader_process_ends_the_run(number, words, data, tmp_path, fault
     assert code == LostError.code, line
     named = r'; loader worker \d was to bring the next 8 images: (\.\.\./data/train/class\d/\d+\.png, ){3}\.\.\.'
     assert re.search(words.format(pid=pids[0]) + named, line), line
-    assert seconds < 12
+    assert seconds < 20
     assert not any(os.path.exists(f'/proc/{pid}') for pid in pids)
     saved = torch.load(tmp_path / 'out/checkpoint-last.pth', weights_only=True)
     fault(
@@ -725,22 +726,26 @@ def test_loader_processes_that_end_or_hang(data, workers, fault):
     plan = datasets.eval_batches(len(files), 4, 0, 1)
     for deed, words in (
         (lambda: os._exit(0), r'DataLoader worker \(pid\(s\) \d+\) exited unexpectedly'),
-        (lambda: os.kill(os.getpid(), signal.SIGSTOP), r'DataLoader timed out after 1\.8 seconds'),
+        (lambda: os.kill(os.getpid(), signal.SIGSTOP), r'no loader process has answered for 1\.8 seconds'),
     ):
-        loader = datasets.loader(Faulty(deed, files, None, transform, 0), plan, 2, False, dist_timeout_s=2)
-        batches = iter(loader)
-        assert [len(next(batches)[0]) for _ in range(3)] == [4, 4, 4]
+        patience = 2 if 'answered' in words else 20
+        batches = iter(datasets.loader(Faulty(deed, files, None, transform, 0), plan, 2, False, patience))
+        received = []
         with pytest.raises(LostError) as error:
-            next(batches)
+            received.extend(batches)
         line = str(error.value)
-        expected = ', '.join(files[12:15])
-        assert re.match(f'{words}; loader worker 1 was to bring the next 4 images: {expected}, ...', line), line
+        count = len(received)
+        assert count <= 3  # what a process has sent may be lost with it
+        expected = ', '.join(files[4 * count : 4 * count + 3])
+        worker = f'loader worker {count % 2} was to bring the next 4 images: {expected}, ...'
+        assert re.match(f'{words}; {worker}', line), line
         name = 'os._exit(0)' if 'exited' in line else 'SIGSTOP'
         fault(
             23, f'{name} in a loader process', line.replace(str(data), '...'), LostError.code, 'what was saved before'
         )
 
 
+@pytest.mark.timeout(30)
 def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
     """Torch would raise in the middle of whatever the main process is at: a save, for example."""
     files = datasets.pretraining_files(data)
@@ -749,7 +754,8 @@ def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
     next(batches)
     [worker] = signals.multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
+    while not loader.lost:
+        time.sleep(0.01)
     with pytest.raises(LostError, match=rf'pid {worker.pid}\) is killed by signal: Killed; loader worker 0 was to'):
         next(batches)
 

@@ -26,7 +26,7 @@ from util.loader import Loader
 
 Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
 LEFT_OUT = -1  # the label of what stands in for a bad image in evaluation
-TIMEOUT_SHARE = 0.9  # of what a silent rank is given: a stuck loader is to be told from a lost rank
+PATIENCE_SHARE = 0.9  # of what a silent rank is given: a stuck loader is to be named before its rank is
 
 
 class ImageFiles(Dataset):
@@ -154,7 +154,7 @@ def loader(
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        timeout=TIMEOUT_SHARE * dist_timeout_s if num_workers else 0,
+        patience_s=PATIENCE_SHARE * dist_timeout_s,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=signals.ignore,

@@ -1,8 +1,10 @@
 """Loader processes: what ails them is said in one line, be it a sample, a process that died, or one that is stuck."""
 
+import contextlib
 import itertools
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
@@ -22,18 +24,21 @@ class Loader(DataLoader):
     """A DataLoader whose iteration raises RunErrors as such, and LostError for a worker that died or does not answer.
 
     The data set's `__getitems__` gives samples, or the RunError that kept it from them: an exception, torch would raise
-    again with a traceback for its text. `name(index)` is what it calls an image.
+    again with a traceback for its text. `name(index)` is what it calls an image. `patience_s` is how long workers may
+    take for a batch.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, patience_s: float, **kwargs):
         super().__init__(*args, collate_fn=collate, **kwargs)
+        self.patience = partial(deadline, patience_s) if self.num_workers else contextlib.nullcontext
 
     def __iter__(self) -> Iterator[Any]:
         received = 0
         try:
-            batches = super().__iter__()
+            with self.patience():  # it waits for the workers to begin an epoch
+                batches = super().__iter__()
             watch_workers()
-            while (batch := wait_for(batches)) is not None:
+            while (batch := self.wait_for(batches)) is not None:
                 received += 1
                 if isinstance(batch, RunError):
                     raise batch
@@ -46,6 +51,18 @@ class Loader(DataLoader):
             if not self.num_workers or str(error).startswith('Caught '):  # raised by our own code, in a worker
                 raise
             raise self.lost(received, error) from None
+
+    def wait_for(self, batches: Iterator) -> Any:
+        """The next batch, or None at the end. Raises LostError if a worker has died, or takes too long."""
+        global waiting, lost
+        waiting = True
+        try:
+            if lost:
+                raise lost
+            with self.patience():
+                return next(batches, None)
+        finally:
+            waiting, lost = False, None
 
     def lost(self, received: int, error: Exception) -> LostError:
         """What to say when a worker is lost after so many batches. The others are ended, stuck ones too."""
@@ -62,16 +79,25 @@ def collate(samples: list | RunError) -> Any:
     return samples if isinstance(samples, RunError) else default_collate(samples)
 
 
-def wait_for(batches: Iterator) -> Any:
-    """The next batch, or None at the end. Raises LostError if a worker has died."""
-    global waiting, lost
-    waiting = True
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise LostError in what takes longer.
+
+    By a signal, since torch's own timeout is only for the news of a batch. Then it fetches the batch's memory from the
+    worker, for which it waits without end.
+    """
+
+    def expire(number, frame):
+        raise LostError(f'no loader process has answered for {seconds:g} seconds')
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        if lost:
-            raise lost
-        return next(batches, None)
+        yield
     finally:
-        waiting, lost = False, None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def watch_workers() -> None:
