@@ -1,5 +1,6 @@
 """Loader processes: what ails them is said in one line, be it a sample, a process that died, or one that is stuck."""
 
+import atexit
 import contextlib
 import itertools
 import signal
@@ -101,8 +102,13 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def watch_workers() -> None:
-    """Stand in for torch's handler of SIGCHLD, which would raise wherever the main thread is just then."""
+    """Stand in for torch's handler of SIGCHLD, which would raise wherever the main thread is just then.
+
+    And have the workers killed when this process ends: it would wait for them, who are deaf to requests to stop.
+    """
     global torchs_handler
+    atexit.unregister(signals.end_workers)
+    atexit.register(signals.end_workers)
     handler = signal.getsignal(signal.SIGCHLD)
     if callable(handler) and handler is not on_ended_child:
         torchs_handler = handler
