@@ -763,8 +763,10 @@ def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
 
 
 def test_mistakes_of_the_program_keep_their_traceback(data, workers, monkeypatch):
-    files = datasets.pretraining_files(data)
-    dataset = ImageFiles(files, None, np.asarray, 0)  # arrays of PIL's layout: not what is collated
-    monkeypatch.setattr('util.loader.default_collate', lambda samples: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    def fail(samples):
+        raise RuntimeError('a mistake')
+
+    monkeypatch.setattr('util.loader.default_collate', fail)
+    dataset = ImageFiles(datasets.pretraining_files(data), None, datasets.eval_transform(32, 1.0), 0)
+    with pytest.raises(RuntimeError, match='Original Traceback'):
         next(iter(datasets.loader(dataset, [[(0, 0)]], 1, False)))
