@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util import dist, rng
-from util.datasets import Statistics, to_device, to_float
+from util.datasets import LEFT_OUT, Statistics, to_device, to_float
 from util.log import MetricLogger
 from util.run import Run
 
@@ -67,7 +67,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and mean cross-entropy, over every image of all ranks exactly once.
 
-    Shares of ranks may differ in length, so nothing is exchanged before the sums at the end. `core` is the bare model.
+    Images that are left out (label -1) count nowhere. Shares of ranks may differ in length, so nothing is exchanged
+    before the sums at the end. `core` is the bare model.
     """
     was_training = core.training
     core.eval()
@@ -80,8 +81,8 @@ def evaluate(
             logits = core(to_float(imgs, *statistics))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
-        loss = F.cross_entropy(logits, labels, reduction='sum')
-        totals += torch.stack([torch.full_like(loss, len(labels)), hits[:, 0].sum(), hits.sum(), loss]).double()
+        loss = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction='sum')
+        totals += torch.stack([(labels != LEFT_OUT).sum(), hits[:, 0].sum(), hits.sum(), loss]).double()
     core.train(was_training)
     count, top1, top5, loss = dist.all_reduce_sum(totals).tolist()
     return {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count, 'images': int(count)}

@@ -22,6 +22,7 @@ from engine_finetune import evaluate, train_one_epoch
 from main_pretrain import check_forward, construct, find_method, param_rules
 from util import checkpoint, config, datasets, dist, download, rng, transfer
 from util.errors import UserError, run_main
+from util.images import Reader
 from util.intake import Origin
 from util.log import info
 from util.optim import WeightAverage
@@ -179,10 +180,13 @@ def criterion(args: argparse.Namespace) -> nn.Module:
 def val_loader(args: argparse.Namespace, images: datasets.Images, labels: list[int], pin_memory: bool) -> DataLoader:
     """This rank's share of the validation images, every image on exactly one rank."""
     here = dist.place()
-    transform = datasets.eval_transform(args.eval_size or args.input_size, args.crop_pct)
-    images = datasets.ImageFiles(images, labels, transform, args.seed)
+    transform = datasets.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
+    reader = Reader.of(args, 'bad_images_val.txt')
+    if here.rank == 0:
+        reader.start_anew()  # each evaluation meets all of them
+    images = datasets.ImageFiles(images, labels, transform, args.seed, reader, replace=False)
     batches = datasets.eval_batches(len(images), args.batch_size, here.rank, here.world_size)
-    return datasets.loader(images, batches, args.num_workers, pin_memory)
+    return datasets.loader(images, batches, args.num_workers, pin_memory, args.dist_timeout)
 
 
 def report(stats: dict[str, float]) -> None:
@@ -207,11 +211,11 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(
             f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
+    batches = val_loader(args, *val, args.pin_mem and torch.device(args.device).type == 'cuda')
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
     if loaded.origin:
         notice_differences(args, loaded.origin)
-    batches = val_loader(args, *val, args.pin_mem and device.type == 'cuda')
     memory_format = config.memory_format(args, core)
     statistics = datasets.statistics(args.mean, args.std, device, memory_format)
     core = core.to(device, memory_format=memory_format)

@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
 
         crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
         batches = run.loader(files, None, crop)
-        pictures = Pictures(core, files, args) if args.vis_freq and dist.is_main() else None
+        pictures = Pictures(core, files, args, run.reader) if args.vis_freq and dist.is_main() else None
         for epoch, logger in run.epochs():
             stats = train_one_epoch(run, batches, epoch, logger)
             if pictures and ((epoch + 1) % args.vis_freq == 0 or epoch + 1 == args.epochs):

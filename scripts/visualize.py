@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_pretrain
 from util import config, datasets, dist, download
 from util.errors import UserError, run_main
+from util.images import Reader
 from util.pictures import Pictures
 from util.published import load_published
 
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     core = main_pretrain.create_model(args)
     main_pretrain.check_step(core, args)
     print(load_published(core, args.checkpoint))
-    picture = Pictures(core, files, args, args.count).draw(core.to(device), device)
+    picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)
     except (OSError, ValueError) as error:

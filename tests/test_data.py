@@ -10,6 +10,7 @@ from training import make_images
 import models_mirl
 from util import datasets, rng
 from util.datasets import EpochBatches, eval_batches
+from util.errors import UserError
 
 
 def places(num_samples, batch_size, accum_iter, world_size, epoch=0, step=0, seed=3):
@@ -169,5 +170,5 @@ def test_a_flat_folder_serves_pretraining(tmp_path):
 def test_a_broken_image_is_named(tmp_path):
     (tmp_path / 'bad.png').write_bytes(b'not an image')
     dataset = datasets.ImageFiles([str(tmp_path / 'bad.png')], None, None, 0)
-    with pytest.raises(RuntimeError, match=r'bad\.png'):
+    with pytest.raises(UserError, match=r'bad\.png'):
         dataset[0, 0]

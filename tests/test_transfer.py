@@ -441,7 +441,7 @@ def test_an_image_in_the_middle_that_is_not_there_is_named(make):
     folder = make('inat2018')
     images, labels, _ = transfer.labelled_images('inat2018', folder, 'train')
     (folder / 'train_val2018/Aves/1/train3.jpg').unlink()
-    with pytest.raises(RuntimeError, match=r'cannot read the image \S+Aves/1/train3\.jpg'):
+    with pytest.raises(UserError, match=r'cannot read the image \S+Aves/1/train3\.jpg'):
         datasets.ImageFiles(images, labels, None, 0)[0, 3]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from util import dist
 from util.errors import UserError
+from util.images import MAX_PIXELS
 
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
 INSTEAD_OF = {'accum_iter': 'effective_batch_size', 'blr': 'lr'}  # given as a flag, the first drops a recipe's second
@@ -282,6 +283,9 @@ def add_common_args(
     )
     add('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
     add('--num_workers', type=int, default=10, help='loader processes per process')
+    add('--bad_images', choices=('raise', 'skip'), default='raise', help='what becomes of images that cannot be read')
+    add('--max_bad_images', type=float, default=0.001, help='largest share of the images that --bad_images skip skips')
+    add('--data_retries', type=int, default=5, help='attempts to read from storage that is gone, after the first')
     add('--pin_mem', action='store_true', default=True, help='pinned batches, for faster copies to a GPU')
     add('--no_pin_mem', action='store_false', dest='pin_mem', help='no pinned batches')
 
@@ -325,6 +329,7 @@ def add_model_args(parser: Parser, model: str) -> None:
     add('--model', default=model, help='name of a function in a models_*.py')
     add('--model_kwargs', nargs='+', action=KeyValues, default={}, metavar='KEY=VALUE', help='more of its arguments')
     add('--input_size', type=int, default=224, help='image side in pixels')
+    add('--max_pixels', type=int, default=MAX_PIXELS, help='images of more are not decoded')
     add('--mean', type=float, nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
     add('--std', type=float, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda, cuda:N or cpu')
@@ -333,11 +338,12 @@ def add_model_args(parser: Parser, model: str) -> None:
 
 RANGES = {  # of flags that either main may have; none may be nan
     'batch_size epochs accum_iter input_size eval_size print_freq save_freq recount repeated_aug': (1, math.inf),
+    'max_pixels': (1, math.inf),
     'warmup_epochs weight_decay min_lr clip_grad': (0, LARGEST),
     'num_workers save_freq_steps keep_last max_bad_steps vis_freq seed start_epoch': (0, math.inf),
-    'mixup cutmix color_jitter ema_warmup_epochs': (0, math.inf),
+    'mixup cutmix color_jitter ema_warmup_epochs data_retries': (0, math.inf),
     'hflip mixup_prob mixup_switch_prob ema_decay ema_warmup_ratio layer_decay warmup_lr_ratio': (0, 1),
-    'drop_path smoothing reprob betas': (0, BELOW_ONE),
+    'drop_path smoothing reprob betas max_bad_images': (0, BELOW_ONE),
     'lr blr dist_timeout opt_eps std': (ABOVE_ZERO, LARGEST),
     'mask_ratio': (0, 1),
     'crop_scale crop_pct cutmix_minmax lr_decay_rate': (ABOVE_ZERO, 1),

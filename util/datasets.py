@@ -3,59 +3,93 @@
 Workers hand over uint8 [N, 3, H, W]; `to_float` converts and normalises a whole batch on the device.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import InterpolationMode
 
 from util import rng, signals
-from util.errors import UserError
+from util.errors import RunError, UserError
+from util.images import MAX_PIXELS, Reader, printable, reason
+from util.loader import Loader
 
 Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
+LEFT_OUT = -1  # the label of what stands in for a bad image in evaluation
+PATIENCE_SHARE = 0.9  # of what a silent rank is given: a stuck loader is to be named before its rank is
 
 
 class ImageFiles(Dataset):
     """Images, with or without labels; item (epoch, index) or (epoch, index, copy) is (uint8 [3, H, W], label).
 
     Before a sample is augmented, all random generators are seeded from the seed and its item: its augmentation depends
-    on nothing else, whichever worker of whichever rank makes it.
+    on nothing else, whichever worker of whichever rank makes it. So it is with the image that takes the place of one
+    that cannot be read and that the reader may leave out; without `replace`, such a sample is blank and labelled -1.
     """
 
-    def __init__(self, images: Images, labels: list[int] | None, transform: Callable, seed: int):
+    def __init__(
+        self,
+        images: Images,
+        labels: list[int] | None,
+        transform: Callable,
+        seed: int,
+        reader: Reader | None = None,
+        replace: bool = True,
+    ):
         # one block of bytes: a Python list of a million strings would be copied, page by page, into every worker
         in_memory = isinstance(images, np.ndarray)
         self.images = images if in_memory else np.array([os.fsencode(file) for file in images])
         self.labels = np.zeros(len(images), np.int64) if labels is None else np.array(labels, np.int64)
         self.transform, self.seed = transform, seed
+        self.reader, self.replace = reader or Reader(), replace
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, index: int) -> str:
+        """The file, or the place of an image in memory."""
+        return f'image {index}' if self.images.ndim == 4 else os.fsdecode(self.images[index])
+
     def image(self, index: int) -> Image.Image:
-        """In RGB, not augmented. Raises RuntimeError naming a file that cannot be read."""
-        if self.images.ndim == 4:
-            return Image.fromarray(self.images[index])
-        path = os.fsdecode(self.images[index])
-        try:
-            with Image.open(path) as image:
-                return image.convert('RGB')
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RuntimeError(f'cannot read the image {path}: {error}') from error
+        """In RGB, not augmented."""
+        return Image.fromarray(self.images[index]) if self.images.ndim == 4 else self.reader.read(self.name(index))
+
+    def augmented(self, index: int, item: tuple[int, ...]) -> Tensor:
+        """An image, augmented as this item."""
+        image = self.image(index)
+        rng.seed_all(self.seed, rng.SAMPLE, *item)
+        return self.transform(image)
 
     def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int]:
-        image = self.image(item[1])
-        rng.seed_all(self.seed, rng.SAMPLE, *item)
-        return self.transform(image), int(self.labels[item[1]])
+        """Raises UserError naming an image that cannot be read, and StorageError."""
+        epoch, index, *_ = item
+        for attempt in itertools.count():
+            try:
+                return self.augmented(index, item), int(self.labels[index])
+            except RunError:
+                raise
+            except Exception as error:  # Pillow raises of every kind
+                self.reader.leave_out(self.name(index), reason(error), len(self))
+            if not self.replace:
+                return self.transform(Image.new('RGB', (1, 1))), LEFT_OUT
+            index = int(rng.generator(self.seed, rng.REPLACEMENT, epoch, item[1], attempt).integers(len(self)))
+
+    def __getitems__(self, items: list[tuple[int, ...]]) -> list[tuple[Tensor, int]] | RunError:
+        """A batch, or why there is none: what `Loader` takes."""
+        try:
+            return [self[item] for item in items]
+        except RunError as error:
+            return error
 
 
 class EpochBatches:
@@ -111,13 +145,16 @@ def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) 
     return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
-def loader(dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A DataLoader whose workers live as long as it does."""
-    return DataLoader(
+def loader(
+    dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool, dist_timeout_s: float = 600
+) -> Loader:
+    """A Loader whose workers live as long as it does."""
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        patience_s=PATIENCE_SHARE * dist_timeout_s,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=signals.ignore,
@@ -146,31 +183,40 @@ def to_float(
 
 
 def list_images(folder: Path) -> list[str]:
-    """All image files below `folder`, sorted; class folders or a flat one. Raises UserError if there are none."""
-    if not folder.is_dir():
+    """All image files below `folder`, sorted; class folders or a flat one; folders that links lead to once.
+
+    Raises UserError if there are none, or for a folder that cannot be listed.
+    """
+    if not os.path.isdir(folder):
         raise UserError(f'no such folder: {folder}')
-    files = [
-        os.path.join(where, name)
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    ]
+    files, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=cannot_list):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would be followed for ever
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()  # so that all machines enter a folder of several names by the same one
+        files += [os.path.join(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     if not files:
         raise UserError(f'no images in {folder} (looked for {", ".join(IMG_EXTENSIONS)})')
     return sorted(files)
 
 
+def cannot_list(error: OSError) -> NoReturn:
+    raise UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}') from error
+
+
 def pretraining_files(data_path: Path) -> list[str]:
     """The images of `data_path/train` if there is such a folder, else of `data_path`; labels are not needed."""
-    if not data_path.is_dir():
-        raise UserError(f'no such folder: {data_path}')
-    return list_images(data_path / 'train' if (data_path / 'train').is_dir() else data_path)
+    train = data_path / 'train'
+    return list_images(train if os.path.isdir(train) else data_path)
 
 
 def labelled_files(data_path: Path, split: str) -> tuple[list[str], list[int], list[str]]:
     """Files, labels and class names of `data_path/split/<class>/`. Raises UserError for an empty class."""
     folder = data_path / split
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             f'no such folder: {folder}; {data_path} should hold train/ and val/, one folder per class in each'
         )
@@ -235,11 +281,28 @@ def finetune_transform(
     )
 
 
-def eval_transform(input_size: int, crop_pct: float) -> Callable:
+class ResizeShorter(transforms.Resize):
+    """Resize the shorter side, bicubic. Raises ValueError if that makes an image of more than `max_pixels`."""
+
+    def __init__(self, size: int, max_pixels: int):
+        super().__init__(size, InterpolationMode.BICUBIC)
+        self.max_pixels = max_pixels
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        longer = self.size * max(image.size) // min(image.size)
+        if self.size * longer > self.max_pixels:
+            sides = ' x '.join(map(str, image.size))
+            raise ValueError(
+                f'{sides} pixels, its shorter side resized to {self.size}, are more than --max_pixels {self.max_pixels}'
+            )
+        return super().forward(image)
+
+
+def eval_transform(input_size: int, crop_pct: float, max_pixels: int = MAX_PIXELS) -> Callable:
     """Resize the shorter side to input_size / crop_pct, rounded down, bicubic, and crop the centre."""
     return transforms.Compose(
         [
-            transforms.Resize(int(input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
+            ResizeShorter(int(input_size / crop_pct), max_pixels),
             transforms.CenterCrop(input_size),
             transforms.PILToTensor(),
         ]

@@ -90,10 +90,10 @@ class MetricLogger:
         each = {name: len(values) // steps for name, values in self.window.items()}
         return {name: values[first * each[name] :][: each[name]] for name, values in self.window.items()}
 
-    def line(self, step: int, lr: float, bad_steps: int = 0) -> dict[str, float]:
-        """Print the progress after optimiser step `step`; returns the averages since the last line.
+    def line(self, step: int, lr: float, **counts: int) -> dict[str, float]:
+        """Print the progress after optimiser step `step`; returns the averages since the last line, and the counts.
 
-        `bad_steps` of the whole run were left out.
+        Counts, of the whole run, are printed once they are above zero.
         """
         self.read()
         averages = {name: self._mean(values) for name, values in self.window.items()}
@@ -107,15 +107,15 @@ class MetricLogger:
             f'eta: {clock((self.steps - step - 1) * (now - self.began) / (step + 1 - self.start))}',
             f'lr: {lr:.3g}',
             *(f'{name}: {self._format(value)}' for name, value in averages.items() if name != 'images_per_s'),
-            *([f'bad_steps: {bad_steps}'] if bad_steps else []),
             f'images/s: {averages["images_per_s"]:.0f}',
             f'data: {100 * self.waited / (now - self.last_line):.0f}%',
+            *(f'{name}: {count}' for name, count in counts.items() if count),
         ]
         if self.device.type == 'cuda':
             parts.append(f'max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB')
         self._print('  '.join(parts), last=step + 1 == self.steps)
         self.last_line, self.last_step, self.waited = now, step + 1, 0.0
-        return averages | {'bad_steps': bad_steps}
+        return averages | counts
 
     def sums(self) -> dict[str, list[float]]:
         """{name: [total, count]} of the epoch over all ranks; every rank must call it."""

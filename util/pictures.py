@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from util import datasets, rng
+from util.images import Reader
 
 MARGIN, FONT_SIZE = 4, 14
 
@@ -15,14 +16,14 @@ MARGIN, FONT_SIZE = 4, 14
 class Pictures:
     """A few images, reconstructed under masks that depend on the seed alone: the same every time.
 
-    At most `count` images are taken, evenly from all `files`.
+    At most `count` images are taken, evenly from all `files`; the reader says what becomes of bad ones.
     """
 
-    def __init__(self, core: nn.Module, files: list[str], args: argparse.Namespace, count: int = 6):
+    def __init__(self, core: nn.Module, files: list[str], args: argparse.Namespace, reader: Reader, count: int = 6):
         count = min(count, len(files))
-        chosen = [files[i * len(files) // count] for i in range(count)]
-        images = datasets.ImageFiles(chosen, None, datasets.eval_transform(args.input_size, crop_pct=1.0), args.seed)
-        self.imgs = torch.stack([images[0, i][0] for i in range(count)])
+        transform = datasets.eval_transform(args.input_size, 1.0, args.max_pixels)
+        images = datasets.ImageFiles(files, None, transform, args.seed, reader)
+        self.imgs = torch.stack([images[0, i * len(files) // count][0] for i in range(count)])
         self.plan = core.draw_plan(count, rng.generator(args.seed, rng.PICTURE))
         self.mean, self.std = args.mean, args.std
 

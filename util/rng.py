@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, position), not of history: nothing of it is saved, any split of the work agrees.
 
 The streams: initial weights, the epoch's order, each sample's augmentation, each micro-step (drop path, mixup), the
-masks, and the pictures' masks.
+masks, the pictures' masks, and what takes the place of images that cannot be read.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-INIT, ORDER, SAMPLE, STEP, MASK, PICTURE = range(6)
+INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT = range(7)
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:

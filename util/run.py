@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from util import checkpoint, config, datasets, diagnosis, digests, dist, rng, signals
 from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
 from util.grad_checkpoint import checkpoint_blocks
+from util.images import Reader
 from util.log import MetricLogger, RunLog, info
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
 from util.run_folder import RunFolder, prepare
@@ -35,6 +36,7 @@ class Run:
         config.check_schedule(args)
         here = dist.place()
         self.args, self.stage, self.num_images = args, stage, num_images
+        self.reader = Reader.of(args)
         accum_iter = config.accumulation(args)
         self.lr, self.arithmetic = config.scaled_lr(args, accum_iter)
         copies = getattr(args, 'repeated_aug', 1)
@@ -194,8 +196,11 @@ class Run:
 
     def loader(self, images: datasets.Images, labels: list[int] | None, transform: Callable) -> DataLoader:
         """Training batches in the run's order."""
-        self.images = datasets.ImageFiles(images, labels, transform, self.args.seed)
-        return datasets.loader(self.images, self.sampler, self.args.num_workers, self.pin_memory)
+        args = self.args
+        if dist.is_main() and not self.resumed_from:  # no rank trains before all are past this
+            self.reader.start_anew()
+        self.images = datasets.ImageFiles(images, labels, transform, args.seed, self.reader)
+        return datasets.loader(self.images, self.sampler, args.num_workers, self.pin_memory, args.dist_timeout)
 
     @property
     def pin_memory(self) -> bool:
@@ -252,7 +257,8 @@ class Run:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
         self.folder.beat(epoch, step + 1)
         if logger.due(step):
-            values = logger.line(step, lr, self.bad_steps(epoch, step + 1, logger))
+            bad_steps = self.bad_steps(epoch, step + 1, logger)
+            values = logger.line(step, lr, bad_steps=bad_steps, **self.reader.counted())
             self.log.scalars(self.axis(epoch, step + 1), lr=lr, **values)
         every = self.args.save_freq_steps
         if every and (step + 1) % every == 0 and step + 1 < logger.steps:
@@ -262,7 +268,8 @@ class Run:
 
     def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
         """The epoch's line in log.txt and its checkpoints."""
-        self.log.epoch(**values, bad_steps=self.bad_steps(epoch, logger.steps, logger), epoch=epoch)
+        counts = {'bad_steps': self.bad_steps(epoch, logger.steps, logger), **self.reader.counted()}
+        self.log.epoch(**values, **counts, epoch=epoch)
         if (epoch + 1) % self.args.save_freq == 0 or epoch + 1 == self.args.epochs:
             self.save(f'checkpoint-{epoch}.pth', epoch, logger.steps, logger)
             if self.args.keep_last and dist.is_main():

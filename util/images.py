@@ -1,0 +1,163 @@
+"""One image file to 8-bit RGB, and what becomes of files that cannot be read.
+
+Taken are the formats of `FORMATS`, by their content, not by their name; of animations the first frame. Palettes, gray
+and CMYK become RGB and transparency is dropped, as Pillow does it; EXIF's rotation is ignored (TIFF's own orientation
+is not, it is part of the format). Of 16 bits the upper 8 are kept, in gray as in colour.
+"""
+
+import argparse
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from util.errors import StorageError, UserError
+
+FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
+MAX_PIXELS = 50_000_000
+BITS_PER_SAMPLE = 258  # a tag of TIFF
+# what a file system says that may be back in a moment
+TRANSIENT = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO),
+    *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ESHUTDOWN),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
+PAUSE_S = 0.5  # before the second attempt; doubles with each
+
+Image.MAX_IMAGE_PIXELS = None  # a limit that warns, and refuses at twice of it; `decode` has one of its own
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a file would be filled up with gray, without a word
+
+
+def decode(path: str, max_pixels: int) -> Image.Image:
+    """The image in RGB. Raises ValueError for what is not taken, and whatever Pillow raises for damaged files."""
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        empty = not os.path.getsize(path)
+        raise ValueError('the file is empty' if empty else f'not a file of {", ".join(FORMATS)}') from None
+    with image:
+        width, height = image.size  # from the header: nothing is decoded yet
+        if width * height > max_pixels:
+            raise ValueError(f'{width} x {height} pixels are more than --max_pixels {max_pixels}')
+        image.load()
+        return eight_bits(image).convert('RGB')
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Deeper gray in 8 bits; Pillow's `convert` would clip it to white. Raises ValueError if its range is not known."""
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+        depth = image.tag_v2[BITS_PER_SAMPLE][0] if image.format == 'TIFF' else 16  # TIFF has 12 too
+        return Image.fromarray((np.asarray(image) >> (depth - 8)).astype(np.uint8))
+    if image.mode in ('I', 'F'):
+        numbers = {'I': 'signed or 32-bit integers', 'F': 'floating-point numbers'}[image.mode]
+        raise ValueError(f'its pixels are {numbers}, whose black and white are not known')
+    return image
+
+
+def reason(error: Exception) -> str:
+    """Why an image could not be read, in one line."""
+    text = getattr(error, 'strerror', None) or str(error)
+    if not text or not isinstance(error, OSError | ValueError):
+        text = f'{type(error).__name__}: {text}'.removesuffix(': ')
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """In one line of valid Unicode: newlines, control characters and what is not UTF-8 are escaped, and backslashes."""
+    return ''.join(c if c.isprintable() and c != '\\' else c.encode('unicode_escape').decode() for c in text)
+
+
+class Reader(NamedTuple):
+    """How image files are read, and what becomes of those that cannot be.
+
+    Without a `listing`, the first one ends the run. With one, they are left out and listed there, a line of
+    `path TAB reason` each, until they are more than `max_share` of all. The file is the count: of every worker of
+    every rank, and across resumes.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    retries: int = 5  # of reading from storage that does not answer
+    root: Path | None = None  # of the data set: while it is missing or empty, no file is missing
+    listing: Path | None = None
+    max_share: float = 0.0
+    advice: str = ''
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, listing: str = 'bad_images.txt') -> 'Reader':
+        """As the arguments of a main say; `listing` is the name of the file in --output_dir."""
+        skip = args.bad_images == 'skip'
+        return cls(
+            args.max_pixels,
+            args.data_retries,
+            args.data_path,
+            args.output_dir / listing if skip else None,
+            args.max_bad_images,
+            advice='; --bad_images skip leaves such images out',
+        )
+
+    def read(self, path: str) -> Image.Image:
+        """The image in RGB. Raises StorageError if the storage stays away, and what `decode` raises."""
+        began = time.monotonic()
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(PAUSE_S * 2 ** (attempt - 1))
+            try:
+                return decode(path, self.max_pixels)
+            except OSError as error:
+                if not self.may_come_back(error):
+                    raise
+                why = reason(error)
+            if not attempt:
+                print(f'waiting for {printable(path)}: {why}', file=sys.stderr, flush=True)
+        waited = time.monotonic() - began
+        raise StorageError(f'{printable(path)} is gone: {self.retries + 1} attempts over {waited:.1f} s; {why}')
+
+    def may_come_back(self, error: OSError) -> bool:
+        """Whether an error is the storage's, not the file's."""
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR) or not self.root:
+            return error.errno in TRANSIENT
+        try:
+            with os.scandir(self.root) as entries:
+                return next(entries, None) is None  # the place where a disk was mounted
+        except OSError:
+            return True
+
+    def leave_out(self, path: str, why: str, images: int) -> None:
+        """List an image, of so many in all. Raises UserError if that is one too many, or if none may be left out."""
+        name = printable(path)
+        if not self.listing:
+            raise UserError(f'cannot read the image {name}: {why}{self.advice}')
+        try:
+            if name not in self.left_out():
+                self.listing.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.listing, 'ab', buffering=0) as file:
+                    file.write(f'{name}\t{why}\n'.encode())  # in one write, since other processes may be at it too
+            count = len(self.left_out())
+        except OSError as error:
+            raise StorageError(f'cannot write the list of bad images {self.listing}: {error.strerror}') from error
+        if count > self.max_share * images:
+            raise UserError(
+                f'{count} of {images} images cannot be read, more than --max_bad_images {self.max_share:g}; '
+                f'they are listed in {self.listing}; the last: {name}: {why}'
+            )
+
+    def left_out(self) -> set[str]:
+        """The images on the list."""
+        if not self.listing or not self.listing.exists():
+            return set()
+        return {line.partition('\t')[0] for line in self.listing.read_text('utf-8').splitlines()}
+
+    def counted(self) -> dict[str, int]:
+        """What a log shows of it: nothing if a bad image ends the run."""
+        return {'bad_images': len(self.left_out())} if self.listing else {}
+
+    def start_anew(self) -> None:
+        """Forget the list of an earlier run: images may have been mended since."""
+        if self.listing:
+            self.listing.unlink(missing_ok=True)
