@@ -111,12 +111,11 @@ class Job:
             main(args)
             return
         except submitit.core.utils.UncompletedJobError:
-            why = f'its --max_requeues {self.max_requeues} are used up'
-        except subprocess.SubprocessError:
-            why = 'SLURM did not take the request, above is what it said'
-        job = submitit.JobEnvironment().job_id
-        go_on = f'--output_dir {args.output_dir} --resume auto'
-        print(f'job {job} does not queue itself again: {why}; to go on, submit it with {go_on}', flush=True)
+            why = f'is not queued again: its --max_requeues {self.max_requeues} are used up; to go on'
+        except subprocess.SubprocessError:  # of a job that is back in the queue already, by its administrator
+            why = 'was not queued again by scontrol, as it says above; if nobody else has done it'
+        go_on = f'submit it with --output_dir {args.output_dir} --resume auto'
+        print(f'job {submitit.JobEnvironment().job_id} {why}, {go_on}', flush=True)
         raise SystemExit(STOPPED)
 
     def set_environment(self, job: submitit.JobEnvironment) -> None:

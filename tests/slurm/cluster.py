@@ -4,6 +4,7 @@ SLURM signals when it likes; so that a run of some seconds is in the middle of a
 SIGSTOP. SLURM itself continues (SIGCONT) what it asks to end.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -32,7 +33,7 @@ class Slurm:
 
     def run(self, *command) -> subprocess.CompletedProcess:
         line = [str(word) for word in command]
-        return subprocess.run(line, capture_output=True, text=True, timeout=60, env=self.environment, cwd=self.folder)
+        return subprocess.run(line, capture_output=True, text=True, timeout=120, env=self.environment, cwd=self.folder)
 
     def ask(self, *command) -> str:
         """The output of a command that must succeed."""
@@ -71,17 +72,21 @@ class Job:
         wait(lambda: text in self.life(life), seconds, lambda: f'{text!r} in life {life}:\n{self.log()[-3000:]}')
 
     def wait_for_state(self, state: str, seconds: float = 90) -> None:
-        wait(lambda: self.field('JobState') == state, seconds, lambda: f'{state}; log:\n{self.log()[-3000:]}')
+        def reached() -> bool:
+            return self.field('JobState') == state
+
+        wait(reached, seconds, lambda: f'{state}; log:\n{self.log()[-3000:]}', every=0.5)
 
     def wait_for_end(self) -> None:
         wait(lambda: not processes(self.folder), 30, lambda: f'the end of processes {processes(self.folder)}')
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to all processes of the ranks, or of one, as SLURM does: loader workers get it too."""
-        pids = [pid for pid in processes(self.folder, 'submitit.core._submit') if rank in (None, rank_of(pid))]
-        assert pids or number == signal.SIGTERM
-        for pid in pids:
-            os.kill(pid, number)
+        mine = {'SLURM_JOB_ID': self.field('JobId')} | ({} if rank is None else {'SLURM_PROCID': str(rank)})
+        for pid in processes(self.slurm.folder, 'submitit.core._submit'):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                if mine.items() <= environment_of(pid).items():
+                    os.kill(pid, number)
 
     def hold(self, epoch: int, life: int = 1) -> None:
         """Stop the job's processes in the middle of an epoch; SIGCONT goes on."""
@@ -106,17 +111,22 @@ class Job:
         assert [(int(epoch), int(step)) for epoch, step in steps] == [(e, s) for e in range(3) for s in range(1, 13)]
         return stops
 
-    def equals(self, undisturbed: dict) -> bool:
-        """Whether all of the training state in the last checkpoint is that of an undisturbed run, to the bit."""
-        last = load(self.folder)
-        return all(same(last[key], undisturbed[key]) for key in ('model', 'optimizer', 'epoch', 'step', 'logger'))
+    def result(self) -> dict:
+        """The last checkpoint, when the job has completed."""
+        self.wait_for_state('COMPLETED')
+        return load(self.folder)
 
 
-def wait(condition, seconds: float, what) -> None:
+def same_bytes(a: dict, b: dict) -> bool:
+    """Whether all of the training state in two checkpoints is equal to the bit."""
+    return all(same(a[key], b[key]) for key in ('model', 'optimizer', 'epoch', 'step', 'logger'))
+
+
+def wait(condition, seconds: float, what, every: float = 0.05) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f'after {seconds:.0f} s still waiting for {what()}'
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def processes(folder: Path, *words: str) -> list[int]:
@@ -133,6 +143,6 @@ def processes(folder: Path, *words: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def rank_of(pid: int) -> int | None:
-    found = re.search(rb'\0SLURM_PROCID=(\d+)\0', Path(f'/proc/{pid}/environ').read_bytes())
-    return int(found[1]) if found else None
+def environment_of(pid: int) -> dict[str, str]:
+    words = Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace').split('\0')
+    return {name: value for name, _, value in (word.partition('=') for word in words)}

@@ -8,8 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cluster import TWO_BY_TWO, Slurm, processes, wait
-from training import load
+from cluster import TWO_BY_TWO, Job, Slurm, processes, wait
 
 HERE = Path(__file__).parent
 CLUSTER = Path(os.environ.get('SLURM_DEV_ROOT', '/var/tmp/slurm-dev'))
@@ -63,17 +62,11 @@ def slurm(cluster, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def undisturbed(slurm, shared) -> dict:
-    """The last checkpoint of two nodes x two tasks that nobody interrupts."""
-    folder = shared / 'undisturbed'
+def undisturbed(slurm, shared) -> Job:
+    """Two nodes x two tasks that nobody interrupts: submitted by whoever needs it first."""
+    folder, number = shared / 'undisturbed', shared / 'undisturbed.id'
     with open(shared / 'undisturbed.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            job = slurm.submit(folder, *TWO_BY_TWO)
-            job.wait_for_state('COMPLETED')
-            assert 'on 4 x cpu' in job.log()
-            assert job.places() == []
-            assert (folder.stat().st_mode & 0o777) == 0o700
-    last = load(folder)
-    assert (last['epoch'], last['step']) == (2, 12)
-    return last
+        if not number.exists():
+            number.write_text(slurm.submit(folder, *TWO_BY_TWO).id)
+    return Job(slurm, number.read_text(), folder)
