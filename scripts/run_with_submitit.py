@@ -96,7 +96,9 @@ class Job:
         main = importlib.import_module(f'main_{self.stage}')
         from util.errors import run_main
 
-        args = self.arguments(submitit.JobEnvironment().paths.folder)
+        paths = submitit.JobEnvironment().paths
+        remove_unfinished(paths.result_pickle)
+        args = self.arguments(paths.folder)
         run_main(lambda: self.run(main.main, args))
         signal.signal(
             signal.SIGUSR2, signal.SIG_IGN
@@ -146,12 +148,16 @@ class Job:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """submitit's hook ahead of a requeue. The training state is on the disk by now."""
-        pickled = submitit.JobEnvironment().paths.submitted_pickle
-        pickled.with_name(f'{pickled.name}.save_tmp').unlink(missing_ok=True)  # of a kill; submitit would stumble on it
+        remove_unfinished(submitit.JobEnvironment().paths.submitted_pickle)
         self.requeued = True
         return submitit.helpers.DelayedSubmission(self)
 
     __submitit_checkpoint__ = checkpoint
+
+
+def remove_unfinished(pickle: Path) -> None:
+    """Remove what a kill has left of the writing of a pickle: submitit would stumble over it."""
+    pickle.with_name(f'{pickle.name}.save_tmp').unlink(missing_ok=True)
 
 
 def free_port() -> int:

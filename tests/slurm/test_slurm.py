@@ -135,6 +135,7 @@ def test_array_of_seeds_one_of_them_preempted(slurm, measured):
     jobs = [Job(slurm, number, slurm.folder / 'seeds' / number) for number in ids]
     assert [f'  folder {job.folder}' in done.stdout for job in jobs] == [True, True]
     jobs[1].hold(epoch=1)
+    (jobs[1].folder / f'{ids[1]}_0_result.pkl.save_tmp').touch()  # of an earlier kill; submitit stumbles over it
     jobs[1].preempt()
     for seed, job in enumerate(jobs):
         whole = train('pretrain', slurm.data, slurm.folder / f'seed{seed}', *HERE, '--seed', seed)
