@@ -5,6 +5,7 @@ root), takes it down again unless it was up before, and runs several of these te
 """
 
 import contextlib
+import json
 import re
 import signal
 import time
@@ -175,14 +176,13 @@ def test_killed_rank_ends_the_job(slurm, undisturbed, promise, fault):
     job.wait_for_state('FAILED', seconds=30)
     seconds = time.monotonic() - began
     job.wait_for_end()
-    saved = load(job.folder)
+    saved, line, code = load(job.folder), *last_words(job)
     assert saved['epoch'] == 1
     job.requeue()
     assert same_bytes(job.result(), undisturbed.result())
     assert f'checkpoint-last.pth at epoch 1, step {saved["step"]} of 12' in job.life(2)
     promise(9, f'rank 1 of 4 gets SIGKILL under SLURM: the job has failed after {seconds:.1f} s')
-    [line] = re.findall(r'^srun: error: \S+ task 1: Killed', job.log(), re.MULTILINE)
-    fault(17, 'SIGKILL to rank 1 under SLURM', line, 137, 'the last checkpoint; requeued, the same bytes')
+    fault(17, 'SIGKILL to rank 1 under SLURM', line, code, 'the last checkpoint; requeued, the same bytes')
 
 
 def test_stuck_rank_ends_the_job(slurm, promise, fault):
@@ -194,7 +194,15 @@ def test_stuck_rank_ends_the_job(slurm, promise, fault):
     seconds = time.monotonic() - began
     job.wait_for_end()
     promise(9, f'rank 1 of 2 hangs under SLURM, --dist_timeout 5: the job has failed after {seconds:.1f} s')
-    fault(18, 'rank 1 stuck under SLURM', job.log().splitlines()[-1], 1, 'the last checkpoint')
+    line, code = last_words(job)
+    fault(18, 'SIGSTOP to rank 1 under SLURM', line, code, 'the last checkpoint')
+
+
+def last_words(job: Job) -> tuple[str, int]:
+    """The line that names the lost rank, and the exit code in status.json; that of the job is srun's."""
+    [line] = [line for line in job.log().splitlines() if 'error: rank 0: ' in line]
+    assert ' rank 1 (host ' in line
+    return line, json.loads((job.folder / 'status.json').read_text())['exit_code']
 
 
 # --------------------------------------------------------------------------
