@@ -33,11 +33,11 @@ def test_undisturbed(undisturbed):
     assert (undisturbed.folder.stat().st_mode & 0o777) == 0o700
 
 
-def test_preempted_twice_and_requeued_once(slurm, undisturbed, promise, fault):
-    """Once in each epoch, with two loader workers per rank."""
+def test_requeued_once_and_preempted_twice(slurm, undisturbed, promise, fault):
+    """Once in each epoch, with two loader workers per rank. That of the administrator bypasses submitit."""
     job = slurm.submit('headline', *TWO_BY_TWO, '--num_workers', '2')
     seconds = []
-    for epoch, interrupt in enumerate([job.preempt, job.preempt, job.requeue]):
+    for epoch, interrupt in enumerate([job.requeue, job.preempt, job.preempt]):
         life = epoch + 1
         job.hold(epoch, life)
         (job.folder / f'{job.id}_submitted.pkl.save_tmp').touch()  # of an earlier kill; submitit stumbles over it
@@ -52,7 +52,7 @@ def test_preempted_twice_and_requeued_once(slurm, undisturbed, promise, fault):
     assert job.field('Restarts') == '3'
     promise(
         8,
-        f'2 nodes x 2 tasks with 2 loader workers each, preempted twice and requeued by the administrator once, in one '
+        f'2 nodes x 2 tasks with 2 loader workers each, requeued by the administrator once and preempted twice, in one '
         f'real SLURM job: stopped {max(seconds):.1f} s after the order at the latest, at {"; ".join(places)}, and '
         f'resumed there: 0 of 36 steps lost, 0 done twice; weights, optimizer and running averages the same bytes',
     )
