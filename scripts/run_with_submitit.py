@@ -20,8 +20,10 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import submitit
@@ -35,8 +37,14 @@ from util.errors import STOPPED, UserError, run_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
-MAX_REQUEUES = 1000  # time limits that a job may reach; submitit also counts preemptions of jobs of up to ten minutes
 NAME = r'[A-Za-z0-9._-]{1,100}'
+JOB_ID = r'\d+(_\d+)?'
+LOOK_S = 5  # how long a new job is watched while it is pending; SLURM needs a moment to find its reason
+# SLURM's reasons for pending that no waiting ends, other than e.g. Resources, Priority or AssocMaxJobsLimit
+WILL_NOT_START = (
+    r'Partition(Config|NodeLimit|TimeLimit)|BadConstraints|MaxMemPerLimit|JobHeldAdmin|Invalid(Account|QOS)|'
+    r'(Account|QOS)NotAllowed|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?|QOSMin\w+'
+)
 FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
 
 
@@ -48,6 +56,7 @@ def get_args_parser() -> config.Parser:
     add('--ngpus', type=int, default=8, help='GPUs, and tasks, of each machine; with --device cpu tasks only')
     add('--timeout', type=int, default=4320, help='minutes until a job is queued again; with --local at most six times')
     add('--signal_delay_s', type=int, default=120, help='seconds before that to save in; longer than an evaluation')
+    add('--max_requeues', type=int, default=1000, help='time limits after which a job is queued again; then it ends')
     add('--partition', help="SLURM's; default: the site's")
     add('--account', help="SLURM's")
     add('--qos', help="SLURM's")
@@ -66,8 +75,9 @@ def get_args_parser() -> config.Parser:
 class Job:
     """What a job runs. It is pickled by value and called elsewhere, so its methods import the project's modules."""
 
-    def __init__(self, stage: str, args: argparse.Namespace, local: bool):
-        self.stage, self.args, self.local = stage, args, local
+    def __init__(self, stage: str, args: argparse.Namespace, options: argparse.Namespace):
+        self.stage, self.args = stage, args
+        self.local, self.max_requeues = options.local, options.max_requeues
         self.repository, self.folder = str(REPOSITORY), os.getcwd()
         self.umask = os.umask(0o077)
         os.umask(self.umask)
@@ -86,11 +96,29 @@ class Job:
         main = importlib.import_module(f'main_{self.stage}')
         from util.errors import run_main
 
-        args = self.arguments(submitit.JobEnvironment().paths.folder)
-        run_main(lambda: main.main(args))
+        paths = submitit.JobEnvironment().paths
+        remove_unfinished(paths.result_pickle)
+        args = self.arguments(paths.folder)
+        run_main(lambda: self.run(main.main, args))
         signal.signal(
             signal.SIGUSR2, signal.SIG_IGN
         )  # done; while Python shuts down it would kill and count as failure
+
+    def run(self, main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+        """Run a main. It ends as stopped, and says how to go on, where its request to be queued again is not granted.
+
+        Then it has saved, and the exception comes out of submitit's handler of SIGUSR2.
+        """
+        try:
+            main(args)
+            return
+        except submitit.core.utils.UncompletedJobError:
+            why = f'is not queued again: its --max_requeues {self.max_requeues} are used up; to go on'
+        except subprocess.SubprocessError:  # of a job that is back in the queue already, by its administrator
+            why = 'was not queued again by scontrol, as it says above; if nobody else has done it'
+        go_on = f'submit it with --output_dir {args.output_dir} --resume auto'
+        print(f'job {submitit.JobEnvironment().job_id} {why}, {go_on}', flush=True)
+        raise SystemExit(STOPPED)
 
     def set_environment(self, job: submitit.JobEnvironment) -> None:
         """Ranks come from SLURM, or locally from here; never from the shell that submitted the job."""
@@ -120,12 +148,16 @@ class Job:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """submitit's hook ahead of a requeue. The training state is on the disk by now."""
-        pickled = submitit.JobEnvironment().paths.submitted_pickle
-        pickled.with_name(f'{pickled.name}.save_tmp').unlink(missing_ok=True)  # of a kill; submitit would stumble on it
+        remove_unfinished(submitit.JobEnvironment().paths.submitted_pickle)
         self.requeued = True
         return submitit.helpers.DelayedSubmission(self)
 
     __submitit_checkpoint__ = checkpoint
+
+
+def remove_unfinished(pickle: Path) -> None:
+    """Remove what a kill has left of the writing of a pickle: submitit would stumble over it."""
+    pickle.with_name(f'{pickle.name}.save_tmp').unlink(missing_ok=True)
 
 
 def free_port() -> int:
@@ -163,6 +195,8 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ('nodes', 'ngpus', 'timeout', 'cpus_per_task', 'signal_delay_s'):
         if getattr(options, name) < 1:
             raise UserError(f'--{name} must be at least 1, got {getattr(options, name)}')
+    if options.max_requeues < 0:
+        raise UserError(f'--max_requeues must be at least 0, got {options.max_requeues}')
     if options.mem_gb is not None and not options.mem_gb > 0:
         raise UserError(f'--mem_gb must be positive, got {options.mem_gb:g}')
     if options.name is not None and not re.fullmatch(NAME, options.name):
@@ -235,7 +269,7 @@ def private_folder(job_dir: str, several: bool) -> Path:
 
 
 def slurm_executor(folder: Path, options: argparse.Namespace, gpus: int) -> submitit.AutoExecutor:
-    executor = submitit.AutoExecutor(folder, cluster='slurm', slurm_max_num_timeout=MAX_REQUEUES)
+    executor = submitit.AutoExecutor(folder, cluster='slurm', slurm_max_num_timeout=options.max_requeues)
     executor.update_parameters(
         name=options.name or options.stage,
         nodes=options.nodes,
@@ -267,6 +301,7 @@ def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job]) -> None:
         raise UserError(f'SLURM refused: {error}') from error
     for label, job in zip(jobs, queued, strict=True):
         announce(label, job, jobs[label])
+    tell_state(queued[0].job_id)
 
 
 def announce(label: str, queued: submitit.Job, job: Job) -> None:
@@ -276,11 +311,40 @@ def announce(label: str, queued: submitit.Job, job: Job) -> None:
     print(f'  log    {queued.paths.stdout}', flush=True)
 
 
+def tell_state(job_id: str) -> None:
+    """Say whether a job, or the jobs of an array, have started. Raises UserError where waiting will not help.
+
+    Sites without EnforcePartLimits accept requests that they cannot meet.
+    """
+    if not re.fullmatch(JOB_ID, job_id):
+        raise UserError(f'{job_id!r} is no job id of SLURM: its state cannot be asked for')
+    number, end = job_id.partition('_')[0], time.monotonic() + LOOK_S
+    states = queue_states(number)
+    while any(state == 'PENDING' for state, _ in states) and time.monotonic() < end:
+        time.sleep(0.5)
+        states = queue_states(number)
+    for _, reason in states:
+        if re.fullmatch(WILL_NOT_START, reason):
+            raise UserError(f'job {number} will not start: {reason}; scancel {number}')
+    told = ', '.join(sorted({f'{state} ({reason})' if state == 'PENDING' else state for state, reason in states}))
+    print(f'  state  {told or "squeue does not show it"}')
+
+
+def queue_states(number: str) -> list[tuple[str, str]]:
+    """What squeue has of a job: (state, reason), several of an array; nothing if it does not answer."""
+    command = ['squeue', '--noheader', '--jobs', number, '--format', '%T %r']
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [(state, reason) for state, _, reason in (line.partition(' ') for line in shown.splitlines())]
+
+
 def run_here(folder: Path, options: argparse.Namespace, jobs: dict[str, Job], gpus: int) -> None:
     """Run the jobs one after the other; exits with 1 after the first that fails, with 75 if asked to stop."""
     for label, job in jobs.items():
         name = '-'.join(filter(None, ('local', time.strftime('%Y%m%d-%H%M%S'), str(os.getpid()), label)))
-        executor = submitit.LocalExecutor(str(folder).replace('%j', name), max_num_timeout=MAX_REQUEUES)
+        executor = submitit.LocalExecutor(str(folder).replace('%j', name), max_num_timeout=options.max_requeues)
         executor.update_parameters(
             tasks_per_node=options.ngpus,
             gpus_per_node=gpus,
@@ -321,7 +385,7 @@ def main(argv: list[str]) -> None:
     if len(devices) > 1:
         raise UserError('jobs of one --array ask for the same: all --device cuda or all cpu')
     gpus = options.ngpus if devices == {'cuda'} else 0
-    jobs = {label: Job(options.stage, args, options.local) for label, args in arguments.items()}
+    jobs = {label: Job(options.stage, args, options) for label, args in arguments.items()}
     folder = private_folder(options.job_dir, several=len(jobs) > 1)
     if options.local:
         run_here(folder, options, jobs, gpus)

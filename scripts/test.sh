@@ -24,7 +24,7 @@ case "${1:-}" in
     shift
     use_venv .venv requirements.txt tests/requirements.txt
     set -- -m "$layer" "$@"
-    workers=()
+    if [ "$layer" = slurm ]; then workers=(-n "${WORKERS:-3}"); else workers=(); fi # jobs mostly wait
     ;;
   *)
     use_venv .venv requirements.txt tests/requirements.txt

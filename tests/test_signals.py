@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from submitit.core.utils import UncompletedJobError
 from training import ROOT, arguments, command, environment, load, make_images, same, train
 
 from util import signals
@@ -215,6 +216,7 @@ def test_local_job_is_requeued(local_job, whole):
         ('pretrain --nodes 2 --ngpus 4 --effective-batch-size 100', '= 512'),
         ('pretrain --device cuda:1', 'cuda or cpu'),
         ('pretrain --nodes 0', '--nodes must be at least 1'),
+        ('pretrain --max_requeues -1', '--max_requeues must be at least 0'),
         ('pretrain --mem_gb -1', '--mem_gb must be positive'),
         ('pretrain --name a;b', '--name is made of letters'),
         ('pretrain --comment two\nlines', '--comment must be one line'),
@@ -231,13 +233,91 @@ def test_mistakes_end_before_anything_is_submitted(line, words):
     assert words in str(caught.value)
 
 
-def test_no_slurm_here(monkeypatch, capsys):
+def test_no_slurm_here(monkeypatch, capsys, fault):
     monkeypatch.setenv('PATH', '')
     with pytest.raises(SystemExit) as caught:
         run_main(lambda: launcher.main(['pretrain', '--model', 'mirl_vit_tiny']))
     assert caught.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert 'error: no sbatch on PATH' in line
+    fault(36, 'no sbatch on PATH', line.partition('error: ')[2], 2, 'nothing was submitted')
+
+
+@pytest.mark.parametrize(
+    ('shown', 'said'),
+    [
+        ('RUNNING None', 'RUNNING'),
+        ('PENDING Resources', 'PENDING (Resources)'),
+        ('PENDING AssocMaxJobsLimit', 'PENDING (AssocMaxJobsLimit)'),
+        ('PENDING Priority\nRUNNING None\nRUNNING None', 'PENDING (Priority), RUNNING'),
+        ('', 'squeue does not show it'),
+    ],
+)
+def test_state_of_a_new_job(shown, said, fake_squeue, capsys):
+    fake_squeue(shown)
+    launcher.tell_state('12')
+    assert capsys.readouterr().out == f'  state  {said}\n'
+
+
+@pytest.mark.parametrize(
+    'reason',
+    [
+        *['PartitionConfig', 'PartitionNodeLimit', 'BadConstraints', 'InvalidQOS', 'AccountNotAllowed', 'QOSMinNode'],
+        *['AssocMaxNodePerJobLimit', 'QOSMaxWallDurationPerJobLimit', 'QOSMaxGRESPerJob', 'QOSMaxCpuPerNode'],
+    ],
+)
+def test_job_that_will_not_start(reason, fake_squeue):
+    fake_squeue(f'RUNNING None\nPENDING {reason}')
+    with pytest.raises(UserError, match=f'^job 12 will not start: {reason}; scancel 12$'):
+        launcher.tell_state('12_1')
+
+
+@pytest.fixture
+def fake_squeue(tmp_path, monkeypatch):
+    """Call it with what squeue shall print of job 12."""
+    monkeypatch.setattr(launcher, 'LOOK_S', 0)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+
+    arguments = '--noheader --jobs 12 --format %T %r'
+
+    def install(text: str) -> None:
+        (tmp_path / 'shown').write_text(text)
+        (tmp_path / 'squeue').write_text(f'#!/bin/sh\n[ "$*" = "{arguments}" ] && cat {tmp_path}/shown\n')
+        (tmp_path / 'squeue').chmod(0o700)
+
+    return install
+
+
+def test_a_job_id_is_checked():
+    with pytest.raises(UserError, match='no job id'):
+        launcher.tell_state('12;id')
+
+
+@pytest.mark.parametrize(
+    ('error', 'words'),
+    [
+        (
+            UncompletedJobError('timed-out too many times'),
+            'is not queued again: its --max_requeues 3 are used up; ',
+        ),
+        (subprocess.CalledProcessError(1, 'scontrol'), 'was not queued again by scontrol, as it says above; if nobody'),
+    ],
+)
+def test_request_to_be_queued_again_that_is_not_granted(error, words, monkeypatch, capsys):
+    """The main has saved, and calls submitit's handler, which raises."""
+    monkeypatch.setenv('SUBMITIT_EXECUTOR', 'local')
+    monkeypatch.setenv('SUBMITIT_LOCAL_JOB_ID', '7')
+
+    def main(args):
+        raise error
+
+    job = launcher.Job('pretrain', argparse.Namespace(), argparse.Namespace(local=True, max_requeues=3))
+    with pytest.raises(SystemExit) as caught:
+        job.run(main, argparse.Namespace(output_dir='runs/x'))
+    assert caught.value.code == 75
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f'job 7 {words}')
+    assert line.endswith(', submit it with --output_dir runs/x --resume auto')
 
 
 def test_job_folder_is_ours_alone(tmp_path):
@@ -268,10 +348,10 @@ def test_jobs_of_an_array_have_folders_of_their_own(tmp_path):
     assert jobs['seed1'].output_dir is None  # the job's folder
 
 
-def test_a_requeued_job_resumes(tmp_path, monkeypatch):
+def test_a_requeued_job_resumes(tmp_path, monkeypatch, fault):
     monkeypatch.delenv('SLURM_RESTART_COUNT', raising=False)
     args = argparse.Namespace(output_dir=None, resume='other.pth')
-    job = launcher.Job('pretrain', args, local=True)
+    job = launcher.Job('pretrain', args, argparse.Namespace(local=True, max_requeues=1))
     assert vars(job.arguments(tmp_path)) == {'output_dir': tmp_path, 'resume': 'other.pth'}
     monkeypatch.setenv('SUBMITIT_EXECUTOR', 'local')
     monkeypatch.setenv('SUBMITIT_LOCAL_JOB_ID', '7')
@@ -280,11 +360,12 @@ def test_a_requeued_job_resumes(tmp_path, monkeypatch):
     again = job.__submitit_checkpoint__()
     assert again.function is job
     assert not list(tmp_path.iterdir())
+    fault(39, 'a `*.save_tmp` left beside the submitted pickle', 'none: the hook removes it', 0, 'the new pickle')
     assert job.arguments(tmp_path).resume == 'other.pth'  # there is nothing to resume yet
     (tmp_path / 'checkpoint-last.pth').touch()
     assert job.arguments(tmp_path).resume == 'auto'
     assert args.resume == 'other.pth'
 
-    requeued_by_slurm = launcher.Job('pretrain', args, local=False)
+    requeued_by_slurm = launcher.Job('pretrain', args, argparse.Namespace(local=False, max_requeues=1))
     monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
     assert requeued_by_slurm.arguments(tmp_path).resume == 'auto'

@@ -1,257 +1,256 @@
-"""Training under a real SLURM: preempted, out of time, cancelled or stuck, and the same bytes in the end.
+"""Training under a real SLURM: preempted, requeued, out of time, cancelled or stuck, and the same bytes in the end.
 
-`pytest -m slurm` brings up a cluster of two virtual nodes on this machine (slurm_up.sh: Debian packages, as root) and
-takes it down again unless it was up before. SLURM signals when it likes; so that a run of some seconds is in the middle
-of an epoch then, its processes are held by SIGSTOP. SLURM itself continues (SIGCONT) what it asks to end.
+`scripts/test.sh --slurm` brings up a cluster of eight virtual nodes on this machine (slurm_up.sh: Debian packages, as
+root), takes it down again unless it was up before, and runs several of these tests at a time: they mostly wait.
 """
 
-import os
+import contextlib
+import json
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from training import ROOT, load, make_images, same
+from cluster import TWO_BY_TWO, Job, same_bytes
+from training import load, train
 
-HERE = Path(__file__).parent
-CLUSTER = Path(os.environ.get('SLURM_DEV_ROOT', '/var/tmp/slurm-dev'))
-LAUNCHER = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain']
-SMALL = ['--nodes', '1', '--ngpus', '1', '--cpus-per-task', '1', '--timeout', '30']
-TWO_BY_TWO = ['--nodes', '2', '--ngpus', '2']
-TRAINING = [  # 12 steps of 16 images an epoch
-    *['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', '--num_workers', '1', '--print_freq', '1'],
-    *['--batch_size', '4', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3'],
-]
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+STOPPED = 'stopped on request at'
+ONE_RANK = ['--batch_size', '16']  # which takes the steps of the four together
+HERE = [*ONE_RANK, '--num_workers', '1', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3']
 
 
 # --------------------------------------------------------------------------
-# the cluster
+# jobs that are interrupted
 
 
-@pytest.fixture(scope='module')
-def cluster():
-    """The environment in which SLURM's commands work."""
-    if os.geteuid() != 0:
-        pytest.skip('a throw-away SLURM needs root: its daemons change user ids')
-    if not Path('/etc/debian_version').exists() or not shutil.which('apt-get'):
-        pytest.skip("slurm_up.sh installs Debian's packages; this is no Debian with apt-get")
-    was_up = alive(CLUSTER / 'run' / 'slurmctld.pid')
-    up = subprocess.run([HERE / 'slurm_up.sh'], capture_output=True, text=True, timeout=110)
-    assert up.returncode == 0, up.stderr
-    path = f'{CLUSTER}/bin:{os.environ["PATH"]}'
-    yield os.environ | {'SLURM_CONF': f'{CLUSTER}/slurm.conf', 'PATH': path, 'GLOO_SOCKET_IFNAME': 'lo'}
-    if not was_up:
-        subprocess.run([HERE / 'slurm_down.sh', '--purge'], check=True, capture_output=True, timeout=60)
-
-
-def alive(pidfile: Path) -> bool:
-    return pidfile.exists() and Path(f'/proc/{pidfile.read_text().strip()}').exists()
-
-
-class Submitted:
-    """A job of the launcher."""
-
-    def __init__(self, slurm, folder: Path, *flags: str):
-        self.slurm, self.folder = slurm, folder
-        done = slurm.launch('--job_dir', folder, *flags)
-        assert done.returncode == 0, done.stderr
-        self.id = re.search(r'^job (\d+)', done.stdout)[1]
-
-    def field(self, name: str) -> str:
-        shown = self.slurm.run('scontrol', '-o', 'show', 'job', self.id).stdout
-        return re.search(rf'\b{name}=(\S*)', shown)[1]
-
-    def log(self, rank: int = 0) -> str:
-        file = self.folder / f'{self.id}_{rank}_log.out'
-        return file.read_text() if file.exists() else ''
-
-    def wait_for(self, text: str, seconds: float = 60) -> None:
-        wait(lambda: text in self.log(), seconds, lambda: f'{text!r} in the log:\n{self.log()[-3000:]}')
-
-    def wait_for_state(self, *states: str, seconds: float = 60) -> None:
-        wait(lambda: self.field('JobState') in states, seconds, lambda: f'{states}; log:\n{self.log()[-3000:]}')
-
-    def signal_ranks(self, number: int, rank: int | None = None) -> list[int]:
-        """Send a signal to all processes of the ranks, or of one."""
-        pids = [pid for pid in processes(self.folder, 'submitit.core._submit') if rank in (None, rank_of(pid))]
-        for pid in pids:
-            os.kill(pid, number)
-        return pids
-
-
-class Slurm:
-    def __init__(self, environment: dict[str, str], folder: Path):
-        self.environment, self.folder = environment, folder
-        self.data = make_images(folder / 'images', per_class=64)  # 3 classes: 192 images
-
-    def run(self, *command) -> subprocess.CompletedProcess:
-        line = [str(word) for word in command]
-        return subprocess.run(line, capture_output=True, text=True, timeout=60, env=self.environment, cwd=self.folder)
-
-    def launch(self, *flags) -> subprocess.CompletedProcess:
-        return self.run(*LAUNCHER, *SMALL, *TRAINING, '--data_path', self.data, *flags)
-
-
-@pytest.fixture(scope='module')
-def slurm(cluster, tmp_path_factory):
-    """The cluster; afterwards none of these tests' jobs and processes may be left."""
-    slurm = Slurm(cluster, tmp_path_factory.mktemp('slurm'))
-    yield slurm
-    queued = slurm.run('squeue', '-h', '-o', '%A %Z').stdout.splitlines()
-    mine = [line.split()[0] for line in queued if str(slurm.folder) in line]
-    if mine:
-        slurm.run('scancel', *mine)
-    wait(lambda: not processes(slurm.folder), 30, lambda: f'the end of processes {processes(slurm.folder)}')
-
-
-def wait(condition, seconds: float, what) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f'after {seconds:.0f} s still waiting for {what()}'
-        time.sleep(0.05)
-
-
-def processes(folder: Path, *words: str) -> list[int]:
-    """Python processes whose command line has these words and the folder in it."""
-    found = []
-    for proc in Path('/proc').glob('[0-9]*'):
-        try:
-            line = (proc / 'cmdline').read_bytes().decode(errors='replace').split('\0')
-        except OSError:  # it has ended
-            continue
-        text = ' '.join(line)
-        if 'python' in Path(line[0]).name and str(folder) in text and all(word in text for word in words):
-            found.append(int(proc.name))
-    return [pid for pid in found if pid != os.getpid()]
-
-
-def rank_of(pid: int) -> int | None:
-    found = re.search(rb'\0SLURM_PROCID=(\d+)\0', Path(f'/proc/{pid}/environ').read_bytes())
-    return int(found[1]) if found else None
-
-
-def finished_alike(job: Submitted, undisturbed: dict) -> bool:
-    """Whether all of the training state in the job's last checkpoint is that of the undisturbed run, to the bit."""
-    last = load(job.folder)
-    return all(same(last[key], undisturbed[key]) for key in ('model', 'optimizer', 'epoch', 'step', 'logger'))
-
-
-# --------------------------------------------------------------------------
-# jobs that end as they should
-
-
-@pytest.fixture(scope='module')
-def undisturbed(slurm) -> dict:
-    """The last checkpoint of two nodes x two tasks that nobody interrupts."""
-    job = Submitted(slurm, slurm.folder / 'undisturbed', *TWO_BY_TWO)
-    job.wait_for_state('COMPLETED')
-    assert 'on 4 x cpu' in job.log()
-    last = load(job.folder)
+def test_undisturbed(undisturbed):
+    last = undisturbed.result()
     assert (last['epoch'], last['step']) == (2, 12)
-    assert (job.folder.stat().st_mode & 0o777) == 0o700
-    return last
+    assert 'on 4 x cpu' in undisturbed.log()
+    assert undisturbed.places() == []
+    assert (undisturbed.folder.stat().st_mode & 0o777) == 0o700
 
 
-def test_preempted_by_a_higher_partition(slurm, undisturbed, measured):
-    job = Submitted(slurm, slurm.folder / 'preempted', *TWO_BY_TWO)
-    job.wait_for('Epoch: [1] [ 3/12]')
-    job.signal_ranks(signal.SIGSTOP)
-    high = slurm.run('sbatch', '-p', 'high', '-N2', '--exclusive', '-o', '/dev/null', '--wrap', 'sleep 1')
-    assert high.returncode == 0, high.stderr
-    began = time.monotonic()
-    job.wait_for('stopped on request at epoch 1, step')
-    stopped = time.monotonic() - began
-    job.wait_for_state('COMPLETED', seconds=90)
-    log = job.log()
-    assert 'this job is preempted' in log
-    assert f'Requeued job {job.id}' in log
-    assert job.field('Restarts') == '1'
-    assert log.count('stopped on request') == 1
-    place = re.search(r'stopped on request at (epoch 1, step \d+)', log)[1]
-    assert f'checkpoint-last.pth at {place}' in log
-    assert finished_alike(job, undisturbed)
-    measured(f'preempted: stopped {stopped:.1f} s after the other job came, at {place}; resumed there; same bytes')
+def test_requeued_once_and_preempted_twice(slurm, undisturbed, promise, fault):
+    """Once in each epoch, with two loader workers per rank. That of the administrator bypasses submitit."""
+    job = slurm.submit('headline', *TWO_BY_TWO, '--num_workers', '2')
+    seconds = []
+    for epoch, interrupt in enumerate([job.requeue, job.preempt, job.preempt]):
+        life = epoch + 1
+        job.hold(epoch, life)
+        (job.folder / f'{job.id}_submitted.pkl.save_tmp').touch()  # of an earlier kill; submitit stumbles over it
+        interrupt()
+        began = time.monotonic()
+        job.wait_for(STOPPED, life)
+        seconds.append(time.monotonic() - began)
+    assert same_bytes(job.result(), undisturbed.result())
+    log, places = job.log(), job.places()
+    assert [place.partition(',')[0] for place in places] == ['epoch 0', 'epoch 1', 'epoch 2']
+    assert log.count(f'Requeued job {job.id}') == 2
+    assert job.field('Restarts') == '3'
+    promise(
+        8,
+        f'2 nodes x 2 tasks with 2 loader workers each, requeued by the administrator once and preempted twice, in one '
+        f'real SLURM job: stopped {max(seconds):.1f} s after the order at the latest, at {"; ".join(places)}, and '
+        f'resumed there: 0 of 36 steps lost, 0 done twice; weights, optimizer and running averages the same bytes',
+    )
+    line = next(line for line in log.splitlines() if STOPPED in line)
+    fault(38, 'preempted twice, requeued by its administrator (SIGTERM only)', line, 75, 'the state at the agreed step')
+    fault(39, 'a `*.save_tmp` left beside the submitted pickle', f'Requeued job {job.id}', 0, 'removed by the hook')
 
 
-def test_time_limit(slurm, undisturbed, measured):
+def test_some_ranks_are_asked_for_another_thing(slurm, undisturbed, measured, fault):
+    """SIGUSR2 to rank 1 only; SIGUSR2 to rank 3, SIGTERM to the others; SIGTERM while the job queues itself again."""
+    job = slurm.submit('one-rank', *TWO_BY_TWO)
+    job.hold(epoch=0)
+    job.signal(signal.SIGUSR2, rank=1)
+    job.signal(signal.SIGCONT)
+    job.wait_for(STOPPED)
+    job.hold(epoch=1, life=2)
+    job.signal(signal.SIGUSR2, rank=3)
+    for rank in (0, 1, 2):
+        job.signal(signal.SIGTERM, rank)
+    job.signal(signal.SIGCONT)
+    job.wait_for(STOPPED, life=2)
+    job.signal(signal.SIGTERM)
+    assert same_bytes(job.result(), undisturbed.result())
+    places = job.places()
+    assert len(places) == 2
+    assert job.log().count(f'Requeued job {job.id}') == 2
+    measured(f'SIGUSR2 to one rank of four: stopped at {places[0]}; with SIGTERM to the others at {places[1]}')
+    for case in ('SIGUSR2 to rank 1 only', 'SIGTERM while SIGUSR2 is being handled'):
+        line = next(line for line in job.log().splitlines() if STOPPED in line)
+        fault(22, f'{case}, under SLURM', line, 75, 'the state at the agreed step; queued again, same bytes')
+
+
+def test_requeued_by_the_administrator_while_it_queues_itself(slurm, undisturbed):
+    """SLURM then refuses the second of the two requests, and the job goes on nevertheless."""
+    job = slurm.submit('both', *TWO_BY_TWO)
+    job.hold(epoch=1)
+    job.signal(signal.SIGUSR2)
+    job.requeue()
+    assert same_bytes(job.result(), undisturbed.result())
+    assert len(job.places()) == 1
+    assert 'Traceback' not in job.log()
+
+
+def test_time_limit(slurm, undisturbed, promise):
     # SLURM looks every 30 s whether a limit will be near before it looks again: this is a signal after 25 to 55 s
-    job = Submitted(slurm, slurm.folder / 'limit', *TWO_BY_TWO, '--timeout', '1', '--signal_delay_s', '5')
-    job.wait_for('Epoch: [1] [ 3/12]')
-    job.signal_ranks(signal.SIGSTOP)
-    job.wait_for('stopped on request at epoch 1, step')
-    job.wait_for_state('COMPLETED', seconds=60)
-    log = job.log()
-    assert f'Requeued job {job.id} (999 remaining timeouts)' in log
-    place = re.search(r'stopped on request at (epoch 1, step \d+)', log)[1]
-    assert f'checkpoint-last.pth at {place}' in log
-    assert finished_alike(job, undisturbed)
-    measured(f'time limit: stopped at {place}; resumed there; same bytes')
+    job = slurm.submit('limit', *TWO_BY_TWO, '--timeout', '1', '--signal_delay_s', '5')
+    job.hold(epoch=1)
+    job.wait_for(STOPPED)
+    assert same_bytes(job.result(), undisturbed.result())
+    assert f'Requeued job {job.id} (999 remaining timeouts)' in job.log()
+    [place] = job.places()
+    promise(8, f'a real time limit on the same job: stopped at {place}, resumed there; the same bytes')
+
+
+def test_out_of_requeues(slurm, fault):
+    """submitit counts SIGUSR2 as a time limit in the last ten minutes of a job: here always."""
+    job = slurm.submit('often', '--timeout', '10', '--max_requeues', '1', *ONE_RANK)
+    for life in (1, 2):
+        job.hold(epoch=life - 1, life=life)
+        job.signal(signal.SIGUSR2)
+        job.signal(signal.SIGCONT)
+        job.wait_for(STOPPED, life)
+    job.wait_for_state('FAILED')
+    assert job.field('ExitCode') == '75:0'
+    [line] = [line for line in job.log().splitlines() if line.startswith(f'job {job.id} ')]
+    assert f'job {job.id} is not queued again: its --max_requeues 1 are used up; to go on, ' in line
+    assert 'Traceback' not in job.log()
+    go_on = line.partition('submit it with ')[2].split()
+    again = slurm.submit('often-again', *go_on, *ONE_RANK)
+    again.wait_for_state('COMPLETED')
+    assert same_bytes(load(job.folder), train('pretrain', slurm.data, slurm.folder / 'often-whole', *HERE))
+    shown = line.replace(str(job.folder), 'jobs/12').replace(f'job {job.id}', 'job 12')
+    fault(38, 'max_num_timeout reached', shown, 75, 'the state at the last step; submitted as told, the same bytes')
+
+
+def test_array_of_seeds_one_of_them_preempted(slurm, measured):
+    flags = ['--seeds', '0', '1', '--job_dir', slurm.folder / 'seeds', *ONE_RANK, '--cpus_per_task', '2']
+    done = slurm.launch(*flags)
+    assert done.returncode == 0, done.stderr
+    ids = re.findall(r'^job (\d+_\d): pretrain seed\d$', done.stdout, re.MULTILINE)
+    jobs = [Job(slurm, number, slurm.folder / 'seeds' / number) for number in ids]
+    assert [f'  folder {job.folder}' in done.stdout for job in jobs] == [True, True]
+    jobs[1].hold(epoch=1)
+    (jobs[1].folder / f'{ids[1]}_0_result.pkl.save_tmp').touch()  # of an earlier kill; submitit stumbles over it
+    jobs[1].preempt()
+    for seed, job in enumerate(jobs):
+        whole = train('pretrain', slurm.data, slurm.folder / f'seed{seed}', *HERE, '--seed', seed)
+        assert same_bytes(job.result(), whole)
+        assert job.field('Restarts') == str(seed)
+        assert len(job.places()) == seed
+    assert not same_bytes(*(job.result() for job in jobs))
+    measured(f'job {ids[1]} of an array preempted: stopped at {jobs[1].places()[0]}; both end with the same bytes')
 
 
 def test_cancelled_then_submitted_again(slurm, undisturbed, measured):
-    folder = slurm.folder / 'cancelled'
-    job = Submitted(slurm, folder, *TWO_BY_TWO)
-    job.wait_for('Epoch: [1] [ 3/12]')
-    job.signal_ranks(signal.SIGSTOP)
-    slurm.run('scancel', job.id)
+    job = slurm.submit('cancelled', *TWO_BY_TWO)
+    job.hold(epoch=1)
+    slurm.ask('scancel', job.id)
     job.wait_for_state('CANCELLED')
-    job.wait_for('stopped on request at epoch 1, step')
-    wait(lambda: not processes(folder), 30, lambda: 'the end of the job')
-    saved = load(folder)
+    job.wait_for(STOPPED)
+    job.wait_for_end()
+    saved = load(job.folder)
     assert saved['epoch'] == 1
     assert 3 <= saved['step'] <= 5
-    again = Submitted(slurm, folder, *TWO_BY_TWO, '--resume', 'auto')
-    again.wait_for_state('COMPLETED')
+    again = slurm.submit('cancelled', *TWO_BY_TWO, '--resume', 'auto')
+    assert same_bytes(again.result(), undisturbed.result())
     assert f'at epoch 1, step {saved["step"]} of 12' in again.log()
-    assert finished_alike(again, undisturbed)
     measured(f'cancelled: saved at step {saved["step"]} of epoch 1; submitted again; same bytes')
 
 
-def test_stuck_rank_ends_the_job(slurm, measured):
-    job = Submitted(slurm, slurm.folder / 'stuck', '--ngpus', '2', '--dist_timeout', '5', '--epochs', '50')
+# --------------------------------------------------------------------------
+# ranks that are lost
+
+
+def test_killed_rank_ends_the_job(slurm, undisturbed, promise, fault):
+    """The job is over within seconds; requeued, it goes on from the last checkpoint."""
+    job = slurm.submit('killed', *TWO_BY_TWO, '--save_freq_steps', '2')
+    job.wait_for('Epoch: [1] [ 3/12]')
+    began = time.monotonic()
+    job.signal(signal.SIGKILL, rank=1)
+    job.wait_for_state('FAILED', seconds=30)
+    seconds = time.monotonic() - began
+    job.wait_for_end()
+    saved, line, code = load(job.folder), *last_words(job)
+    assert saved['epoch'] == 1
+    job.requeue()
+    assert same_bytes(job.result(), undisturbed.result())
+    assert f'checkpoint-last.pth at epoch 1, step {saved["step"]} of 12' in job.life(2)
+    promise(9, f'rank 1 of 4 gets SIGKILL under SLURM: the job has failed after {seconds:.1f} s')
+    fault(17, 'SIGKILL to rank 1 under SLURM', line, code, 'the last checkpoint; requeued, the same bytes')
+
+
+def test_stuck_rank_ends_the_job(slurm, promise, fault):
+    job = slurm.submit('stuck', '--ngpus', '2', '--dist_timeout', '5', '--epochs', '50')
     job.wait_for('Epoch: [1] [ 3/24]')
     began = time.monotonic()
-    assert job.signal_ranks(signal.SIGSTOP, rank=1)
+    job.signal(signal.SIGSTOP, rank=1)
     job.wait_for_state('FAILED', seconds=5 + 30)
-    measured(f'stuck rank: job failed {time.monotonic() - began:.1f} s after it hung, with --dist_timeout 5')
-    wait(lambda: not processes(job.folder), 30, lambda: 'the end of the stuck rank')
+    seconds = time.monotonic() - began
+    job.wait_for_end()
+    promise(9, f'rank 1 of 2 hangs under SLURM, --dist_timeout 5: the job has failed after {seconds:.1f} s')
+    line, code = last_words(job)
+    fault(18, 'SIGSTOP to rank 1 under SLURM', line, code, 'the last checkpoint')
 
 
-def test_array_of_seeds(slurm):
-    flags = ['--epochs', '1', '--warmup_epochs', '0', '--batch_size', '16']
-    done = slurm.launch('--seeds', '0', '1', '--job_dir', 'seeds', *flags)
-    assert done.returncode == 0, done.stderr
-    ids = re.findall(r'^job (\d+_\d): pretrain seed\d$', done.stdout, re.MULTILINE)
-    assert len(ids) == 2
-    folders = [slurm.folder / 'seeds' / job for job in ids]
-    assert [f'  folder {folder}' in done.stdout for folder in folders] == [True, True]
-    files = [folder / f'{job}_0_result.pkl' for folder, job in zip(folders, ids, strict=True)]
-    wait(lambda: all(file.exists() for file in files), 60, lambda: f'the end of jobs {ids}')
-    first, second = (load(folder) for folder in folders)
-    assert [first['args']['seed'], second['args']['seed']] == [0, 1]
-    assert not same(first['model'], second['model'])
+def last_words(job: Job) -> tuple[str, int]:
+    """The line that names the lost rank, and the exit code in status.json; that of the job is srun's."""
+    [line] = [line for line in job.log().splitlines() if 'error: rank 0: ' in line]
+    assert ' rank 1 (host ' in line
+    return line, json.loads((job.folder / 'status.json').read_text())['exit_code']
 
 
 # --------------------------------------------------------------------------
 # mistakes
 
 
-@pytest.mark.parametrize('flags', [['--nodes', '9'], ['--timeout', '100800'], ['--partition', 'nowhere']])
-def test_impossible_request(slurm, flags):
-    done = slurm.launch('--job_dir', 'impossible', *flags)
-    assert (done.returncode, done.stdout) == (2, '')
-    [line] = done.stderr.splitlines()
-    assert 'error: SLURM refused: sbatch: error: ' in line
+def test_impossible_requests(slurm, fault):
+    """SLURM's own words where it refuses them; its reason where it only lets the job wait."""
+    for flags, words in (
+        (['--nodes', '9'], 'Node count specification invalid'),
+        (['--timeout', '100800'], 'Requested time limit is invalid (missing or exceeds some limit)'),
+        (['--partition', 'nowhere'], 'invalid partition specified: nowhere'),
+        (['--ngpus', '9', '--device', 'cuda'], 'Requested node configuration is not available'),
+    ):
+        done = slurm.launch('--job_dir', 'impossible', *flags)
+        assert (done.returncode, done.stdout) == (2, '')
+        [line] = done.stderr.splitlines()
+        assert 'error: SLURM refused: sbatch: error: ' in line
+        assert words in line
+        fault(36, ' '.join(flags), line, done.returncode, 'nothing was submitted')
+
+    with limits_not_enforced(slurm):
+        for flags, reason in (['--nodes', '9'], 'PartitionNodeLimit'), (['--timeout', '100800'], 'PartitionTimeLimit'):
+            done = slurm.launch('--job_dir', 'impossible', *flags)
+            number = re.match(r'job (\d+):', done.stdout)[1]
+            assert slurm.ask('squeue', '-h', '-j', number, '-o', '%T') == 'PENDING\n'
+            [line] = done.stderr.splitlines()
+            assert line == f'run_with_submitit.py: error: job {number} will not start: {reason}; scancel {number}'
+            assert done.returncode == 2
+            slurm.ask(*line.rpartition('; ')[2].split())
+            shown = line.replace(number, '12')
+            fault(37, f'{" ".join(flags)} where sbatch takes it', shown, 2, 'a job that is pending, to be cancelled')
+
+
+@contextlib.contextmanager
+def limits_not_enforced(slurm):
+    file = Path(slurm.environment['SLURM_CONF'])
+    text = file.read_text()
+    file.write_text(text.replace('EnforcePartLimits=ALL', 'EnforcePartLimits=NO'))
+    slurm.ask('scontrol', 'reconfigure')
+    yield
+    file.write_text(text)
+    slurm.ask('scontrol', 'reconfigure')
 
 
 def test_gpus_are_asked_for_and_missed_in_one_line(slurm):
     """The cluster's GPUs are only numbers: the job gets two, and finds none."""
-    job = Submitted(slurm, slurm.folder / 'gpus', '--ngpus', '2', '--device', 'cuda')
+    job = slurm.submit('gpus', '--ngpus', '2', '--device', 'cuda')
     assert job.field('TresPerNode').endswith('gpu:2')
     job.wait_for_state('FAILED')
     assert 'main_pretrain.py: error: --device cuda: no GPU is visible; use --device cpu' in job.log().splitlines()
