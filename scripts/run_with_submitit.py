@@ -9,6 +9,7 @@ Every flag that is not listed here goes to the main, whose parser checks it befo
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import importlib
@@ -94,15 +95,16 @@ class Job:
         sys.argv[:] = [f'main_{self.stage}.py']
         self.set_environment(submitit.JobEnvironment())
         main = importlib.import_module(f'main_{self.stage}')
-        from util.errors import run_main
+        from util.errors import AT_THE_END, run_main
 
         paths = submitit.JobEnvironment().paths
         remove_unfinished(paths.result_pickle)
         args = self.arguments(paths.folder)
-        run_main(lambda: self.run(main.main, args))
-        signal.signal(
-            signal.SIGUSR2, signal.SIG_IGN
-        )  # done; while Python shuts down it would kill and count as failure
+        run_main(lambda: self.run(main.main, args), returns=True)
+        # done; while Python shuts down it would kill and count as failure
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        for function in AT_THE_END:  # when submitit has written the result
+            atexit.register(function, 0)
 
     def run(self, main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
         """Run a main. It ends as stopped, and says how to go on, where its request to be queued again is not granted.
@@ -211,6 +213,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f'--local is this machine alone: --nodes 1, not {options.nodes}')
     if re.search(r'%(?!j)', options.job_dir):
         raise UserError(f'--job_dir {options.job_dir}: %j, the job id, is all that can be filled in')
+    if not options.job_dir.isprintable():
+        raise UserError(f'--job_dir must be one line of printable characters, got {options.job_dir!r}')
 
 
 def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
@@ -223,6 +227,11 @@ def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[st
     seeds = [(f'seed{seed}', ['--seed', str(seed)]) for seed in options.seeds] or [('', [])]
     pairs = list(itertools.product(recipes, seeds))
     jobs = {'-'.join(filter(None, (a, b))): [*flags, *first, *second] for (a, first), (b, second) in pairs}
+    for label in jobs:
+        if label and (label.startswith('.') or not re.fullmatch(NAME, label)):
+            raise UserError(
+                f'{label!r} of --array: the names of recipes, of letters, digits, and . _ -, become folders'
+            )
     if len(jobs) < len(pairs):
         raise UserError('two of the jobs would have one name; --array and --seeds take each once')
     return jobs
@@ -253,18 +262,20 @@ def private_folder(job_dir: str, several: bool) -> Path:
 
     Pickles in it are executed. Raises UserError where others could replace them.
     """
-    folder = Path(job_dir).expanduser().absolute()
-    if several and '%j' not in job_dir:
+    folder = Path(job_dir).expanduser().resolve()
+    if several and '%j' not in str(folder):
         folder /= '%j'
     root = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
     os.umask(0o077)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        mode = root.stat().st_mode
+        mode, above = root.stat().st_mode, root.parent.stat().st_mode
     except OSError as error:
         raise UserError(f'cannot make the job folder {root}: {error.strerror}') from error
     if mode & 0o022:
         raise UserError(f'--job_dir: {root} can be written by others ({stat.filemode(mode)}); chmod go-w it')
+    if above & 0o022 and not above & stat.S_ISVTX:
+        raise UserError(f'--job_dir: others could replace {root}, since they can write to the folder above it')
     return folder
 
 

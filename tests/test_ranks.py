@@ -28,9 +28,9 @@ def whole(data, tmp_path_factory):
     return load(folder)
 
 
-def start(data, folder, *flags: str) -> subprocess.Popen:
-    """Two ranks under torchrun, in their sixth step."""
-    line = command('pretrain', data, folder, *FLAGS, *flags, ranks=2)
+def start(data, folder, *flags: str, ranks: int = 2) -> subprocess.Popen:
+    """Ranks under torchrun, in their sixth step."""
+    line = command('pretrain', data, folder, *FLAGS, *flags, ranks=ranks)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     read_until(process, '[5/8]')
     return process
@@ -74,6 +74,20 @@ def test_a_lost_rank_ends_the_run_and_is_named(name, number, words, entry, data,
     promise(9, f'torchrun, {name} of rank 1: job over after {seconds:.1f} s (--dist_timeout 5), rank and step named')
     line = re.sub(r'host \S+, process \d+', 'host a, process 123', line)
     fault(entry, f'{name} of rank 1', line, 6, 'the last checkpoint; resumed to the same bytes')
+
+
+@pytest.mark.timeout(100)
+def test_only_the_lost_one_of_four_is_named(data, tmp_path):
+    """A rank that waits for one that has noticed must notice, too."""
+    process = start(data, tmp_path, '--epochs', '100', '--batch_size', '2', ranks=4)
+    os.kill(json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid'], signal.SIGKILL)
+    _, err = process.communicate(timeout=5 + 30)
+    lines = error_lines(err)
+    assert 1 <= len(lines) <= 3
+    assert all(re.search(r'rank 1 \(host \S+, process \d+\) has died; its last sign [^;]*$', line) for line in lines), (
+        err
+    )
+    assert not processes_of(tmp_path)
 
 
 @pytest.mark.timeout(60)

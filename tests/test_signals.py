@@ -197,6 +197,17 @@ def test_local_job_is_requeued(local_job, whole):
     assert equal_states(load(folder), whole)
 
 
+def test_local_job_of_two_ranks_ends_well(data, tmp_path):
+    """Both leave their results to submitit, without which the launcher would call the job failed."""
+    script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '2']
+    flags = arguments('pretrain', data, tmp_path, *FLAGS, '--epochs', '1', '--warmup_epochs', '0')
+    done = subprocess.run(
+        [*script, '--job-dir', str(tmp_path), *flags], capture_output=True, text=True, timeout=100, env=environment()
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    assert len(list(tmp_path.glob('*_result.pkl'))) == 2
+
+
 # --------------------------------------------------------------------------
 # the launcher
 
@@ -225,6 +236,8 @@ def test_local_job_is_requeued(local_job, whole):
         ('pretrain --job_dir jobs/%u', '%j, the job id, is all'),
         ('pretrain --seeds 0 --seed 1', '--seeds sets --seed of each job'),
         ('pretrain --seeds 0 0', 'one name'),
+        ('pretrain --array ....yaml', 'become folders'),
+        ('pretrain --job_dir a\nb', '--job_dir must be one line'),
     ],
 )
 def test_mistakes_end_before_anything_is_submitted(line, words):
@@ -328,6 +341,12 @@ def test_job_folder_is_ours_alone(tmp_path):
         assert launcher.private_folder(str(tmp_path / 'jobs'), several=True) == tmp_path / 'jobs' / '%j'
         (tmp_path / 'jobs').chmod(0o770)
         with pytest.raises(UserError, match='can be written by others'):
+            launcher.private_folder(str(tmp_path / 'jobs' / '%j'), several=False)
+        with pytest.raises(UserError, match='can be written by others'):
+            launcher.private_folder(str(tmp_path / 'other' / '%j' / '..' / '..' / 'jobs'), several=True)
+        (tmp_path / 'jobs').chmod(0o700)
+        tmp_path.chmod(0o777)
+        with pytest.raises(UserError, match='others could replace'):
             launcher.private_folder(str(tmp_path / 'jobs' / '%j'), several=False)
     finally:
         os.umask(umask)

@@ -6,6 +6,7 @@ import ctypes
 import inspect
 import os
 import re
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -175,6 +176,15 @@ def gather(thing: Any) -> list:
     return things
 
 
+def hang_up() -> None:
+    """Break this process's connections: a rank that waits for it, not for the one that is lost, would not notice."""
+    for descriptor in map(int, os.listdir('/proc/self/fd')):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.getpeername()  # or it listens, which gloo expects to go on
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 def wait_for_main_to_end() -> None:
     """Return when rank 0's process is gone, for which it must not be waiting itself."""
     with contextlib.suppress(RuntimeError):  # its end breaks the connections that the barrier stands on
@@ -206,6 +216,7 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
 
 def end_process(code: int) -> None:
     """What Python does at its end, but for the freeing of what is left."""
+    atexit.unregister(end_process)  # which may be one of them
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

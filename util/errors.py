@@ -83,8 +83,11 @@ def exit_code(error: BaseException | None) -> int:
 AT_THE_END: list[Callable[[int], None]] = []  # called with the exit code, after everything else
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point: a `RunError` becomes one line on stderr, once on each machine, and its exit code."""
+def run_main(main: Callable[[], None], returns: bool = False) -> None:
+    """Run an entry point: a `RunError` becomes one line on stderr, once on each machine, and its exit code.
+
+    `returns`: after a good end, the process still has something to do before `AT_THE_END`.
+    """
     error = None
     try:
         main()
@@ -96,7 +99,8 @@ def run_main(main: Callable[[], None]) -> None:
             print(f'{os.path.basename(sys.argv[0])}: error: {who}{one_line(error)}', file=sys.stderr)
     elif isinstance(error, Exception):
         traceback.print_exception(error)
-    for function in AT_THE_END:
-        function(exit_code(error))
+    if error or not returns:
+        for function in AT_THE_END:
+            function(exit_code(error))
     if error:
         raise SystemExit(exit_code(error)) from None

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from util import digests
-from util.dist import Place
+from util.dist import Place, hang_up
 from util.errors import MEANING, STOPPED, StorageError, UserError
 from util.log import info
 
@@ -135,9 +135,10 @@ class RunFolder:
     def lost(self) -> str:
         """Which ranks have failed, died or do not answer, after a collective has failed. Ends those that hang here.
 
-        Every rank that lives has noticed, too, and says so within seconds: one that does not is the one that is lost.
+        Every rank that lives notices, too, and says so within seconds: one that does not is the one that is lost.
         """
         self.beat(state='noticed')
+        hang_up()
         others = [rank for rank in range(self.place.world_size) if rank != self.place.rank]
         wait_until(lambda: not any(self.may_answer(self.read_sign(rank)) for rank in others), PATIENCE_S)
         signs = {rank: self.read_sign(rank) for rank in others}
