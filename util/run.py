@@ -20,6 +20,17 @@ from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optim
 from util.run_folder import RunFolder, prepare
 from util.weight_files import read_checkpoint
 
+IDENTITY = [
+    'model',
+    'model_kwargs',
+    'dataset',
+    'input_size',
+    'mask_ratio',
+    'norm_pix_loss',
+    'repeated_aug',
+    'opt',
+    'seed',
+]
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
 
@@ -102,20 +113,8 @@ class Run:
 
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
-        args = self.args
-        names = (
-            'model',
-            'model_kwargs',
-            'dataset',
-            'input_size',
-            'mask_ratio',
-            'norm_pix_loss',
-            'repeated_aug',
-            'opt',
-            'seed',
-        )
         return {
-            **{name: getattr(args, name) for name in names if hasattr(args, name)},
+            **{name: getattr(self.args, name) for name in IDENTITY if hasattr(self.args, name)},
             'stage': self.stage,
             'images': self.num_images,
             'effective_batch': self.sampler.global_batch,
@@ -150,13 +149,7 @@ class Run:
             self.restore(self.saved)
         self.model = dist.parallel(self.core, self.device, args.compile)
         if dist.is_main():
-            moments = [param for param in self.core.parameters() if param.requires_grad] * 2
-            checkpoint.check_space(args.output_dir, [*self.core.state_dict().values(), *moments])
-            if removed := checkpoint.clean(args.output_dir, self.damaged):
-                self.notices.append(f'removed {removed} unfinished files of a run that was killed')
-            last = args.output_dir / checkpoint.LAST
-            if self.resumed_from and args.resume == 'auto' and self.resumed_from != last:
-                checkpoint.link(self.resumed_from, last)
+            self.tidy_folder()
         first = self.axis(self.first_epoch, self.first_step)
         self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, first)
         self.announce()
@@ -167,6 +160,16 @@ class Run:
         found = dist.gather((str(self.resumed_from), where))
         if len(set(found)) > 1:
             raise StorageError(f'the ranks see different checkpoints in {self.args.output_dir}: {found}')
+
+    def tidy_folder(self) -> None:
+        """Make the output folder as a save leaves it, whatever a kill has left. Raises StorageError without room."""
+        folder = self.args.output_dir
+        moments = [param for param in self.core.parameters() if param.requires_grad] * 2
+        checkpoint.check_space(folder, [*self.core.state_dict().values(), *moments])
+        if removed := checkpoint.clean(folder, self.damaged):
+            self.notices.append(f'removed {removed} unfinished files of a run that was killed')
+        if self.resumed_from and self.args.resume == 'auto' and self.resumed_from.name != checkpoint.LAST:
+            checkpoint.link(self.resumed_from, folder / checkpoint.LAST)
 
     def announce(self) -> None:
         """Say what is about to run, and keep it beside the checkpoints."""
