@@ -84,5 +84,6 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction='sum')
         totals += torch.stack([(labels != LEFT_OUT).sum(), hits[:, 0].sum(), hits.sum(), loss]).double()
     core.train(was_training)
+    dist.barrier()  # hosts notice a lost rank, before any of them waits for a GPU
     count, top1, top5, loss = dist.all_reduce_sum(totals).tolist()
     return {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count, 'images': int(count)}

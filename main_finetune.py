@@ -260,6 +260,7 @@ def main(args: argparse.Namespace) -> None:
         for epoch, logger in run.epochs():
             stats = train_one_epoch(run, batches, epoch, logger, augment, loss)
             run.save(checkpoint.LAST, epoch, logger.steps, logger, closed=False)  # an evaluation takes long
+            run.stop_if_asked(epoch, logger.steps, logger)
             networks = {'test': run.core} | ({'test_ema': run.ema.module} if run.ema else {})
             tests = {name: evaluate(net, val_batches, run.statistics, run.amp_dtype) for name, net in networks.items()}
             report(tests['test'])

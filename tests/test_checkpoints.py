@@ -15,7 +15,7 @@ import torch
 from training import load, make_images, same, train
 
 from util import checkpoint, digests
-from util.errors import CheckpointError, NoCheckpointError, StorageError
+from util.errors import CheckpointError, NoCheckpointError, StorageError, UserError
 from util.weight_files import read_checkpoint
 
 FLAGS = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '0', '--save_freq_steps', '2']
@@ -117,6 +117,45 @@ def test_nothing_left_to_resume(trained, tmp_path, fault):
     assert len(checkpoint.any_in(run)) == 4
     line = str(caught.value).replace(f'{run}', 'runs/x')
     fault(2, 'all of them cut short', f'{line[:160]}...', 4, 'everything, as it was')
+
+
+def test_another_way_from_an_earlier_checkpoint(trained, tmp_path, capfd):
+    """What was written after it is put aside, and is not taken for newer than what comes now."""
+    run = shutil.copytree(trained / 'run', tmp_path / 'run')
+    flags = [*FLAGS, '--save_freq', '1', '--keep_last', '1']
+    train('pretrain', trained / 'images', run, *flags, '--resume', run / 'checkpoint-0.pth', '--lr', '1e-5')
+    out = capfd.readouterr().out
+    assert out.count('put aside, as later than') == 3
+    assert (run / 'checkpoint-1.pth.abandoned').exists()
+    kept = {path.name for path in checkpoint.any_in(run)}
+    assert kept == {'checkpoint-0.pth', 'checkpoint-1.pth', checkpoint.LAST, checkpoint.PREVIOUS}
+    assert load(run, 'checkpoint-1.pth')['args']['lr'] == 1e-5
+
+
+def test_another_runs_folder(trained, tmp_path):
+    """Whatever is resumed, checkpoints of another run are not written over."""
+    for name in (checkpoint.BEST, checkpoint.LAST):
+        other = tmp_path / name.partition('.')[0]
+        other.mkdir()
+        shutil.copy(trained / 'run' / checkpoint.LAST, other / name)
+        resume = 'auto' if name == checkpoint.BEST else trained / 'run' / checkpoint.LAST
+        with pytest.raises(UserError, match='is of an earlier run and would be lost'):
+            train('pretrain', trained / 'images', other, *FLAGS, '--resume', resume)
+
+
+def test_a_passing_fault_is_no_damage(trained, tmp_path, monkeypatch):
+    """A file system that does not answer for a moment: nothing is put aside."""
+    run = shutil.copytree(trained / 'run', tmp_path / 'run')
+
+    def stale(path):
+        raise OSError(errno.ESTALE, 'Stale file handle')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, 'sum_of', stale)
+        with pytest.raises(CheckpointError, match=r'checkpoint-last\.pth cannot be read: Stale file handle'):
+            train('pretrain', trained / 'images', run, *FLAGS, '--resume', 'auto')
+    assert not list(run.glob('*.damaged'))
+    train('pretrain', trained / 'images', run, *FLAGS, '--resume', 'auto')
 
 
 def test_only_leftovers(trained, tmp_path, capfd, fault):

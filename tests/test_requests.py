@@ -1,5 +1,7 @@
 """Requests to stop at any moment of a run: it saves, ends with exit code 75, and goes on to the same bytes."""
 
+import errno
+import json
 import signal
 
 import pytest
@@ -8,6 +10,7 @@ from training import load, make_images, same, train
 import engine_finetune
 import main_finetune
 from util import checkpoint, datasets
+from util.errors import StorageError
 from util.optim import GuardedStep
 from util.run import Run
 
@@ -16,7 +19,7 @@ MOMENTS = {  # what is running when the signal comes, and where the run is to st
     'before the first step': (Run, 'announce', 1, (0, 0)),
     'while the loader starts': (datasets, 'loader', 1, (0, 0)),
     'in a step': (GuardedStep, 'backward', 2, (0, 2)),
-    'in a save': (checkpoint, 'write', 1, (1, 0)),
+    'in a save': (checkpoint, 'write', 1, (0, 4)),  # of an epoch that is still to be evaluated
     'in an evaluation': (engine_finetune.F, 'cross_entropy', 1, (1, 0)),
 }
 
@@ -57,7 +60,7 @@ def signal_at(patch, owner, name: str, call: int, *numbers: int) -> None:
 
 def stopped_at(data, folder, capfd) -> tuple[int, int, str]:
     with pytest.raises(SystemExit) as caught:
-        train('finetune', data, folder, *FLAGS)
+        train('finetune', data, folder, *FLAGS, '--resume', 'auto')
     assert caught.value.code == 75
     [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith('stopped on request')]
     saved = load(folder)
@@ -78,6 +81,32 @@ def test_a_request_at_any_moment(moment, name, data, whole, tmp_path, monkeypatc
         resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
         assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
     fault(20, f'{name} {moment}', line, 75, f'epoch {place[0]}, step {place[1]}; resumed to the same bytes')
+
+
+def test_asked_twice_before_an_evaluation(data, whole, tmp_path, monkeypatch, capfd):
+    """The epoch is evaluated in the end: its line in log.txt, its record."""
+    for owner, name in ((checkpoint, 'write'), (Run, 'announce')):
+        with monkeypatch.context() as patch:
+            signal_at(patch, owner, name, 1, signal.SIGTERM)
+            assert stopped_at(data, tmp_path, capfd)[:2] == (0, 4)
+    resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
+    assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
+    assert len((tmp_path / 'log.txt').read_text().splitlines()) == 2
+
+
+def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
+    """The disk is full when the run is asked to stop."""
+
+    def no_space(state, file):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        signal_at(patch, GuardedStep, 'backward', 2, signal.SIGTERM)
+        patch.setattr(checkpoint, 'write', no_space)
+        with pytest.raises(StorageError):
+            train('finetune', data, tmp_path, *FLAGS)
+    status = json.loads((tmp_path / 'status.json').read_text())
+    assert (status['state'], status['exit_code']) == ('failed', 5)
 
 
 def test_again_during_the_save(data, whole, tmp_path, monkeypatch, capfd, fault):

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from util import digests
-from util.errors import CheckpointError, NoCheckpointError, StorageError, UserError
+from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError
 from util.weight_files import read_checkpoint
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
-DAMAGED = '.damaged'  # what is put behind the name of a file that cannot be read, which is kept for who wants to look
+DAMAGED, ABANDONED = '.damaged', '.abandoned'  # put behind the names of files that are kept, but not used any more
 
 # arguments that say where and how a run works, and do not change what it computes; or are held against `run` already
 ELSEWHERE = {
@@ -119,9 +119,26 @@ def clean(folder: Path, damaged: Collection[Path]) -> int:
     for file in leftovers:
         file.unlink(missing_ok=True)
     for path in damaged:
-        path.rename(path.with_name(path.name + DAMAGED))
-        digests.beside(path).unlink(missing_ok=True)
+        put_aside(path, DAMAGED)
     return len(leftovers)
+
+
+def put_aside(path: Path, why: str) -> None:
+    """Rename a checkpoint, and its sum, to a name under which nothing looks for it."""
+    aside = path.with_name(path.name + why)
+    path.rename(aside)
+    if digests.beside(path).exists():
+        digests.beside(path).rename(digests.beside(aside))
+
+
+def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Path]:
+    """Put aside what a run had written after the checkpoint of it that another way is taken from."""
+    later = [path for path in numbered(folder) if int(path.stem.rpartition('-')[2]) >= first_epoch]
+    later += [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
+    later = [path for path in later if not path.samefile(resumed_from)]
+    for path in later:
+        put_aside(path, ABANDONED)
+    return later
 
 
 # --------------------------------------------------------------------------
@@ -138,7 +155,7 @@ def find_newest(folder: Path) -> tuple[Path | None, dict | None, dict[Path, str]
         if path.is_file():
             try:
                 state = read_checkpoint(path)
-            except CheckpointError as error:
+            except DamagedError as error:
                 damaged[path] = str(error)
                 continue
             good.append(((state.get('epoch', -1), state.get('step', -1)), path, state))

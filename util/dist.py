@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 from datetime import timedelta
@@ -25,7 +26,7 @@ from util.errors import AT_THE_END, LostError, RunError, UserError
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts settle among themselves; None: the default group
 # how much longer NCCL waits than the hosts, which can say what was lost: its watchdog ends a process without a word
 WATCHDOG_S = 30
-LOST = re.compile('gloo|NCCL|ProcessGroup|TCPStore|[Cc]onnection (closed|reset|refused)|[Tt]imed out|Broken pipe')
+LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore')  # in what torch raises as a plain RuntimeError
 
 
 class Place(NamedTuple):
@@ -45,7 +46,11 @@ def place() -> Place:
         ('OMPI_COMM_WORLD_RANK', ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')),
     ):
         if needed in env and all(name in env for name in names):
-            return Place(*(int(env[name]) for name in names))
+            try:
+                return Place(*(int(env[name]) for name in names))
+            except ValueError as error:
+                found = ', '.join(f'{name}={env[name]}' for name in names)
+                raise UserError(f'the launcher set {found}, which are not numbers') from error
     return Place()
 
 
@@ -64,6 +69,8 @@ def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch
     if here.world_size > 1:
         if 'MASTER_ADDR' not in os.environ and dist_url == 'env://':
             dist_url = slurm_url()
+        if dist_url == 'env://' and not os.environ.get('MASTER_PORT', '').isdecimal():
+            raise UserError('several processes, but MASTER_PORT, where they meet, is not set to a number')
         backend = 'nccl' if own.type == 'cuda' else 'gloo'
         patience = timeout + timedelta(seconds=WATCHDOG_S if backend == 'nccl' else 0)
         try:
@@ -86,7 +93,8 @@ def no_meeting(error: RuntimeError, dist_url: str, here: Place) -> RunError:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an exception says that a collective has failed: the fault, then, is another process's."""
-    return active() and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+    told = isinstance(error, torch_dist.DistError) or (isinstance(error, RuntimeError) and LOST.search(str(error)))
+    return active() and bool(told)
 
 
 def own_device(device: str) -> torch.device:
@@ -109,7 +117,11 @@ def own_device(device: str) -> torch.device:
     if 'SLURM_STEP_ID' in os.environ and count == 1:  # each task was given a GPU of its own
         index = 0
     if index >= count:
-        raise UserError(f'--device {device}: process {here.local_rank} would take GPU {index}, but {count} are visible')
+        error = UserError(
+            f'--device {device}: process {here.local_rank} would take GPU {index}, but {count} are visible'
+        )
+        error.rank = here.rank  # the first ones do not meet it
+        raise error
     return torch.device('cuda', index)
 
 
@@ -179,10 +191,12 @@ def gather(thing: Any) -> list:
 def hang_up() -> None:
     """Break this process's connections: a rank that waits for it, not for the one that is lost, would not notice."""
     for descriptor in map(int, os.listdir('/proc/self/fd')):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6):
-                connection.getpeername()  # or it listens, which gloo expects to go on
-                connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        connection.getpeername()  # or it listens, which gloo expects to go on
+                        connection.shutdown(socket.SHUT_RDWR)
 
 
 def wait_for_main_to_end() -> None:

@@ -36,6 +36,10 @@ class CheckpointError(UserError):
     """A checkpoint file that is missing, damaged, unsafe, or of another architecture."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint file that is not what was written."""
+
+
 class DivergedError(RunError):
     """Too many steps in a row whose loss or gradient was not finite."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import dist
+from util import digests, dist
 
 
 def info(text: str) -> None:
@@ -156,21 +156,22 @@ class MetricLogger:
 class RunLog:
     """What rank 0 leaves to read: `log.txt`, one JSON object per epoch, and TensorBoard events.
 
-    A resumed run goes over steps that the one before may have logged; those after `first_step_1000x` are dropped.
+    A resumed run goes over steps that the one before may have logged: what is of `first_epoch` or later is dropped from
+    `log.txt`, and what is after `first_step_1000x` from the events.
     """
 
-    def __init__(self, output_dir: Path, log_dir: Path, first_step_1000x: int = 0):
+    def __init__(self, output_dir: Path, log_dir: Path, first_epoch: int = 0, first_step_1000x: int = 0):
         self.writer = None
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
             self.file = output_dir / 'log.txt'
-            self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x + 1 if first_step_1000x else None)
-            if first_step_1000x and self.file.is_file():
+            self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x + 1)
+            if self.file.is_file():
                 lines = self.file.read_text(encoding='utf-8').splitlines(keepends=True)
                 whole = [(line, re.search(r'"epoch": (\d+)\}$', line)) for line in lines]  # no match: torn by a kill
-                kept = [line for line, match in whole if match and int(match[1]) < first_step_1000x // 1000]
-                self.file.write_text(''.join(kept), encoding='utf-8')
+                kept = [line for line, match in whole if match and int(match[1]) < first_epoch]
+                digests.replace(self.file, ''.join(kept).encode())
 
     def scalars(self, epoch_1000x: int, **values: float) -> None:
         """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size."""

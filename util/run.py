@@ -58,18 +58,21 @@ class Run:
             raise UserError(
                 f'{num_images} training images in {args.data_path} are fewer than one step takes: {self.arithmetic}'
             )
-        if not args.resume:
+        if args.resume != 'auto' and not self.rewinds():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, here)
         prepare(args.log_dir or args.output_dir)
         self.notices: list[str] = []  # to be told when the run is announced
         self.damaged: dict[Path, str] = {}  # checkpoints that were passed over, and why
-        self.resumed_from, self.saved = self.find_saved()
-        if self.saved:
-            checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
-            self.notices += checkpoint.changed_settings(self.saved, config.plain(args))
+        self.resumed_from: Path | None = None
+        self.saved: dict | None = None  # what it holds, until it is restored
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
         self.ema: nn.Module | None = None
+
+    def rewinds(self) -> bool:
+        """Whether the run takes another way from a checkpoint of its own folder."""
+        resume = self.args.resume
+        return resume not in ('', 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
 
     def find_saved(self) -> tuple[Path | None, dict | None]:
         """The checkpoint that --resume means, and what it holds. A damaged one is passed over, with a warning."""
@@ -81,22 +84,32 @@ class Run:
         path, saved, self.damaged = checkpoint.find_newest(args.output_dir)
         self.notices += [f'WARNING: {why}; it is put aside, and {path} taken' for why in self.damaged.values()]
         if not path:
+            checkpoint.check_unused(args.output_dir)  # the best one of an earlier run may be there
             self.notices.append(f'no checkpoint in {args.output_dir} to resume: this run begins anew')
         elif not digests.beside(path).exists():
             self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
         return path, saved
 
     def __enter__(self) -> 'Run':
-        if self.folder.place.rank == 0:
-            self.folder.write_status('running')
+        signals.install_early()
+        try:
+            if self.folder.place.rank == 0:
+                self.folder.write_status('running')
+            self.resumed_from, self.saved = self.find_saved()
+            if self.saved:
+                checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
+                self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args))
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         """Leave word of the end. Raises what the fault is to be called, if that is not how it came."""
-        signals.restore()
         named = self.named(error)
         message = str(named) if isinstance(named, RunError) else f'{type(named).__name__}: {named}'
         self.folder.close(exit_code(named), message, noticed=named is not error and isinstance(named, LostError))
+        signals.restore()
         if named is not error:
             raise named from error
 
@@ -104,7 +117,7 @@ class Run:
         """What storage or another process has caused, with its place; other faults as they are."""
         place = f'epoch {self.folder.epoch}, after {self.folder.step} of {self.sampler.steps} steps'
         if dist.is_lost(error):
-            error = LostError(f'{place}: {self.folder.lost()}')
+            error = LostError(f'{place}: {self.folder.lost(error)}')
         elif isinstance(error, OSError) and (error.errno in STORAGE or not self.args.output_dir.is_dir()):
             error = StorageError(f'{place}: {error}')
         if isinstance(error, RunError) and dist.active() and not isinstance(error, DivergedError):
@@ -131,8 +144,9 @@ class Run:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
+        signals.restore()  # while it waits for other processes, Python could not obey
         self.device = dist.init(args.device, args.dist_url, args.dist_timeout)
-        signals.install()
+        signals.install_early()
         self.agree_on_saved()
         rng.settle_kernels(args.deterministic)
         self.amp_dtype = config.amp_dtype(args, self.device)
@@ -151,13 +165,16 @@ class Run:
         if dist.is_main():
             self.tidy_folder()
         first = self.axis(self.first_epoch, self.first_step)
-        self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, first)
+        self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, self.first_epoch, first)
+        signals.install()
         self.announce()
 
     def agree_on_saved(self) -> None:
         """Raise StorageError unless all ranks have read one checkpoint: a disk can show them different ones."""
-        where = (self.saved['epoch'], self.saved['step']) if self.saved else None
-        found = dist.gather((str(self.resumed_from), where))
+        saved = self.saved or {}
+        mine = (str(self.resumed_from), *(saved.get(key) for key in ('epoch', 'step', 'closed')))
+        runs, found = zip(*dist.gather((self.folder.run, mine)), strict=True)
+        self.folder.run = runs[0]
         if len(set(found)) > 1:
             raise StorageError(f'the ranks see different checkpoints in {self.args.output_dir}: {found}')
 
@@ -168,8 +185,12 @@ class Run:
         checkpoint.check_space(folder, [*self.core.state_dict().values(), *moments])
         if removed := checkpoint.clean(folder, self.damaged):
             self.notices.append(f'removed {removed} unfinished files of a run that was killed')
-        if self.resumed_from and self.args.resume == 'auto' and self.resumed_from.name != checkpoint.LAST:
-            checkpoint.link(self.resumed_from, folder / checkpoint.LAST)
+        if self.rewinds():
+            later = checkpoint.abandon_later(folder, self.first_epoch, self.resumed_from)
+            self.notices += [f'put aside, as later than {self.resumed_from}: {path}' for path in later]
+        last = folder / checkpoint.LAST
+        if self.resumed_from and self.resumed_from.parent.samefile(folder) and not last.exists():
+            checkpoint.link(self.resumed_from, last)
 
     def announce(self) -> None:
         """Say what is about to run, and keep it beside the checkpoints."""
@@ -259,6 +280,7 @@ class Run:
     def after_step(self, epoch: int, step: int, lr: float, logger: MetricLogger) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
         self.folder.beat(epoch, step + 1)
+        asked = dist.largest(signals.requested())  # before any wait for a GPU: here hosts notice that a rank is lost
         if logger.due(step):
             bad_steps = self.bad_steps(epoch, step + 1, logger)
             values = logger.line(step, lr, bad_steps=bad_steps, **self.reader.counted())
@@ -266,8 +288,8 @@ class Run:
         every = self.args.save_freq_steps
         if every and (step + 1) % every == 0 and step + 1 < logger.steps:
             self.save(checkpoint.LAST, epoch, step + 1, logger)
-        if step + 1 < logger.steps:  # else the epoch is to be closed first: evaluation, log.txt, numbered checkpoint
-            self.stop_if_asked(epoch, step + 1, logger)
+        if asked and step + 1 < logger.steps:  # else the epoch is to be closed first: log.txt, numbered checkpoint
+            self.stop(asked, epoch, step + 1, logger)
 
     def after_epoch(self, epoch: int, logger: MetricLogger, **values) -> None:
         """The epoch's line in log.txt and its checkpoints."""
@@ -291,17 +313,19 @@ class Run:
         return counts['bad_steps']
 
     def stop_if_asked(self, epoch: int, step: int, logger: MetricLogger) -> None:
-        """Where any rank was asked to stop, save after `step` steps of `epoch` and end all of them at this place."""
-        request = dist.largest(signals.requested())
-        if not request:
-            return
-        self.save(checkpoint.LAST, epoch, step, logger)
+        """Where any rank was asked to stop, end all of them at this place."""
+        if asked := dist.largest(signals.requested()):
+            self.stop(asked, epoch, step, logger)
+
+    def stop(self, request: int, epoch: int, step: int, logger: MetricLogger) -> None:
+        """Save after `step` steps of `epoch`, and end as stopped; queued again, where that was the request."""
+        self.save(checkpoint.LAST, epoch, step, logger, closed=False)
+        dist.barrier()  # no rank says that the state is saved before it is
+        signals.ignore()
         self.folder.close(STOPPED, '')  # before it is queued again: its next process takes the folder over
-        dist.barrier()  # a rank that ends makes launchers end the others
         where = f'epoch {epoch}, step {step} of {logger.steps}'
         info(f'stopped on request at {where}; state saved: resume with --resume auto')
         signals.end_workers()
-        signals.ignore()
         requeue = signals.requeue_handler()
         if request == signals.REQUEUE and requeue:
             if dist.is_main():
@@ -329,7 +353,8 @@ class Run:
         if dist.is_main():
             self.log.flush()
             checkpoint.save(self.args.output_dir / name, self.state(epoch, step, sums) | {'closed': closed})
-            self.folder.write_status('running')
+            if not self.folder.has_failed():
+                self.folder.write_status('running')
 
     def state(self, epoch: int, step: int, sums: dict) -> dict:
         """What a checkpoint holds."""

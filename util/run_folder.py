@@ -45,6 +45,8 @@ class RunFolder:
     def __init__(self, folder: Path, place: Place):
         self.folder, self.place = folder, place
         self.epoch = self.step = 0
+        # which run this is, says rank 0, which holds the lock. Others hear it when they meet, and write nothing before
+        self.run = f'{time.time_ns():x}' if place.rank == 0 else ''
         self.identity = {'host': socket.gethostname(), 'pid': os.getpid()}
         self.identity |= {'job': os.environ['SLURM_JOB_ID']} if 'SLURM_JOB_ID' in os.environ else {}
         prepare(folder)
@@ -79,6 +81,7 @@ class RunFolder:
     def write_status(self, state: str, code: int | None = None, message: str = '') -> None:
         """`status.json`; if there is no room for a new one, over the old one."""
         status = {
+            'run': self.run,
             'state': state,
             'exit_code': code,
             'meaning': MEANING.get(code, ''),
@@ -98,8 +101,10 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 file.write_bytes(content)
 
-    def status(self) -> dict:
-        return read_json(self.folder / 'status.json')
+    def has_failed(self) -> bool:
+        """Whether a rank of this run has said so already: the first word is the cause."""
+        status = read_json(self.folder / 'status.json')
+        return status.get('state') == 'failed' and status.get('run') == self.run
 
     def close(self, code: int, message: str, noticed: bool = False) -> None:
         """Say how it ended, unless another rank has said so first, and let the folder go.
@@ -109,7 +114,7 @@ class RunFolder:
         if self.sign.closed:
             return
         state = {0: 'done', STOPPED: 'stopped'}.get(code, 'failed')
-        if self.status().get('state') == 'running' and (code or self.place.rank == 0):
+        if not self.has_failed() and (self.place.rank == 0 or (code and self.run)):
             self.write_status(state, code, message if state == 'failed' else '')
         self.beat(state='noticed' if noticed else state, message=message)
         self.sign.close()
@@ -128,11 +133,13 @@ class RunFolder:
         """This rank has done `step` steps of `epoch`. Costs one short write; what fails here fails nothing."""
         if epoch is not None:
             self.epoch, self.step = epoch, step
-        sign = {'state': state, 'epoch': self.epoch, 'step': self.step, **self.identity, 'message': message[:300]}
+        sign = {'state': state, 'epoch': self.epoch, 'step': self.step, **self.identity, 'message': message[:150]}
         with contextlib.suppress(OSError):
-            os.pwrite(self.sign.fileno(), json.dumps(sign).encode().ljust(SIGN_BYTES), 0)
+            os.pwrite(self.sign.fileno(), json.dumps(sign, ensure_ascii=False).encode().ljust(SIGN_BYTES), 0)
+            if state != 'running':  # other hosts are to see this within seconds
+                os.fsync(self.sign.fileno())
 
-    def lost(self) -> str:
+    def lost(self, error: BaseException) -> str:
         """Which ranks have failed, died or do not answer, after a collective has failed. Ends those that hang here.
 
         Every rank that lives notices, too, and says so within seconds: one that does not is the one that is lost.
@@ -145,7 +152,7 @@ class RunFolder:
         if failed := [rank for rank in others if signs[rank].get('state') == 'failed']:
             return f'rank {failed[0]} has failed: {signs[failed[0]]["message"]}'
         silent = [rank for rank in others if signs[rank].get('state') in BUSY]
-        return '; '.join(self.describe(rank, signs[rank]) for rank in silent) or 'a connection broke; all ranks live'
+        return '; '.join(self.describe(rank, signs[rank]) for rank in silent) or f'a connection broke: {error}'
 
     def read_sign(self, rank: int) -> dict:
         return read_json(self.sign_of(rank)) or {

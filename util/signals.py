@@ -11,6 +11,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from util.errors import STOPPED
+
 STOP, REQUEUE = 1, 2  # what is asked for, 0 is nothing; of several requests the largest holds
 MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGUSR2: REQUEUE}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -24,17 +26,31 @@ def install() -> None:
     global asked
     asked = 0
     for number in MEANING:
-        if signal.getsignal(number) is not note:
-            before[number] = signal.signal(number, note)
+        stand_in(number, note)
     atexit.unregister(end_workers)
     atexit.register(end_workers)
 
 
+def install_early() -> None:
+    """Until `install`, when nothing is trained yet that could be saved, SIGTERM ends the process as stopped."""
+    stand_in(signal.SIGTERM, stop_at_once)
+
+
+def stand_in(number: int, handler: Callable[[int, object], None]) -> None:
+    previous = signal.signal(number, handler)
+    before.setdefault(number, previous)
+
+
 def restore() -> None:
-    """Put the handlers back that were there before `install`."""
+    """Put the handlers back that were there before, unless signals are ignored by now: the process ends."""
     while before:
         number, handler = before.popitem()
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if signal.getsignal(number) in (note, stop_at_once):
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def stop_at_once(number: int, frame) -> None:
+    raise SystemExit(STOPPED)
 
 
 def note(number: int, frame) -> None:

@@ -4,6 +4,7 @@ What torch.save writes (a zip, every record held against its checksum; or the fo
 writes (its arrays stay numpy arrays), and safetensors.
 """
 
+import errno
 import mmap
 import os
 import re
@@ -19,20 +20,23 @@ import torch
 from torch import Tensor
 
 from util import digests
-from util.errors import CheckpointError
+from util.errors import CheckpointError, DamagedError
 from util.unpickle import Refused, printable, run
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # what a reader may raise for a malformed file
-DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A file's dict of plain data, tensors and numpy arrays. Raises CheckpointError, one line for whatever is wrong."""
+    """A file's dict of plain data, tensors and numpy arrays.
+
+    Raises CheckpointError, one line for whatever is wrong; DamagedError, if it is the file and not the access to it.
+    """
     path, kind = Path(path), None
+    if not path.is_file():
+        raise CheckpointError(f'{path} {"is a folder, not a checkpoint" if path.is_dir() else "does not exist"}')
     try:
-        if not path.is_file():
-            raise Refused('is a folder, not a checkpoint' if path.is_dir() else 'does not exist')
         kind, read = recognise(path)
         if not digests.agrees(path):
             raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
@@ -41,12 +45,15 @@ def read_checkpoint(path: str | Path) -> dict:
             raise Refused(f'holds a {type(state).__name__}, not a dict of weights')
         return state
     except Refused as error:
-        raise CheckpointError(f'{path} {error}') from error
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from error
+        raise DamagedError(f'{path} {error}') from error
+    except OSError as error:  # of these, a bad sector of the disk stays
+        kind_of_error = DamagedError if error.errno == errno.EIO else CheckpointError
+        raise kind_of_error(f'{path} cannot be read: {error.strerror or error}') from error
+    except MemoryError as error:
+        raise CheckpointError(f'{path} takes more memory than there is') from error
     except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
-        raise CheckpointError(f'{path} {what}') from error
+        raise DamagedError(f'{path} {what}') from error
 
 
 def recognise(path: Path) -> tuple[str | None, Callable]:
