@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from submitit.core.utils import UncompletedJobError
-from training import ROOT, arguments, command, environment, load, make_images, same, train
+from training import ROOT, arguments, command, environment, load, make_images, read_until, same, train
 
 from util import signals
 from util.errors import UserError, run_main
@@ -45,13 +45,6 @@ def equal_states(a: dict, b: dict) -> bool:
 def start(line: list[str], **variables: str) -> subprocess.Popen:
     env = environment() | variables
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def read_until(process: subprocess.Popen, text: str) -> None:
-    for line in process.stdout:
-        if text in line:
-            return
-    pytest.fail(f'{text!r} never came; stderr: {process.stderr.read()}')
 
 
 def wait(condition, what: str, seconds: float = 60) -> None:
