@@ -26,7 +26,8 @@ from util.errors import AT_THE_END, LostError, RunError, UserError
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts settle among themselves; None: the default group
 # how much longer NCCL waits than the hosts, which can say what was lost: its watchdog ends a process without a word
 WATCHDOG_S = 30
-LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore')  # in what torch raises as a plain RuntimeError
+# in what torch raises as a plain RuntimeError when a collective fails
+LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore|pair closure|[Cc]onnection (closed|reset) by peer')
 
 
 class Place(NamedTuple):
