@@ -727,7 +727,7 @@ def test_loader_processes_that_end_or_hang(data, workers, fault):
     transform = datasets.eval_transform(32, 1.0)
     plan = datasets.eval_batches(len(files), 4, 0, 1)
     for deed, words in (
-        (lambda: os._exit(0), r'DataLoader worker \(pid\(s\) \d+\) exited unexpectedly'),
+        (lambda: os._exit(0), r'(DataLoader worker \(pid\(s\) \d+\)|a loader process) exited unexpectedly'),
         (lambda: os.kill(os.getpid(), signal.SIGSTOP), r'no loader process has answered for 1\.8 seconds'),
     ):
         patience = 2 if 'answered' in words else 20

@@ -69,6 +69,8 @@ class Loader(DataLoader):
         """What to say when a worker is lost after so many batches. The others are ended, stuck ones too."""
         signals.end_workers()
         why = error.__cause__ if isinstance(error.__cause__, LostError) else error
+        if isinstance(why, OSError | EOFError):  # a broken connection, which says nothing, or not what it was
+            why = 'a loader process exited unexpectedly'
         batch = next(itertools.islice(self.batch_sampler, received, None), [])
         files = ', '.join(printable(self.dataset.name(item[1])) for item in batch[:NAMED])
         worker = received % self.num_workers  # they take turns
