@@ -8,6 +8,7 @@ python scripts/reliability.py records.jsonl > docs/reliability.md
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -104,7 +105,7 @@ FAULTS_HEAD = """
 ## Faults
 
 The line that the user sees, the exit code of the process that meets the fault, and what is on the disk afterwards.
-Lines are shortened where they end in `...`; of several cases of one fault, each has a row.
+Lines are shortened where they end in `...`; cases of one fault that showed themselves alike share a row.
 """
 REST = """
 ## Limits
@@ -168,13 +169,29 @@ def page(promises: dict[int, list[str]], faults: dict[int, list[dict]]) -> str:
     text = HEAD + '\n' + table('#, promise, how, measured', rows)
     text += CODES + '\n'.join(f'| {code} | {meaning} |' for code, meaning in MEANING.items()) + '\n' + FAULTS_HEAD
     for group, members in FAULTS.items():
-        rows = []
-        for number, name in members.items():
-            for record in faults[number] or [{'case': '', 'line': '**not tried**', 'code': '', 'left': ''}]:
-                line = record['line'] if len(record['line']) <= 300 else f'{record["line"][:300]}...'
-                rows.append((number, f'{name}: {record["case"]}', f'`{line}`', record['code'], record['left']))
+        rows = [row for number, name in members.items() for row in fault_rows(number, name, faults[number])]
         text += f'\n### {group}\n\n' + table('#, fault, the line, code, on the disk', rows)
     return text + REST
+
+
+def fault_rows(number: int, name: str, records: list[dict]) -> list[tuple]:
+    """A row for all cases of a fault that showed themselves alike."""
+    if not records:
+        return [(number, name, '**not tried**', '', '')]
+    alike = defaultdict(list)
+    for record in records:
+        alike[shown(record['line']), record['code'], record['left']].append(record['case'])
+    return [
+        (number, f'**{name}**: {"; ".join(dict.fromkeys(cases))}', f'`{line}`', code, left)
+        for (line, code, left), cases in alike.items()
+    ]
+
+
+def shown(line: str) -> str:
+    """Without the program's name, the folders of the tests, and what is beyond 300 letters."""
+    line = re.sub(r'^\S+: error: ', '', line)
+    line = re.sub(r'/\S*/pytest-\d+/(popen-gw\d+/)?[^/\s]+/', '', line)
+    return line if len(line) <= 300 else f'{line[:300]}...'
 
 
 def main() -> None:

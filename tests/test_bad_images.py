@@ -218,7 +218,7 @@ def test_other_formats_are_refused(kind, write, fault):
     path = write(encoded(PICTURE, kind))
     line = message(path)
     assert 'not a file of JPEG, PNG, PPM, BMP, TIFF, WEBP' in line
-    fault(29, f'a {kind} named .png', line.replace(path, '.../image.png'), UserError.code, 'the image alone')
+    fault(29, f'{kind} named .png', line.replace(path, '.../image.png'), UserError.code, 'the image alone')
 
 
 def test_an_extreme_shape_in_evaluation(write, fault):
@@ -436,7 +436,7 @@ def test_the_first_bad_image_ends_the_run(stage, workers_per_process, data, said
     why = 'not a file of JPEG, PNG, PPM, BMP, TIFF, WEBP; --bad_images skip leaves such images out'
     assert line.endswith(f'error: cannot read the image .../data/train/class1/7.png: {why}')
     assert code == 2
-    fault(28, f'in {stage}ing, {workers_per_process} loader processes', line, code, 'what was saved before')
+    fault(28, f'{stage}, {workers_per_process} loader processes', line, code, 'what was saved before')
 
 
 def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
