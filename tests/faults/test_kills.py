@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def data(tmp_path_factory):
 def server():
     """Forks processes of a server that has imported the mains; nothing in it has run."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['main_pretrain', 'main_finetune'])
+    context.set_forkserver_preload(['main_pretrain', 'main_finetune', 'torch.utils.tensorboard'])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(ROOT))  # the server does not inherit sys.path
         warm = context.Process(target=print)
@@ -104,11 +105,12 @@ def unloadable(folder: Path) -> list[str]:
 def test_random_kills(server, data, tmp_path, promise, fault):
     rng = random.Random(KILLS)
     kills = runs = resumes = torn = 0
-    undisturbed = {}
+    undisturbed, seconds = {}, {}
     for name, (stage, flags) in CASES.items():
         chain = Chain(server, stage, data, tmp_path / f'whole {name}', [*COMMON, *flags])
+        began = time.monotonic()
         assert chain.go(100) == 0, chain.log.read_text()[-3000:]
-        undisturbed[name] = load(chain.folder)
+        undisturbed[name], seconds[name] = load(chain.folder), time.monotonic() - began
     for name in itertools.cycle(CASES):
         if kills >= KILLS:
             break
@@ -116,7 +118,7 @@ def test_random_kills(server, data, tmp_path, promise, fault):
         stage, flags = CASES[name]
         chain, code = Chain(server, stage, data, tmp_path / f'run {runs}', [*COMMON, *flags]), None
         while code is None:
-            code = chain.go(rng.uniform(0, 3) if kills < KILLS else 100)
+            code = chain.go(rng.uniform(0, seconds[name]) if kills < KILLS else 100)
             if code is None:
                 kills += 1
                 resumes += bool(checkpoint.any_in(chain.folder))
