@@ -132,6 +132,23 @@ def test_another_way_from_an_earlier_checkpoint(trained, tmp_path, capfd):
     assert load(run, 'checkpoint-1.pth')['args']['lr'] == 1e-5
 
 
+def test_the_same_way_from_the_last_checkpoint(trained, tmp_path):
+    """By its path: nothing is later, nothing is put aside."""
+    run = shutil.copytree(trained / 'run', tmp_path / 'run')
+    train('pretrain', trained / 'images', run, *FLAGS, '--resume', run / checkpoint.LAST, '--epochs', '3')
+    assert not list(run.glob('*.abandoned*'))
+
+
+def test_two_other_ways(trained, tmp_path):
+    """What the first had put aside stays."""
+    run = shutil.copytree(trained / 'run', tmp_path / 'run')
+    first = (run / checkpoint.LAST).read_bytes()
+    for _ in range(2):
+        train('pretrain', trained / 'images', run, *FLAGS, '--resume', run / 'checkpoint-0.pth')
+    assert (run / 'checkpoint-last.pth.abandoned').read_bytes() == first
+    assert (run / 'checkpoint-last.pth.abandoned1').exists()
+
+
 def test_another_runs_folder(trained, tmp_path):
     """Whatever is resumed, checkpoints of another run are not written over."""
     for name in (checkpoint.BEST, checkpoint.LAST):

@@ -9,6 +9,7 @@ A run keeps `checkpoint-last.pth` and the one before it, `checkpoint-previous.pt
 epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, which is checked before a file is used.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -109,7 +110,7 @@ def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
     for path in numbered(folder):
         if kept < keep:
             kept += bool(good_sum(path))
-        elif path not in in_use:
+        elif not any(used and path.samefile(used) for used in in_use):
             digests.remove(path)
 
 
@@ -124,8 +125,9 @@ def clean(folder: Path, damaged: Collection[Path]) -> int:
 
 
 def put_aside(path: Path, why: str) -> None:
-    """Rename a checkpoint, and its sum, to a name under which nothing looks for it."""
-    aside = path.with_name(path.name + why)
+    """Rename a checkpoint, and its sum, to a name under which nothing looks for it, and nothing lies yet."""
+    names = (path.with_name(f'{path.name}{why}{number or ""}') for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
     path.rename(aside)
     if digests.beside(path).exists():
         digests.beside(path).rename(digests.beside(aside))
@@ -133,9 +135,11 @@ def put_aside(path: Path, why: str) -> None:
 
 def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Path]:
     """Put aside what a run had written after the checkpoint of it that another way is taken from."""
+    if resumed_from.name == LAST:
+        return []
     later = [path for path in numbered(folder) if int(path.stem.rpartition('-')[2]) >= first_epoch]
     later += [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
-    later = [path for path in later if not path.samefile(resumed_from)]
+    later = [path for path in later if path.name != resumed_from.name]
     for path in later:
         put_aside(path, ABANDONED)
     return later

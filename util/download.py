@@ -5,7 +5,6 @@ They are kept in torch's cache, `$TORCH_HOME/hub/checkpoints`. Nothing there is 
 
 import contextlib
 import fcntl
-import hashlib
 import http.client
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from util import digests
 from util.errors import CheckpointError, StorageError
 from util.log import info
 from util.unpickle import printable
@@ -44,7 +44,7 @@ def fetch(source: str | Path) -> Path:
     url, sha256 = wanted[1], wanted[2].lower()
     path = Path(torch.hub.get_dir()) / 'checkpoints' / file_name(url, sha256)
     with storage(path), alone(path):
-        if not (path.is_file() and hash_of(path) == sha256):
+        if not (path.is_file() and digests.sum_of(path) == sha256):
             download(url, path, sha256)
     return path
 
@@ -67,16 +67,11 @@ def download(url: str, path: Path, sha256: str) -> None:
                     size += file.write(chunk)
         if length and size != int(length):
             raise CheckpointError(f'{url}: the connection was lost after {size} of {length} bytes')
-        if (found := hash_of(part)) != sha256:
+        if (found := digests.sum_of(part)) != sha256:
             raise CheckpointError(f'{url}: its SHA-256 is {found}, not {sha256}; what was downloaded is deleted')
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def hash_of(path: Path) -> str:
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 class HttpsOnly(urllib.request.HTTPRedirectHandler):

@@ -1,6 +1,6 @@
 """A run's hold on its output folder: one writer at a time, `status.json`, and a sign of life of every rank.
 
-`.lock` is held by rank 0 for as long as it lives, whatever ends it. `status.json` says how the run goes or ended, since
+`.lock` is held by rank 0 until the run ends, whatever ends it. `status.json` says how the run goes or ended, since
 launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is where a rank has got to: when one is lost, the
 others find there which it was, and what it was doing.
 """
