@@ -300,7 +300,7 @@ def test_the_newest_good_ones_are_kept(tmp_path, monkeypatch, promise):
                 victim = rng.choice(sorted(good - {0}))
                 (tmp_path / f'checkpoint-{victim}.pth').unlink()
                 good.discard(victim)
-        checkpoint.prune(tmp_path, keep, in_use=[resumed_from])
+        checkpoint.prune(tmp_path, keep, in_use=[tmp_path / '..' / tmp_path.name / resumed_from.name, None])
         expected = set(sorted(good, reverse=True)[:keep]) | {0}
         left = {int(file.stem.split('-')[1]) for file in checkpoint.numbered(tmp_path)}
         removed_good += len(expected - left)

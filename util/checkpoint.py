@@ -106,11 +106,11 @@ def numbered(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
     """Remove numbered checkpoints that are older than the `keep` newest good ones, but none that is in use."""
-    kept = 0
+    kept, places = 0, {path.resolve() for path in in_use if path}
     for path in numbered(folder):
         if kept < keep:
             kept += bool(good_sum(path))
-        elif not any(used and path.samefile(used) for used in in_use):
+        elif path.resolve() not in places:
             digests.remove(path)
 
 
