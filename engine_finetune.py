@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util import dist, rng
-from util.datasets import LEFT_OUT, Statistics, to_device, to_float
+from util.data.datasets import LEFT_OUT, Statistics, to_device, to_float
 from util.log import MetricLogger
 from util.run import Run
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from util import dist, rng
-from util.datasets import to_device, to_float
+from util.data.datasets import to_device, to_float
 from util.log import MetricLogger
 from util.run import Run
 
@@ -37,8 +37,8 @@ def forward(run: Run, batch: list[Tensor], global_step: int, micro: int) -> tupl
     """Loss and terms of a micro-batch from the loader, uint8 [N, 3, H, W] first: a function of it and of its place."""
     imgs, _ = batch
     seed, sampler = run.args.seed, run.sampler
-    masks = rng.mask_generator(run.core, seed, global_step, micro, sampler.rank, len(imgs), sampler.world_size)
-    imgs, plan = to_device((imgs, run.core.draw_plan(len(imgs), masks)), run.device)
+    noise = rng.mask_noise(run.core, seed, global_step, micro, sampler.rank, len(imgs), sampler.world_size)
+    imgs, plan = to_device((imgs, run.core.plan_from_noise(noise)), run.device)
     imgs = to_float(imgs, *run.statistics)
     rng.seed_all(seed, rng.STEP, global_step, micro, sampler.rank)
     with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):

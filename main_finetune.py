@@ -20,15 +20,17 @@ from torch.utils.data import DataLoader
 
 from engine_finetune import evaluate, train_one_epoch
 from main_pretrain import check_forward, construct, find_method, param_rules
-from util import checkpoint, config, datasets, dist, download, rng, transfer
+from util import checkpoint, config, dist, rng
+from util.data import datasets, named
+from util.data.images import Reader
 from util.errors import UserError, run_main
-from util.images import Reader
-from util.intake import Origin
 from util.log import info
 from util.optim import WeightAverage
-from util.published import load_published
 from util.run import Run
-from util.unpickle import printable
+from util.weights import download
+from util.weights.intake import Origin
+from util.weights.published import load_published
+from util.weights.unpickle import printable
 
 
 def get_args_parser() -> config.Parser:
@@ -51,7 +53,7 @@ def get_args_parser() -> config.Parser:
         help=f'pretrained checkpoint, own or published; default: random weights. A path, or {download.FORM}',
     )
     add('--eval', action='store_true', help='only evaluate the checkpoint given by --resume')
-    add('--dataset', choices=transfer.SOURCES, default='folder', help='what --data_path holds, and in which layout')
+    add('--dataset', choices=named.SOURCES, default='folder', help='what --data_path holds, and in which layout')
     add('--download', action='store_true', help='get what is missing there, where torchvision can')
     add('--nb_classes', type=int, help="number of classes; default: the data's")
     add('--global_pool', action='store_true', default=True, help='classify the average of the patch tokens')
@@ -115,7 +117,7 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
 
 def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:
     """(images, labels) of each split, and the number of classes. Raises UserError where they differ or do not fit."""
-    found = [transfer.labelled_images(args.dataset, args.data_path, split, args.download) for split in splits]
+    found = [named.labelled_images(args.dataset, args.data_path, split, args.download) for split in splits]
     classes = found[0][2]
     for split, (_, _, others) in zip(splits, found, strict=True):
         if others != classes:

@@ -23,7 +23,8 @@ import models_localmim
 import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
-from util import config, datasets, dist, rng
+from util import config, dist, rng
+from util.data import datasets
 from util.errors import UserError, run_main
 from util.log import info
 from util.optim import Rules
@@ -72,7 +73,7 @@ def options_and_reason(model_kwargs: dict, error: Exception) -> str:
 
 def check_step(core: nn.Module, args: argparse.Namespace) -> None:
     """Raise UserError for a pretraining model that would fail in its first step."""
-    check_forward(core, args, args.input_size, lambda n: (core.draw_plan(n, rng.generator(args.seed, rng.PICTURE)),))
+    check_forward(core, args, args.input_size, lambda n: (core.plan_from_noise(rng.picture_noise(core, args.seed, n)),))
 
 
 @torch.no_grad()

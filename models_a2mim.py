@@ -29,7 +29,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from util.patches import patch_mask_to_pixels
+from util.nn.patches import patch_mask_to_pixels, random_plan
 
 LAYER_NORM_EPS = 1e-6
 
@@ -446,10 +445,6 @@ class A2MIM(nn.Module):
         hidden = noise.argsort(dim=1, stable=True)[:, : self.num_hidden]
         return CellPlan(torch.zeros_like(noise).scatter_(1, hidden, 1.0))
 
-    def draw_plan(self, n: int, rng: np.random.Generator) -> CellPlan:
-        """A plan for n samples, from float32 draws."""
-        return self.plan_from_noise(torch.from_numpy(rng.random(self.noise_shape(n), dtype='float32')))
-
     def fill(self, imgs: Tensor, hidden: Tensor) -> Tensor:
         """imgs [N, 3, S, S], hidden pixels [N, 1, S, S] -> each image's own mean colour where it is hidden."""
         if self.mask_color == 'none':
@@ -537,8 +532,7 @@ class A2MIM(nn.Module):
     def forward(self, imgs: Tensor, plan: CellPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, S, S], normalised -> scalar loss; `spatial_loss` and, before its weight, `fourier_loss`."""
         if plan is None:
-            plan = self.plan_from_noise(torch.rand(self.noise_shape(imgs.shape[0])))
-            plan = CellPlan(plan.mask.to(imgs.device))
+            plan = random_plan(self, imgs)
         hidden = patch_mask_to_pixels(plan.mask, self.img_size // self.cells)
         x = self.forward_encoder(self.fill(imgs, hidden), plan.mask)
         return self.forward_loss(imgs, self.forward_decoder(x), hidden)

@@ -24,18 +24,26 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from util.hog import draw_hog, hog
-from util.patches import MaskPlan, gather_tokens, mask_plan, patch_mask_to_pixels, patch_stats, patchify, unpatchify
-from util.pos_embed import sincos_2d
-from util.swin import GridWindows, WindowAttention, stage_grids, swin_stages
-from util.windows import Windows, group_shape, group_slots, make_windows, unit_major
+from util.nn.hog import draw_hog, hog
+from util.nn.patches import (
+    MaskPlan,
+    gather_tokens,
+    mask_plan,
+    patch_mask_to_pixels,
+    patch_stats,
+    patchify,
+    random_plan,
+    unpatchify,
+)
+from util.nn.pos_embed import sincos_2d
+from util.nn.swin import GridWindows, WindowAttention, stage_grids, swin_stages
+from util.nn.windows import Windows, group_shape, group_slots, make_windows, unit_major
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -137,18 +145,13 @@ class LocalMIM(nn.Module):
     # --------------------------------------------------------------------------
     # masking
 
-    def draw_plan(self, n: int, rng: np.random.Generator) -> Plan:
-        """A plan for n samples, from float32 draws."""
-        return self.plan_from_noise(torch.from_numpy(rng.random(self.noise_shape(n), dtype='float32')))
-
     # --------------------------------------------------------------------------
     # decoders, loss
 
     def forward(self, imgs: Tensor, plan: Plan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, H, W], normalised -> scalar loss and the four scales' losses, `local_loss0` the finest."""
         if plan is None:
-            plan = self.plan_from_noise(torch.rand(self.noise_shape(imgs.shape[0])))
-            plan = type(plan)(*(tensor.to(imgs.device) for tensor in plan))
+            plan = random_plan(self, imgs)
         latents = self.forward_encoder(imgs, plan)
         preds = self.forward_decoders(latents, plan)
         return self.forward_loss(imgs, preds, plan)

@@ -22,7 +22,6 @@ documented; 4 is what the paper's figure shows.
 
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
@@ -30,16 +29,17 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from util.patches import (
+from util.nn.patches import (
     MaskPlan,
     gather_tokens,
     mask_plan,
     patch_mask_to_pixels,
     patch_stats,
     patchify,
+    random_plan,
     unpatchify,
 )
-from util.pos_embed import sincos_2d
+from util.nn.pos_embed import sincos_2d
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -203,10 +203,6 @@ class MIRL(nn.Module):
         """U[0, 1) CPU noise [n, L] -> MaskPlan; the K = int(L * (1 - mask_ratio)) smallest of a row stay visible."""
         return mask_plan(noise, self.num_keep)
 
-    def draw_plan(self, n: int, rng: np.random.Generator) -> MaskPlan:
-        """A plan for n samples, from float32 draws."""
-        return self.plan_from_noise(torch.from_numpy(rng.random(self.noise_shape(n), dtype='float32')))
-
     # --------------------------------------------------------------------------
     # encoder, decoders, loss
 
@@ -252,8 +248,7 @@ class MIRL(nn.Module):
     def forward(self, imgs: Tensor, plan: MaskPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, H, W], normalised -> scalar loss and the pairs' losses, `reconstr_loss0` the outermost pair's."""
         if plan is None:
-            plan = self.plan_from_noise(torch.rand(self.noise_shape(imgs.shape[0])))
-            plan = MaskPlan(*(tensor.to(imgs.device) for tensor in plan))
+            plan = random_plan(self, imgs)
         low, features = self.forward_encoder(imgs, plan)
         preds = self.forward_decoders(low, features, plan, num_pred=plan.ids_hidden.shape[1])
         return self.forward_loss(imgs, preds, plan)

@@ -27,7 +27,6 @@ most 4 % of the encoder's; it pays, if at all, on a GPU, where it has not been m
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed
@@ -35,8 +34,8 @@ from timm.models.swin_transformer import PatchMerging, get_relative_position_ind
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from util.patches import patch_mask_to_pixels, patch_stats, patchify, unpatchify
-from util.pos_embed import sincos_2d
+from util.nn.patches import patch_mask_to_pixels, patch_stats, patchify, random_plan, unpatchify
+from util.nn.pos_embed import sincos_2d
 
 
 class MixPlan(NamedTuple):
@@ -271,10 +270,6 @@ class MixMAE(MixMIMEncoder):
         hidden = noise[: self.num_cells].argsort(stable=True)[:num_hidden]
         return MixPlan(torch.zeros(1, self.num_cells).index_fill(1, hidden, 1.0))
 
-    def draw_plan(self, n: int, rng: np.random.Generator) -> MixPlan:
-        """A plan for a batch of any size, from float32 draws."""
-        return self.plan_from_noise(torch.from_numpy(rng.random(self.noise_shape(n), dtype='float32')))
-
     # --------------------------------------------------------------------------
     # mixing, decoder, loss
 
@@ -322,8 +317,7 @@ class MixMAE(MixMIMEncoder):
     def forward(self, imgs: Tensor, plan: MixPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, H, W], normalised -> scalar loss and its two parts."""
         if plan is None:
-            plan = self.plan_from_noise(torch.rand(self.noise_shape(imgs.shape[0])))
-            plan = MixPlan(plan.mask.to(imgs.device))
+            plan = random_plan(self, imgs)
         x = self.forward_features(self.mix(imgs, plan.mask), plan.mask)  # [N, L, D]
         own, partner = self.forward_decoder(x, plan.mask)
         pred = self.forward_pred(self.assemble(own, partner, plan.mask))  # half of what was decoded: what is scored

@@ -24,7 +24,8 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from util import checkpoint, config, datasets, diagnosis, dist
+from util import checkpoint, config, diagnosis, dist
+from util.data import datasets
 from util.errors import UserError, run_main
 
 SHOWN = 5  # modules with the largest outputs

@@ -14,11 +14,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from util import config, datasets, dist, download
+from util import config, dist
+from util.data import datasets
+from util.data.images import Reader
 from util.errors import UserError, run_main
-from util.images import Reader
 from util.pictures import Pictures
-from util.published import load_published
+from util.weights import download
+from util.weights.published import load_published
 
 
 def get_args_parser() -> config.Parser:

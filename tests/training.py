@@ -14,6 +14,7 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
+from util import rng
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', '--num_workers', '0', '--print_freq', '1']
@@ -22,13 +23,13 @@ MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 
 def make_images(folder: Path, per_class: int = 22, classes: int = 3, val_per_class: int = 5, side: int = 40) -> Path:
     """`folder/{train,val}/<class>/*.png` of smooth noise with a colour per class."""
-    rng = np.random.default_rng(0)
+    numbers = np.random.default_rng(0)
     for split, count in (('train', per_class), ('val', val_per_class)):
         for label in range(classes):
             where = folder / split / f'class{label}'
             where.mkdir(parents=True)
             for i in range(count):
-                coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+                coarse = numbers.integers(0, 256, (5, 5, 3), dtype=np.uint8)
                 coarse[..., label] //= 3
                 Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(where / f'{i}.png')
     return folder
@@ -85,6 +86,11 @@ def read_until(process: subprocess.Popen, text: str) -> None:
         if text in line:
             return
     pytest.fail(f'{text!r} never came; stderr: {process.stderr and process.stderr.read()}')
+
+
+def draw_plan(model, n: int, seed: int = 0):
+    """A plan for n samples, a function of the seed."""
+    return model.plan_from_noise(rng.uniform(np.random.default_rng(seed), model.noise_shape(n)))
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -14,8 +14,8 @@ import yaml
 from torch import nn
 
 from util import dist
+from util.data.images import MAX_PIXELS
 from util.errors import UserError
-from util.images import MAX_PIXELS
 
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
 INSTEAD_OF = {'accum_iter': 'effective_batch_size', 'blr': 'lr'}  # given as a flag, the first drops a recipe's second

@@ -7,8 +7,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from util import datasets, rng
-from util.images import Reader
+from util import rng
+from util.data import datasets
+from util.data.images import Reader
 
 MARGIN, FONT_SIZE = 4, 14
 
@@ -24,7 +25,7 @@ class Pictures:
         transform = datasets.eval_transform(args.input_size, 1.0, args.max_pixels)
         images = datasets.ImageFiles(files, None, transform, args.seed, reader)
         self.imgs = torch.stack([images[0, i * len(files) // count][0] for i in range(count)])
-        self.plan = core.draw_plan(count, rng.generator(args.seed, rng.PICTURE))
+        self.plan = core.plan_from_noise(rng.picture_noise(core, args.seed, count))
         self.mean, self.std = args.mean, args.std
 
     def draw(self, core: nn.Module, device: torch.device) -> np.ndarray:

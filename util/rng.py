@@ -10,7 +10,7 @@ import random
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT = range(7)
 
@@ -28,20 +28,31 @@ def seed_all(seed: int, stream: int, *position: int) -> None:
     random.seed(b)
 
 
-def mask_generator(
+def uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """U[0, 1) noise in float32, on the CPU."""
+    return torch.from_numpy(rng.random(shape, dtype=np.float32))
+
+
+def mask_noise(
     core: nn.Module, seed: int, step: int, micro: int, rank: int, batch_size: int, world_size: int
-) -> np.random.Generator:
-    """What `core.draw_plan(batch_size, ...)` draws from at optimiser step `step`, micro-step `micro`, on this rank.
+) -> Tensor:
+    """What `core.plan_from_noise` is given at optimiser step `step`, micro-step `micro`, on this rank.
 
     With `mask_scope == 'sample'`, sample j of the global batch gets row j of the step's noise, however it is split
     over ranks and micro-steps. With 'batch', every forward has its own noise.
     """
+    shape = core.noise_shape(batch_size)
     if core.mask_scope == 'batch':
-        return generator(seed, MASK, step, micro, rank)
+        return uniform(generator(seed, MASK, step, micro, rank), shape)
     rng = generator(seed, MASK, step)
     first_row = (micro * world_size + rank) * batch_size
     skip_float32(rng, first_row * math.prod(core.noise_shape(1)))
-    return rng
+    return uniform(rng, shape)
+
+
+def picture_noise(core: nn.Module, seed: int, count: int) -> Tensor:
+    """What the masks of `count` pictures are made from: the same at every drawing."""
+    return uniform(generator(seed, PICTURE), core.noise_shape(count))
 
 
 def skip_float32(rng: np.random.Generator, count: int) -> None:

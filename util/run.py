@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from util import checkpoint, config, datasets, diagnosis, digests, dist, rng, signals
+from util import checkpoint, config, diagnosis, digests, dist, rng, signals
+from util.data import datasets
+from util.data.images import Reader
 from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
-from util.grad_checkpoint import checkpoint_blocks
-from util.images import Reader
 from util.log import MetricLogger, RunLog, info
+from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
 from util.run_folder import RunFolder, prepare
-from util.weight_files import read_checkpoint
+from util.weights.files import read_checkpoint
 
 IDENTITY = [
     'model',

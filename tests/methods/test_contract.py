@@ -1,0 +1,292 @@
+"""Every function of every method file, through everything that a pretraining model promises."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from timm.layers import DropPath
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import draw_plan
+
+import main_pretrain
+from main_pretrain import METHODS
+from util.data.datasets import to_device
+from util.nn.grad_checkpoint import blocks, checkpoint_blocks
+from util.optim import GuardedStep, adamw, param_groups
+
+MODELS = [(module, name) for module in METHODS for name in module.__all__]
+# models for quick trials, one of each architecture, and the image side that suits them
+QUICK = {
+    'mirl_vit_tiny': 32,
+    'a2mim_vit_tiny': 32,
+    'a2mim_resnet_tiny': 32,
+    'a2mim_convnext_pico': 64,
+    'a2mim_timm': 64,
+    'simmim_swin_pico': 64,
+    'localmim_vit_tiny': 32,
+    'localmim_swin_pico': 64,
+    'mixmae_tiny': 32,
+}
+TINY = [(module, name) for module, name in MODELS if name in QUICK]
+N = 2
+
+
+def size_of(name: str) -> int:
+    """A small image for the model: few tokens, whatever its depth."""
+    windowed = name.startswith('localmim_swin')  # whose windows divide every stage
+    return QUICK.get(name, 224 if windowed else 64)
+
+
+def without_drop_path(model):
+    """Stochastic depth, where a recipe has it, is the one thing that is random in a forward."""
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
+def without_zeros(model):
+    """Gains that start at zero, like those of the last BatchNorms of residual branches, stop gradients behind them."""
+    for param in model.parameters():
+        if not param.any():
+            torch.nn.init.normal_(param, std=0.1)
+    return model
+
+
+def make(module, name):
+    torch.manual_seed(0)
+    return getattr(module, name)(img_size=size_of(name))
+
+
+def batch(model, name):
+    return torch.randn(N, 3, size_of(name), size_of(name)), draw_plan(model, N)
+
+
+def ids(models):
+    return [name for _, name in models]
+
+
+def test_every_method_file_is_listed():
+    files = {path.stem for path in Path(__file__).parents[2].glob('models_*.py')}
+    assert files == {module.__name__ for module in METHODS}
+    names = ids(MODELS)
+    assert len(names) == len(set(names))
+
+
+def without_initialisation(monkeypatch):
+    """Make networks without filling them: the large ones take seconds to draw."""
+    for name in ('xavier_uniform_', 'normal_', 'trunc_normal_', 'kaiming_uniform_', 'kaiming_normal_', 'uniform_'):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    for name in ('normal_', 'uniform_'):  # timm's truncated normal draws with the latter
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
+
+
+def without_storage(model, mode):
+    """Its parameters and buffers become shapes, for a forward and backward that compute nothing."""
+    for module in model.modules():
+        for key, param in module._parameters.items():
+            if param is not None:
+                module._parameters[key] = torch.nn.Parameter(mode.from_tensor(param), param.requires_grad)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = mode.from_tensor(buffer)
+    return model
+
+
+@pytest.mark.parametrize(('module', 'name'), MODELS, ids=ids(MODELS))
+def test_contract(module, name, monkeypatch):
+    """Of every size: plan, loss, what trains, optimiser rules, and the classifier that the encoder belongs to."""
+    without_initialisation(monkeypatch)
+    model = make(module, name)
+    imgs, plan = batch(model, name)
+
+    # the plan: tensors on the host, a function of the noise
+    assert model.mask_scope in ('sample', 'batch')
+    again = draw_plan(model, N)
+    for drawn, once_more in zip(plan, again, strict=True):
+        assert torch.equal(drawn, once_more)
+        assert drawn.device.type == 'cpu'
+    if model.mask_scope == 'sample':
+        assert model.noise_shape(N)[0] == N
+
+    # the encoder's names are its classifier's, and sharing its storage costs a checkpoint nothing
+    weights = model.encoder_state_dict()
+    shared = {value.data_ptr() for value in model.state_dict().values()}
+    assert all(value.data_ptr() in shared for value in weights.values())
+    classifier = module.create_classifier(name, num_classes=5, img_size=size_of(name))
+    own = {key: value.shape for key, value in classifier.state_dict().items()}
+    assert all(own[key] == value.shape for key, value in weights.items() if key in own)
+    assert all(key.startswith('norm.') for key in weights.keys() - own.keys())
+    rules = module.param_rules(classifier)
+    last = max(layer_id for layer_id, _, _ in rules.values())
+    assert rules.keys() == {key for key, param in classifier.named_parameters() if param.requires_grad}
+    assert all(rules[key][0] == last for key in own.keys() - weights.keys())
+
+    # a float32 scalar, detached scalars; every trainable parameter gets a gradient, and has a rule
+    with FakeTensorMode() as mode:
+        model, classifier = without_storage(model, mode), without_storage(classifier, mode)
+        imgs, plan = mode.from_tensor(imgs), type(plan)(*map(mode.from_tensor, plan))
+        loss, terms = model(imgs, plan)
+        assert classifier(imgs).shape == (N, 5)
+        loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert terms
+    assert all(term.shape == () and not term.requires_grad for term in terms.values())
+    trainable = {key: param for key, param in model.named_parameters() if param.requires_grad}
+    assert not [key for key, param in trainable.items() if param.grad is None]
+    assert module.param_rules(model).keys() == trainable.keys()
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_forward_is_pure(module, name):
+    """No randomness but drop path, no state but BatchNorm's, finite gradients that reach every parameter."""
+    model = without_zeros(without_drop_path(make(module, name)))
+    imgs, plan = batch(model, name)
+    random_state = torch.get_rng_state()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loss, _ = model(imgs, plan)
+    assert loss.isfinite()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert all(key.endswith(('running_mean', 'running_var', 'num_batches_tracked')) for key in changed)
+    loss.backward()
+    trainable = {key: param.grad for key, param in model.named_parameters() if param.requires_grad}
+    assert not [key for key, grad in trainable.items() if not grad.isfinite().all() or not grad.any()]
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_checkpointing_changes_nothing(module, name):
+    """Loss, gradients, BatchNorm's statistics and random draws are the same to the bit; fewer activations are kept."""
+    model = make(module, name)
+    again = copy.deepcopy(model)
+    assert checkpoint_blocks(again) >= 2
+    imgs, plan = batch(model, name)
+    kept = []
+    for network in (model, again):
+        sizes = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            loss, _ = network(imgs, plan)
+        loss.backward()
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0]
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert ours.grad is None if theirs.grad is None else torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(again.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    copied = copy.deepcopy(again)  # has blocks of its own
+    for param in next(iter(blocks(again))).parameters():
+        torch.nn.init.zeros_(param)
+    assert torch.equal(copied.eval()(imgs, plan)[0], model.eval()(imgs, plan)[0])
+
+
+@pytest.mark.parametrize('name', ['mirl_vit_tiny', 'a2mim_resnet_tiny'])
+def test_checkpointing_compiles_whole(name):
+    model = without_drop_path(make(main_pretrain.find_method(name), name))
+    again = copy.deepcopy(model)
+    checkpoint_blocks(again)
+    imgs, plan = batch(model, name)
+    torch.compiler.reset()
+    torch.compile(again, fullgraph=True, backend='aot_eager')(imgs, plan)[0].backward()
+    model(imgs, plan)[0].backward()
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(again.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_reconstruct(module, name):
+    model = make(module, name)
+    imgs, plan = batch(model, name)
+    for mode in (True, False):
+        panels = model.train(mode).reconstruct(imgs, plan)
+        assert model.training is mode
+    assert torch.equal(panels['original'], imgs)
+    assert all(panel.shape == imgs.shape and not panel.requires_grad for panel in panels.values())
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_draws_its_own_plan(module, name):
+    model = make(module, name)
+    imgs, _ = batch(model, name)
+    assert model(imgs)[0].isfinite()
+
+
+@pytest.mark.parametrize(('module', 'name'), MODELS, ids=ids(MODELS))
+def test_options(module, name):
+    make = getattr(module, name)
+    with pytest.raises(TypeError, match='no_such_option'):
+        make(no_such_option=1)
+    with pytest.raises(TypeError):
+        make(224)  # keywords only
+    with torch.device('meta'), pytest.raises(ValueError, match='63'):
+        make(img_size=63)
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_compiles_whole_without_recompiling(module, name):
+    """`fullgraph=True` raises at a graph break; a second plan must not trace again."""
+    model = without_drop_path(make(module, name)).eval()  # in training, BatchNorm's statistics move between the two
+    traces = []
+
+    def backend(graph, example_inputs):
+        traces.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in range(3):
+        imgs = torch.randn(N, 3, size_of(name), size_of(name))
+        plan = draw_plan(model, N, seed)
+        loss, _ = compiled(imgs, plan)
+        assert torch.allclose(loss, model(imgs, plan)[0], rtol=1e-6)
+    assert len(traces) == 1
+
+
+class HostReads(TorchDispatchMode):
+    """Records every operation that would make the host wait for a GPU."""
+
+    WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero', '_unique2')
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITING:
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_a_step_never_waits(module, name):
+    model = make(module, name)
+    imgs, plan = to_device(batch(model, name), torch.device('cpu'))
+    groups = param_groups(model, module.param_rules(model), 0.05)
+    guard = GuardedStep(model, adamw(groups, 1e-3, (0.9, 0.95)), torch.device('cpu'), fp16=False, clip_grad=1.0)
+    with HostReads() as reads:
+        for _ in range(2):
+            guard.set_lr(1e-3)
+            loss, _ = model(imgs, plan)
+            guard.backward(loss)
+            norm = guard.step()
+    assert reads.found == []
+    with HostReads() as reads:  # it would notice
+        assert math.isfinite(norm.item())
+    assert reads.found
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_class_token_or_a_clear_word(module, name):
+    """`--cls_token` classifies it, or says that there is none."""
+    options = dict(num_classes=5, img_size=size_of(name), global_pool='token')
+    if 'vit' in name:
+        assert module.create_classifier(name, **options).global_pool == 'token'
+    else:
+        with pytest.raises(ValueError, match=f'{name} has no class token to classify'):
+            module.create_classifier(name, **options)

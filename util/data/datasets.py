@@ -1,0 +1,326 @@
+"""Images from folders to uint8 batches: listing, decoding, cropping, and which rank gets which sample when.
+
+Workers hand over uint8 [N, 3, H, W]; `to_float` converts and normalises a whole batch on the device.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+from torchvision.transforms import InterpolationMode
+
+from util import rng, signals
+from util.data.images import MAX_PIXELS, Reader, printable, reason
+from util.data.loader import Loader
+from util.errors import RunError, UserError
+
+Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
+LEFT_OUT = -1  # the label of what stands in for a bad image in evaluation
+PATIENCE_SHARE = 0.9  # of what a silent rank is given: a stuck loader is to be named before its rank is
+
+
+class ImageFiles(Dataset):
+    """Images, with or without labels; item (epoch, index) or (epoch, index, copy) is (uint8 [3, H, W], label).
+
+    Before a sample is augmented, all random generators are seeded from the seed and its item: its augmentation depends
+    on nothing else, whichever worker of whichever rank makes it. So it is with the image that takes the place of one
+    that cannot be read and that the reader may leave out; without `replace`, such a sample is blank and labelled -1.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        labels: list[int] | None,
+        transform: Callable,
+        seed: int,
+        reader: Reader | None = None,
+        replace: bool = True,
+    ):
+        # one block of bytes: a Python list of a million strings would be copied, page by page, into every worker
+        in_memory = isinstance(images, np.ndarray)
+        self.images = images if in_memory else np.array([os.fsencode(file) for file in images])
+        self.labels = np.zeros(len(images), np.int64) if labels is None else np.array(labels, np.int64)
+        self.transform, self.seed = transform, seed
+        self.reader, self.replace = reader or Reader(), replace
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """The file, or the place of an image in memory."""
+        return f'image {index}' if self.images.ndim == 4 else os.fsdecode(self.images[index])
+
+    def image(self, index: int) -> Image.Image:
+        """In RGB, not augmented."""
+        return Image.fromarray(self.images[index]) if self.images.ndim == 4 else self.reader.read(self.name(index))
+
+    def augmented(self, index: int, item: tuple[int, ...]) -> Tensor:
+        """An image, augmented as this item."""
+        image = self.image(index)
+        rng.seed_all(self.seed, rng.SAMPLE, *item)
+        return self.transform(image)
+
+    def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int]:
+        """Raises UserError naming an image that cannot be read, and StorageError."""
+        epoch, index, *_ = item
+        for attempt in itertools.count():
+            try:
+                return self.augmented(index, item), int(self.labels[index])
+            except RunError:
+                raise
+            except Exception as error:  # Pillow raises of every kind
+                self.reader.leave_out(self.name(index), reason(error), len(self))
+            if not self.replace:
+                return self.transform(Image.new('RGB', (1, 1))), LEFT_OUT
+            index = int(rng.generator(self.seed, rng.REPLACEMENT, epoch, item[1], attempt).integers(len(self)))
+
+    def __getitems__(self, items: list[tuple[int, ...]]) -> list[tuple[Tensor, int]] | RunError:
+        """A batch, or why there is none: what `Loader` takes."""
+        try:
+            return [self[item] for item in items]
+        except RunError as error:
+            return error
+
+
+class EpochBatches:
+    """A batch sampler: this rank's micro-batches of one epoch, each a list of `ImageFiles` items.
+
+    Optimiser step s takes places [s G, (s + 1) G) of the epoch's seeded order, G = batch size B * ranks W * accum_iter;
+    micro-step m of rank r takes places m W B + r B and following of those. The incomplete last G is left out.
+
+    With `copies` > 1 (repeated augmentation, Hoffer et al. 2020), each image takes that many places in a row, each with
+    an augmentation of its own, and an epoch, as long as before, sees so many times fewer images. Rank r then takes
+    every W-th of the micro-step's W B places, from its r-th on, so that copies fall to different ranks.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        accum_iter: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        copies: int = 1,
+    ):
+        self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
+        self.rank, self.world_size, self.seed, self.copies = rank, world_size, seed, copies
+        self.global_batch = batch_size * accum_iter * world_size
+        self.steps = num_samples // self.global_batch  # optimiser steps of an epoch
+        self.start(0)
+
+    def start(self, epoch: int, step: int = 0) -> None:
+        """The next iteration is over this epoch, from this optimiser step on."""
+        self.epoch, self.first_step = epoch, step
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        order = rng.generator(self.seed, rng.ORDER, self.epoch).permutation(self.num_samples)
+        for step in range(self.first_step, self.steps):
+            for micro in range(self.accum_iter):
+                first = step * self.global_batch + micro * self.world_size * self.batch_size
+                if self.copies == 1:
+                    first += self.rank * self.batch_size
+                    yield [(self.epoch, i) for i in order[first : first + self.batch_size].tolist()]
+                else:
+                    places = range(first + self.rank, first + self.world_size * self.batch_size, self.world_size)
+                    yield [(self.epoch, int(order[place // self.copies]), place % self.copies) for place in places]
+
+
+def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+    """Every sample exactly once over the ranks, in order; the last batches may be shorter."""
+    mine = [(0, i) for i in range(rank, num_samples, world_size)]
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+
+def loader(
+    dataset: Dataset, batches: Iterable, num_workers: int, pin_memory: bool, dist_timeout_s: float = 600
+) -> Loader:
+    """A Loader whose workers live as long as it does."""
+    return Loader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        patience_s=PATIENCE_SHARE * dist_timeout_s,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=signals.ignore,
+    )
+
+
+def to_device(item: Tensor | tuple, device: torch.device) -> Any:
+    """A tensor, or (named) tuples of them, on the device; from pinned memory, so that the host does not wait."""
+    if isinstance(item, Tensor):
+        if device.type == 'cuda' and not item.is_pinned():
+            item = item.pin_memory()
+        return item.to(device, non_blocking=True)
+    moved = [to_device(part, device) for part in item]
+    return type(item)(*moved) if hasattr(item, '_fields') else type(item)(moved)
+
+
+def to_float(
+    imgs: Tensor, mean: Tensor, std: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """uint8 [N, 3, H, W] -> float32, normalised by the statistics [3, 1, 1] of values in 0..1."""
+    return (imgs.to(torch.float32, memory_format=memory_format) / 255 - mean) / std
+
+
+# --------------------------------------------------------------------------
+# folders
+
+
+def list_images(folder: Path) -> list[str]:
+    """All image files below `folder`, sorted; class folders or a flat one; folders that links lead to once.
+
+    Raises UserError if there are none, or for a folder that cannot be listed.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f'no such folder: {folder}')
+    files, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=cannot_list):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would be followed for ever
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()  # so that all machines enter a folder of several names by the same one
+        files += [os.path.join(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    if not files:
+        raise UserError(f'no images in {folder} (looked for {", ".join(IMG_EXTENSIONS)})')
+    return sorted(files)
+
+
+def cannot_list(error: OSError) -> NoReturn:
+    raise UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}') from error
+
+
+def pretraining_files(data_path: Path) -> list[str]:
+    """The images of `data_path/train` if there is such a folder, else of `data_path`; labels are not needed."""
+    train = data_path / 'train'
+    return list_images(train if os.path.isdir(train) else data_path)
+
+
+def labelled_files(data_path: Path, split: str) -> tuple[list[str], list[int], list[str]]:
+    """Files, labels and class names of `data_path/split/<class>/`. Raises UserError for an empty class."""
+    folder = data_path / split
+    if not os.path.isdir(folder):
+        raise UserError(
+            f'no such folder: {folder}; {data_path} should hold train/ and val/, one folder per class in each'
+        )
+    try:
+        classes, _ = find_classes(str(folder))
+    except FileNotFoundError as error:
+        raise UserError(f'{folder} has no class folders in it') from error
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        of_class = list_images(folder / name)
+        files += of_class
+        labels += [label] * len(of_class)
+    return files, labels, classes
+
+
+# --------------------------------------------------------------------------
+# transforms: PIL image -> uint8 tensor
+
+
+def pretrain_transform(
+    input_size: int, crop_scale: tuple[float, float], hflip: float, interpolation: str = 'bicubic'
+) -> Callable:
+    """MAE's: a random crop of this share of the area, resized, and a flip."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation)),
+            transforms.RandomHorizontalFlip(hflip),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """Keep the highest bits of each channel, or none: RandAugment asks for 0 from magnitude 10 on."""
+    mask = 0xFF00 >> bits_to_keep & 0xFF
+    return image.point([value & mask for value in range(256)] * len(image.getbands()))
+
+
+# timm's own goes through Pillow's, which from version 13 on refuses 0 bits and would end the run
+auto_augment.NAME_TO_OP |= {name: posterize for name in auto_augment.NAME_TO_OP if name.startswith('Posterize')}
+
+
+def finetune_transform(
+    input_size: int,
+    crop_scale: tuple[float, float],
+    hflip: float,
+    color_jitter: float | None,
+    aa: str | None,
+    mean: list[float],
+) -> Callable:
+    """timm's: random crop, flip, RandAugment (or colour jitter). Random erasing follows on the normalised batch."""
+    return create_transform(
+        input_size,
+        is_training=True,
+        scale=crop_scale,
+        hflip=hflip,
+        color_jitter=color_jitter,
+        auto_augment=aa,
+        interpolation='bicubic',
+        mean=mean,
+        normalize=False,
+    )
+
+
+class ResizeShorter(transforms.Resize):
+    """Resize the shorter side, bicubic. Raises ValueError if that makes an image of more than `max_pixels`."""
+
+    def __init__(self, size: int, max_pixels: int):
+        super().__init__(size, InterpolationMode.BICUBIC)
+        self.max_pixels = max_pixels
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        longer = self.size * max(image.size) // min(image.size)
+        if self.size * longer > self.max_pixels:
+            sides = ' x '.join(map(str, image.size))
+            raise ValueError(
+                f'{sides} pixels, its shorter side resized to {self.size}, are more than --max_pixels {self.max_pixels}'
+            )
+        return super().forward(image)
+
+
+def eval_transform(input_size: int, crop_pct: float, max_pixels: int = MAX_PIXELS) -> Callable:
+    """Resize the shorter side to input_size / crop_pct, rounded down, bicubic, and crop the centre."""
+    return transforms.Compose(
+        [
+            ResizeShorter(int(input_size / crop_pct), max_pixels),
+            transforms.CenterCrop(input_size),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+Statistics = tuple[Tensor, Tensor, torch.memory_format]
+
+
+def statistics(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Statistics:
+    """What `to_float` takes beside a batch: two [3, 1, 1] tensors, and how the result lies in memory."""
+    return (
+        torch.tensor(mean, device=device).view(3, 1, 1),
+        torch.tensor(std, device=device).view(3, 1, 1),
+        memory_format,
+    )

@@ -1,0 +1,24 @@
+"""What every network asks about its sizes; each function raises ValueError with the numbers."""
+
+
+def check_divides(img_size: int, divisor: int, what: str) -> None:
+    """`what` names the divisor: 'patch_size', 'the side of a cell'."""
+    if img_size < divisor or img_size % divisor:
+        raise ValueError(f'img_size {img_size} is not a multiple of {what} {divisor}')
+
+
+def check_heads(width: int, num_heads: int, what: str = 'embed_dim') -> None:
+    if width % num_heads:
+        raise ValueError(f'{what} {width} is not a multiple of its {num_heads} heads')
+
+
+def check_mask_ratio(mask_ratio: float, num_hidden: int, total: int, what: str = 'patches') -> None:
+    if not 0 < num_hidden < total:
+        raise ValueError(
+            f'mask_ratio {mask_ratio} hides {num_hidden} of {total} {what}; at least one must be hidden and one visible'
+        )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f'{name} {value!r} is not one of {", ".join(choices)}')

@@ -1,0 +1,68 @@
+"""Patches and masks: pure tensor functions without state.
+
+Masks are 1 = hidden, 0 = visible, everywhere in this project.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class MaskPlan(NamedTuple):
+    """Which of L patches each sample shows; N samples, K of them kept."""
+
+    ids_keep: Tensor  # [N, K] int64, visible patches in the order in which the encoder sees them
+    ids_hidden: Tensor  # [N, L - K] int64, hidden patches in the order in which the decoder appends them
+    mask: Tensor  # [N, L] float32, 1 = hidden
+
+
+def mask_plan(noise: Tensor, num_keep: int) -> MaskPlan:
+    """Keep the `num_keep` patches with the smallest noise [N, L], in ascending order of it (MAE's random masking)."""
+    order = noise.argsort(dim=1, stable=True)
+    # contiguous, since only such tensors travel to a GPU without the host waiting
+    ids_keep, ids_hidden = order[:, :num_keep].contiguous(), order[:, num_keep:].contiguous()
+    mask = torch.ones_like(noise).scatter_(1, ids_keep, 0.0)
+    return MaskPlan(ids_keep, ids_hidden, mask)
+
+
+def random_plan(model: nn.Module, imgs: Tensor) -> NamedTuple:
+    """A plan for images [N, 3, H, W] that come without one, from torch's own generator, on the images' device."""
+    plan = model.plan_from_noise(torch.rand(model.noise_shape(len(imgs))))
+    return type(plan)(*(tensor.to(imgs.device) for tensor in plan))
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens [N, L, D] (or [1, L, D]), ids [N, K] -> [N, K, D]."""
+    tokens = tokens.expand(ids.shape[0], -1, -1)
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def patchify(imgs: Tensor, patch_size: int) -> Tensor:
+    """[N, C, H, W] -> [N, L, p*p*C]; inside a patch the order is (row, column, channel)."""
+    n, c, h, w = imgs.shape
+    p = patch_size
+    x = imgs.reshape(n, c, h // p, p, w // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(patches: Tensor, patch_size: int, channels: int = 3) -> Tensor:
+    """[N, L, p*p*C] of a square image -> [N, C, H, W]: the inverse of `patchify`."""
+    n, length, _ = patches.shape
+    p, side = patch_size, round(length**0.5)
+    x = patches.reshape(n, side, side, p, p, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, side * p, side * p)
+
+
+def patch_stats(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(unbiased variance + eps) of each patch: two [N, L, 1] (MAE's `norm_pix_loss`)."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (var + eps).sqrt()
+
+
+def patch_mask_to_pixels(mask: Tensor, patch_size: int) -> Tensor:
+    """[N, L] of a square grid -> [N, 1, H, W]."""
+    n, length = mask.shape
+    side = round(length**0.5)
+    mask = mask.reshape(n, 1, side, side)
+    return mask.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)

@@ -1,0 +1,137 @@
+"""Checkpoint files of any origin as plain data, read without running anything in them.
+
+What torch.save writes (a zip, every record held against its checksum; or the format before torch 1.6), what paddle.save
+writes (its arrays stay numpy arrays), and safetensors.
+"""
+
+import errno
+import mmap
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from util import digests
+from util.errors import CheckpointError, DamagedError
+from util.weights.unpickle import Refused, printable, run
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# what a reader may raise for a malformed file
+DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A file's dict of plain data, tensors and numpy arrays.
+
+    Raises CheckpointError, one line for whatever is wrong; DamagedError, if it is the file and not the access to it.
+    """
+    path, kind = Path(path), None
+    if not path.is_file():
+        raise CheckpointError(f'{path} {"is a folder, not a checkpoint" if path.is_dir() else "does not exist"}')
+    try:
+        kind, read = recognise(path)
+        if not digests.agrees(path):
+            raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
+        state = read(path)
+        if not isinstance(state, dict):
+            raise Refused(f'holds a {type(state).__name__}, not a dict of weights')
+        return state
+    except Refused as error:
+        raise DamagedError(f'{path} {error}') from error
+    except OSError as error:  # of these, a bad sector of the disk stays
+        kind_of_error = DamagedError if error.errno == errno.EIO else CheckpointError
+        raise kind_of_error(f'{path} cannot be read: {error.strerror or error}') from error
+    except MemoryError as error:
+        raise CheckpointError(f'{path} takes more memory than there is') from error
+    except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
+        raise DamagedError(f'{path} {what}') from error
+
+
+def recognise(path: Path) -> tuple[str | None, Callable]:
+    """The kind of a file, None if it is probably no checkpoint, and the function that reads it."""
+    with open(path, 'rb') as file:
+        head = file.read(64)
+    if not head:
+        raise Refused('is empty')
+    if re.match(rb'\s*<(!doctype|html|head|\?xml)', head, re.IGNORECASE):
+        raise Refused('is a web page, not a checkpoint: the download went wrong')
+    if head[8:9] == b'{' or path.suffix == '.safetensors':
+        return 'safetensors', safetensors.torch.load_file
+    if head.startswith(b'PK'):
+        return 'torch', read_zip
+    return 'pickle' if head.startswith(b'\x80') else None, read_pickle
+
+
+def read_zip(path: Path):
+    """torch.save's format: `ROOT/data.pkl`, and a record `ROOT/data/KEY` for every storage."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        roots = [r.filename.split('/')[0] for r in records if re.fullmatch(r'[^/]+/data\.pkl', r.filename)]
+        if len(roots) != 1:
+            raise Refused('is a zip archive, but not one that torch.save wrote')
+        for record in records:
+            folders = record.filename.split('/')
+            if folders[0] != roots[0] or '..' in folders:
+                raise Refused(f'holds {printable(record.filename)}, which torch.save never writes')
+        if any(r.compress_type for r in records) or sum(r.file_size for r in records) > path.stat().st_size:
+            raise Refused('holds compressed or overlapping records, which torch.save never writes')
+        storages: dict[str, Tensor] = {}
+
+        def find_storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
+            if key not in storages:
+                record = archive.getinfo(f'{roots[0]}/data/{key}')
+                if record.file_size != numel * dtype.itemsize:
+                    raise ValueError(f'{record.file_size} bytes for {numel} numbers')
+                storages[key] = torch.empty(record.file_size, dtype=torch.uint8)
+                with archive.open(record) as file:
+                    fill(file, memoryview(storages[key].numpy()))
+            return storages[key].view(dtype)
+
+        return run(BytesIO(archive.read(f'{roots[0]}/data.pkl')), find_storage)
+
+
+def read_pickle(path: Path):
+    """One pickle, as Paddle writes it, or the series of pickles and storages that torch wrote before 1.6."""
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        state = run(data)
+        return read_legacy_torch(data) if state == LEGACY_MAGIC else state
+
+
+def read_legacy_torch(data: mmap.mmap):
+    """What follows the magic number: version, system, object, the storages' keys, and of each its length and bytes."""
+    storages: dict[str, Tensor] = {}
+
+    def find_storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
+        if key not in storages:
+            if numel * dtype.itemsize + sum(s.nbytes for s in storages.values()) > len(data):
+                raise ValueError(f'a storage of {numel} numbers in a file of {len(data)} bytes')
+            storages[key] = torch.empty(numel, dtype=dtype)
+        return storages[key]
+
+    _version, _system, state, keys = run(data), run(data), run(data, find_storage), run(data)
+    if not all(isinstance(key, str) for key in keys) or set(keys) != storages.keys():
+        raise ValueError('not its storages')
+    for key in keys:
+        data.read(8)  # the length, which the object has told
+        storage = storages[key].view(torch.uint8).numpy()
+        storage[:] = np.frombuffer(data, np.uint8, storage.size, data.tell())
+        data.seek(storage.size, os.SEEK_CUR)
+    return state
+
+
+def fill(file: BinaryIO, buffer: memoryview, chunk: int = 2**24) -> None:
+    """Read until the buffer is full."""
+    while buffer:
+        count = file.readinto(buffer[:chunk])
+        if not count:
+            raise EOFError
+        buffer = buffer[count:]
