@@ -1,45 +1,39 @@
-"""One epoch of pretraining: move, draw the plan, autocast, forward, backward, step, log. Knows no method by name."""
+"""One epoch of pretraining: batch, plan, forward, backward, optimiser step, log. Names no method."""
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from util import dist, rng
-from util.data.datasets import to_device, to_float
-from util.log import MetricLogger
+from util import dist
+from util.data.datasets import to_device
 from util.run import Run
+from util.training import Epoch, Training
 
 
-def train_one_epoch(run: Run, batches: DataLoader, epoch: int, logger: MetricLogger) -> dict[str, float]:
-    """Train from step `logger.start` to the end of the epoch; returns its averages over all ranks.
-
-    `run.model` is called for the loss (it may be compiled and distributed), `run.core` is the bare model.
-    """
-    run.model.train()
-    sampler = run.sampler
-    sampler.start(epoch, logger.start)
-    data = iter(batches)
-    for step in range(logger.start, sampler.steps):
-        global_step = epoch * sampler.steps + step
-        lr = run.set_lr(epoch + step / sampler.steps)
-        for micro in range(sampler.accum_iter):
-            batch = logger.wait_for(data)
-            with dist.no_sync(run.model, last=micro + 1 == sampler.accum_iter):
-                loss, terms = forward(run, batch, global_step, micro)
-                run.guard.backward(loss / sampler.accum_iter)
-            logger.update(loss=loss, **terms)
-        logger.update(grad_norm=run.guard.step())
-        run.after_step(epoch, step, lr, logger)
-    return {'lr': run.schedule(epoch + (sampler.steps - 1) / sampler.steps), **logger.averages()}
+def train_one_epoch(training: Training, run: Run, batches: DataLoader, epoch: Epoch) -> dict[str, float]:
+    """Train to the end of the epoch; returns its averages over all ranks."""
+    training.model.train()
+    training.sampler.start(epoch.number, epoch.first_step)
+    data = epoch.meters.timed(batches)
+    for step in range(epoch.first_step, epoch.steps):
+        lr = training.set_lr(epoch.at(step))
+        for micro in range(training.sampler.accum_iter):
+            batch = next(data)
+            with dist.no_sync(training.model, last=micro + 1 == training.sampler.accum_iter):
+                loss, terms = forward(training, batch, epoch.global_step(step), micro)
+                training.optimizer.backward(loss / training.sampler.accum_iter)
+            epoch.meters.update(loss=loss, **terms)
+        grad_norm = training.optimizer.step()
+        epoch.meters.update(grad_norm=grad_norm)
+        run.after_step(epoch, step, lr)
+    return {'lr': training.schedule(epoch.at(epoch.steps - 1)), **epoch.meters.averages()}
 
 
-def forward(run: Run, batch: list[Tensor], global_step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and terms of a micro-batch from the loader, uint8 [N, 3, H, W] first: a function of it and of its place."""
+def forward(training: Training, batch: list[Tensor], global_step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms of a micro-batch, uint8 [N, 3, H, W] first: a function of the batch and of its position."""
     imgs, _ = batch
-    seed, sampler = run.args.seed, run.sampler
-    noise = rng.mask_noise(run.core, seed, global_step, micro, sampler.rank, len(imgs), sampler.world_size)
-    imgs, plan = to_device((imgs, run.core.plan_from_noise(noise)), run.device)
-    imgs = to_float(imgs, *run.statistics)
-    rng.seed_all(seed, rng.STEP, global_step, micro, sampler.rank)
-    with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
-        return run.model(imgs, plan)
+    plan = training.core.plan_from_noise(training.mask_noise(global_step, micro, len(imgs)))
+    imgs, plan = to_device((imgs, plan), training.device)
+    imgs = training.normalise(imgs)
+    training.seed(global_step, micro)
+    with training.autocast():
+        return training.model(imgs, plan)

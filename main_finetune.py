@@ -7,26 +7,21 @@ Examples:
 
 import argparse
 import math
-import re
 from collections.abc import Callable
 
 import torch
-from PIL import Image
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from engine_finetune import evaluate, train_one_epoch
-from main_pretrain import check_forward, construct, find_method, param_rules
-from util import checkpoint, config, dist, rng
-from util.data import datasets, named
+from engine_finetune import LossOf, evaluate, train_one_epoch
+from main_pretrain import find_method
+from util import build, checkpoint, config, dist, rng
+from util.data import augment, datasets, named
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
+from util.training import Epoch, Training, amp_dtype, memory_format
 from util.weights import download
 from util.weights.intake import Origin
 from util.weights.published import load_published
@@ -95,7 +90,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
     method = find_method(args.model)
     rng.seed_all(args.seed, rng.INIT)
     options = {} if args.global_pool else {'global_pool': 'token'}
-    return construct(
+    return build.construct(
         method.create_classifier,
         args.model,
         num_classes=num_classes,
@@ -109,92 +104,49 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
     """Raise UserError for a classifier that would fail in its first step, or in its evaluation."""
     if not args.eval:
-        check_forward(core, args, args.input_size)
+        build.check_forward(core, args, args.input_size)
     if args.eval or args.eval_size not in (None, args.input_size):
-        check_forward(core.eval(), args, args.eval_size or args.input_size)
+        build.check_forward(core.eval(), args, args.eval_size or args.input_size)
         core.train()
 
 
-def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:
-    """(images, labels) of each split, and the number of classes. Raises UserError where they differ or do not fit."""
-    found = [named.labelled_images(args.dataset, args.data_path, split, args.download) for split in splits]
-    classes = found[0][2]
-    for split, (_, _, others) in zip(splits, found, strict=True):
-        if others != classes:
-            differing = sorted(set(classes) ^ set(others))
-            raise UserError(f'the classes of {splits[0]}/ and {split}/ in {args.data_path} differ: {differing[:5]}')
-    if args.nb_classes is not None and args.nb_classes < len(classes):
-        raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(classes)} classes')
-    return [(images, labels) for images, labels, _ in found], args.nb_classes or len(classes)
-
-
-def batch_augmentation(args: argparse.Namespace, num_classes: int, device: torch.device) -> Callable:
-    """Random erasing, then mixup or cutmix, of a normalised batch on the device: timm's."""
-    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
-    mix = None
-    if mixes(args):
-        mix = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
-
-    def augment(imgs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        imgs = erase(imgs)
-        return mix(imgs, labels) if mix else (imgs, labels)
-
-    return augment
-
-
-def train_transform(args: argparse.Namespace) -> Callable:
-    """timm's training transform. Raises UserError for a policy that timm does not know."""
-    aa = None if args.aa == 'none' else args.aa
-    try:
-        if aa and not all(re.fullmatch(r'[a-z]+\d[\d.]*|tweights|t3aw', part) for part in aa.split('-')[1:]):
-            raise ValueError  # timm passes over what it does not understand
-        transform = datasets.finetune_transform(
-            args.input_size, args.crop_scale, args.hflip, args.color_jitter, aa, args.mean
-        )
-        transform(Image.new('RGB', (args.input_size, args.input_size)))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"--aa {args.aa}: not a policy of timm's, like rand-m9-mstd0.5-inc1, or 'none'") from error
-    return transform
-
-
-def mixes(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def criterion(args: argparse.Namespace) -> nn.Module:
-    """Cross-entropy: with soft targets under mixup (which smooths them itself), smoothed, or plain. Or binary ones."""
-    if args.criterion == 'bce':
-        return BinaryCrossEntropy(args.smoothing, sum_classes=True)
-    if mixes(args):
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-
-
-def val_loader(args: argparse.Namespace, images: datasets.Images, labels: list[int], pin_memory: bool) -> DataLoader:
+def val_loader(
+    args: argparse.Namespace, images: datasets.Images, labels: list[int], device: torch.device
+) -> datasets.Loader:
     """This rank's share of the validation images, every image on exactly one rank."""
     here = dist.place()
-    transform = datasets.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
+    transform = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
     reader = Reader.of(args, 'bad_images_val.txt')
     if here.rank == 0:
         reader.start_anew()  # each evaluation meets all of them
     images = datasets.ImageFiles(images, labels, transform, args.seed, reader, replace=False)
     batches = datasets.eval_batches(len(images), args.batch_size, here.rank, here.world_size)
-    return datasets.loader(images, batches, args.num_workers, pin_memory, args.dist_timeout)
+    return build.loader(images, batches, args, device)
 
 
 def report(stats: dict[str, float]) -> None:
     """MAE's closing lines."""
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     info(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
+
+
+def classification_loss(
+    training: Training, augmentation: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], criterion: nn.Module
+) -> LossOf:
+    """What the engine calls for the loss of a batch: normalise, mix, forward, criterion in float32.
+
+    `augmentation(imgs, labels)` is what happens to a normalised batch on the device (random erasing, mixup, cutmix); it
+    may turn labels into soft targets, which `criterion(logits, targets)` then takes.
+    """
+
+    def loss_of(batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        imgs, labels = batch  # uint8 [N, 3, H, W], int64 [N]
+        imgs, targets = augmentation(training.normalise(imgs), labels)
+        with training.autocast():
+            logits = training.model(imgs)
+        return criterion(logits.float(), targets), {}
+
+    return loss_of
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
@@ -204,7 +156,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if args.finetune:
         raise UserError(f'--eval trains nothing from --finetune {args.finetune}: to evaluate it, --resume PATH')
     config.check_common_args(args)
-    [val], num_classes = labelled_splits(args, ('val',))
+    [val], num_classes = named.labelled_splits(args, ('val',))
     core = create_classifier(args, num_classes)
     check_steps(core, args)
     loaded = load_published(core, args.resume, ema=args.use_ema)
@@ -213,15 +165,15 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(
             f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
-    batches = val_loader(args, *val, args.pin_mem and torch.device(args.device).type == 'cuda')
+    batches = val_loader(args, *val, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
     if loaded.origin:
         notice_differences(args, loaded.origin)
-    memory_format = config.memory_format(args, core)
-    statistics = datasets.statistics(args.mean, args.std, device, memory_format)
-    core = core.to(device, memory_format=memory_format)
-    report(evaluate(core, batches, statistics, config.amp_dtype(args, device)))
+    layout = memory_format(args, core)
+    normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
+    core = core.to(device, memory_format=layout)
+    report(evaluate(core, batches, normalise, amp_dtype(args, device)))
     dist.cleanup()
 
 
@@ -240,48 +192,65 @@ def main(args: argparse.Namespace) -> None:
     method = find_method(args.model)
     if args.eval:
         return evaluate_checkpoint(args)
-    (train, val), num_classes = labelled_splits(args, ('train', 'val'))
-    if mixes(args) and args.batch_size % 2:
+    config.check_common_args(args)
+    config.check_schedule(args)
+    (train, val), num_classes = named.labelled_splits(args, ('train', 'val'))
+    if augment.mixes(args) and args.batch_size % 2:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'
         )
-    transform = train_transform(args)
-    with Run(args, 'finetune', len(train[0])) as run:
+    crop = augment.finetune_transform(
+        args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
+    )
+    sampler = build.epoch_batches(args, len(train[0]))
+    with Run(args, 'finetune', sampler) as run:
         core = create_classifier(args, num_classes)
         check_steps(core, args)
+        rules = build.param_rules(method, core, args.rule_kwargs)
         loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
-        ema_steps = args.ema_warmup_epochs * run.sampler.steps
+        ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
-        run.start(core, param_rules(method, core, args.rule_kwargs), args.layer_decay, ema)
+        build.check_options(core, args)
+
+        device = run.join(core, ema)
+        core = build.on_device(core, args, device)
+        optimizer = build.guarded_optimizer(core, rules, args, device)
+        model = dist.parallel(core, device, args.compile)
+        training = Training(args, core, model, optimizer, sampler, device, ema)
+
+        images = datasets.ImageFiles(*train, crop, args.seed, Reader.of(args))
+        batches = build.loader(images, sampler, args, device)
+        val_batches = val_loader(args, *val, device)
+        augmentation = augment.batch_augmentation(args, num_classes, device)
+        loss_of = classification_loss(training, augmentation, augment.criterion(args))
+        run.resume(training, images)
         if loaded:
             info(str(loaded))
 
-        batches = run.loader(*train, transform)
-        val_batches = val_loader(args, *val, run.pin_memory)
-        augment, loss = batch_augmentation(args, num_classes, run.device), criterion(args)
-        for epoch, logger in run.epochs():
-            stats = train_one_epoch(run, batches, epoch, logger, augment, loss)
-            run.save(checkpoint.LAST, epoch, logger.steps, logger, closed=False)  # an evaluation takes long
-            run.stop_if_asked(epoch, logger.steps, logger)
-            networks = {'test': run.core} | ({'test_ema': run.ema.module} if run.ema else {})
-            tests = {name: evaluate(net, val_batches, run.statistics, run.amp_dtype) for name, net in networks.items()}
+        for epoch in run.epochs():
+            stats = train_one_epoch(training, run, batches, epoch, loss_of)
+            run.save_before_evaluation(epoch)
+            networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
+            tests = {
+                name: evaluate(network, val_batches, training.normalise, training.amp_dtype)
+                for name, network in networks.items()
+            }
             report(tests['test'])
             keep_best(run, epoch, networks, tests)
             values = {f'train_{name}': value for name, value in stats.items()}
             values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
-            run.log.scalars(run.axis(epoch + 1, 0), **{k: v for k, v in values.items() if k.startswith('test')})
             params = sum(p.numel() for p in core.parameters() if p.requires_grad)
-            run.after_epoch(epoch, logger, **values, n_parameters=params)
+            run.after_epoch(epoch, **values, n_parameters=params)
         info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
         dist.cleanup()
 
 
-def keep_best(run: Run, epoch: int, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:
+def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:
     """Write `checkpoint-best.pth`, weights alone, when the best of the networks beats all before."""
     name = max(tests, key=lambda key: tests[key]['acc1'])
     acc1 = tests[name]['acc1']
     if acc1 > run.record.get('best_acc1', -math.inf):
-        run.record |= {'best_acc1': acc1, 'best_epoch': epoch}
+        run.record |= {'best_acc1': acc1, 'best_epoch': epoch.number}
         if dist.is_main():
             state = {
                 'model': networks[name].state_dict(),

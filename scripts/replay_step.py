@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,10 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from util import checkpoint, config, diagnosis, dist
-from util.data import datasets
+from util import build, checkpoint, config, diagnosis, dist
+from util.data import augment, datasets, named
 from util.errors import UserError, run_main
+from util.training import Training
 
 SHOWN = 5  # modules with the largest outputs
 
@@ -178,44 +178,56 @@ def finite_findings(watch: Watch, precision: str) -> str:
 
 
 class Replay:
-    """What the engines ask of a run, made from its diagnosis, on one device and as one of its ranks at a time."""
+    """The training of a diagnosis, on one device and as one of its ranks at a time."""
 
-    def __init__(self, record: dict, weights: dict, device: torch.device, amp_dtype: torch.dtype | None):
-        self.record, self.device, self.amp_dtype = record, device, amp_dtype
+    def __init__(self, record: dict, weights: dict, device: torch.device, amp_dtype: str):
+        self.record = record
         main = {'pretrain': main_pretrain, 'finetune': main_finetune}[record['stage']]
         self.args = args = main.get_args_parser().parse([])
-        vars(args).update(record['args'] | {'download': False})
+        vars(args).update(record['args'] | {'download': False, 'effective_batch_size': None, 'amp_dtype': amp_dtype})
         args.data_path = Path(args.data_path)
-        self.forward = self.prepare_pretrain() if main is main_pretrain else self.prepare_finetune()
-        checkpoint.check_same_weights(weights, self.core.state_dict(), diagnosis.WEIGHTS)
-        self.core.load_state_dict(weights)
-        memory_format = config.memory_format(args, self.core)
-        self.statistics = datasets.statistics(args.mean, args.std, device, memory_format)
-        self.model = self.core.to(device, memory_format=memory_format).train()
-        self.watch = Watch(self.core)
+        make = self.prepare_pretrain if main is main_pretrain else self.prepare_finetune
+        core, self.images, forward_of = make(device)
+        checkpoint.check_same_weights(weights, core.state_dict(), diagnosis.WEIGHTS)
+        core.load_state_dict(weights)
+        core = build.on_device(core, args, device).train()
+        rules = build.param_rules(main_pretrain.find_method(args.model), core, args.rule_kwargs)
+        optimizer = build.guarded_optimizer(core, rules, args, device)
+        sampler = build.epoch_batches(args, len(self.images))
+        sampler.world_size = record['world_size']
+        self.training = Training(args, core, core, optimizer, sampler, device)
+        self.forward = forward_of(self.training)
+        self.watch = Watch(core)
 
-    def prepare_pretrain(self) -> Callable:
+    def prepare_pretrain(self, device: torch.device) -> tuple[nn.Module, datasets.ImageFiles, Callable]:
+        """Network, images, and from a `Training` the engine's forward."""
         args = self.args
-        self.core = main_pretrain.create_model(args)
-        crop = datasets.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
-        self.images = datasets.ImageFiles(datasets.pretraining_files(args.data_path), None, crop, args.seed)
-        return engine_pretrain.forward
+        crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
+        images = datasets.ImageFiles(datasets.pretraining_files(args.data_path), None, crop, args.seed)
+        return main_pretrain.create_model(args), images, lambda training: partial(engine_pretrain.forward, training)
 
-    def prepare_finetune(self) -> Callable:
+    def prepare_finetune(self, device: torch.device) -> tuple[nn.Module, datasets.ImageFiles, Callable]:
+        """The same of fine-tuning."""
         args = self.args
-        [train], num_classes = main_finetune.labelled_splits(args, ('train',))
-        self.core = main_finetune.create_classifier(args, num_classes)
-        self.images = datasets.ImageFiles(*train, main_finetune.train_transform(args), args.seed)
-        augment = main_finetune.batch_augmentation(args, num_classes, self.device)
-        criterion = main_finetune.criterion(args)
-        return lambda *place: (engine_finetune.forward(*place, augment, criterion), {})
+        [train], num_classes = named.labelled_splits(args, ('train',))
+        crop = augment.finetune_transform(
+            args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
+        )
+        images = datasets.ImageFiles(*train, crop, args.seed)
+        augmentation, criterion = augment.batch_augmentation(args, num_classes, device), augment.criterion(args)
+
+        def forward_of(training: Training) -> Callable:
+            loss_of = main_finetune.classification_loss(training, augmentation, criterion)
+            return partial(engine_finetune.forward, training, loss_of=loss_of)
+
+        return main_finetune.create_classifier(args, num_classes), images, forward_of
 
     def batch(self, samples: list[dict]) -> list[Tensor]:
         """The very images. Raises UserError if they are not there any more."""
         for sample in samples:
             index, file = sample['item'][1], sample['path']
             if index >= len(self.images) or diagnosis.path(self.images.images, index) != file:
-                raise UserError(f'{file or "the data"}, image {index} of the run, is not at its place any more')
+                raise UserError(f'{file or "the data"}, image {index} of the run, is no longer where it was')
         try:
             return default_collate([self.images[tuple(sample['item'])] for sample in samples])
         except RuntimeError as error:
@@ -223,18 +235,18 @@ class Replay:
 
     def micro_step(self, rank: int, micro: int) -> str:
         """Make it again; returns what it showed."""
-        seen = self.record['ranks'][rank]['micro_steps'][micro]
-        self.sampler = SimpleNamespace(rank=rank, world_size=self.record['world_size'])
-        batch = self.batch(seen['samples'])
+        record, amp_dtype = self.record, self.training.amp_dtype
+        self.training.sampler.rank = rank
+        batch = self.batch(record['ranks'][rank]['micro_steps'][micro]['samples'])
         self.watch.begin()
-        loss, terms = self.forward(self, batch, self.record['global_step'], micro)
+        loss, terms = self.forward(batch, record['global_step'], micro)
         numbers = {'loss': loss.item(), **{name: term.item() for name, term in terms.items()}}
         found = forward_findings(self.watch, numbers['loss'])
         if not found:
-            scaled = self.amp_dtype is torch.float16 and self.record['loss_scale'] is not None
-            (loss * (self.record['loss_scale'] if scaled else 1.0) / self.record['accum_iter']).backward()
+            scaled = amp_dtype is torch.float16 and record['loss_scale'] is not None
+            (loss * (record['loss_scale'] if scaled else 1.0) / record['accum_iter']).backward()
             found = backward_findings(self.watch)
-        precision = str(self.amp_dtype or torch.float32).removeprefix('torch.')
+        precision = str(amp_dtype or torch.float32).removeprefix('torch.')
         listed = ', '.join(f'{name} {value:.6g}' for name, value in numbers.items())
         return f'rank {rank}, micro-step {micro}: {listed}\n  {found or finite_findings(self.watch, precision)}'
 
@@ -245,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     record, weights = diagnosis.read(args.diagnosis)
     if args.rank is not None and not 0 <= args.rank < len(record['ranks']):
         raise UserError(f'--rank {args.rank}: the run had ranks 0 to {len(record["ranks"]) - 1}')
-    replay = Replay(record, weights, device, config.amp_dtype(args, device))
+    replay = Replay(record, weights, device, args.amp_dtype)
     print(diagnosis.summary(record))
     if device.type != record['device']:
         print(f'on {device.type} now, on {record["device"]} then: drop path, erasing and rounding fall otherwise')

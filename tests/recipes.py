@@ -9,7 +9,6 @@ from torch import nn
 from training import MAINS
 
 from util import config, optim
-from util.run import Run
 
 
 def stage_of(name: str) -> str:
@@ -35,11 +34,13 @@ def learning_rates(args: argparse.Namespace) -> Callable[[float], dict[float, fl
     lr, _ = config.scaled_lr(args, config.accumulation(args))
     layer = nn.Linear(2, 2)
     groups = optim.param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 0.5, True)}, args.weight_decay)
-    guard = optim.GuardedStep(layer, optim.adamw(groups, lr, args.betas), torch.device('cpu'), False, None)
+    optimizer = optim.GuardedOptimizer(layer, optim.adamw(groups, lr, args.betas), torch.device('cpu'), False, None)
+
+    schedule = optim.schedule(args, lr)
 
     def at(epoch: float) -> dict[float, float]:
-        guard.set_lr(Run.schedule(SimpleNamespace(args=args, lr=lr), epoch))
-        return {group['lr_scale']: group['lr'] for group in guard.optimizer.param_groups}
+        optimizer.set_lr(schedule(epoch))
+        return {group['lr_scale']: group['lr'] for group in optimizer.inner.param_groups}
 
     return at
 

@@ -1,4 +1,4 @@
-"""What a run that has diverged leaves behind: where, with which values, of which samples, and the weights of that time.
+"""What a run that has diverged leaves behind: the position, values and samples of the step, and the weights before it.
 
 `diagnosis.json` is to be read, and `scripts/replay_step.py` makes the step again from it. `diagnosis.pth`, beside it,
 holds the weights, which no bad step has changed.
@@ -10,82 +10,81 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from util import checkpoint, config, digests, dist
+from util.data.datasets import ImageFiles
 from util.errors import DivergedError, StorageError, UserError
-from util.log import MetricLogger
+from util.training import Epoch, Training
 from util.weights.files import read_checkpoint
 
-if TYPE_CHECKING:
-    from util.run import Run
-
 NAME, WEIGHTS = 'diagnosis.json', 'diagnosis.pth'
-PLACE = ('epoch', 'step')
+POSITION = ('epoch', 'step')
 KEYS = {  # without which no step can be made again
-    *PLACE,
+    *POSITION,
     *('stage', 'global_step', 'loss_scale', 'device', 'world_size', 'accum_iter', 'args', 'bad_ranks', 'ranks'),
 }
 
 
-def diverged(run: 'Run', epoch: int, step: int, logger: MetricLogger, counts: dict[str, int]) -> DivergedError:
+def diverged(
+    training: Training, stage: str, images: ImageFiles, epoch: Epoch, step: int, counts: dict[str, int]
+) -> DivergedError:
     """Write the diagnosis, and return the error that ends the run. Every rank must call it; rank 0 writes.
 
-    `counts` is the guard's state after `step` steps of `epoch`. All later steps were left out too, but it is the first
-    step that was bad once too often which is diagnosed.
+    `counts` are the optimiser's after `step` steps of the epoch. The host may have noticed late: diagnosed is the first
+    step that was one bad step too many. All later steps were skipped too.
     """
-    late = counts['streak'] - run.guard.allowed - 1
+    args, allowed = training.args, training.optimizer.allowed
+    late = counts['streak'] - allowed - 1
     step -= late
-    ranks = dist.gather(observed(run, epoch, step, logger.observed(step + late, late)))
+    ranks = dist.gather(observed(training, images, epoch, step, epoch.meters.observed(step + late, late)))
     bad_ranks = [rank for rank, seen in enumerate(ranks) if bad_micro_steps(seen)]
-    record = describe(run, epoch, step, late, counts) | {'bad_ranks': bad_ranks, 'ranks': ranks}
+    record = {'stage': stage, **describe(training, epoch, step), 'bad_steps': counts['bad_steps'] - late}
+    record |= {'bad_ranks': bad_ranks, 'ranks': ranks}
     failed = None
     if dist.is_main():
         try:
-            write(run, record)
+            write(training, record)
         except (OSError, StorageError) as error:
             failed = str(error)
     failed = dist.gather(failed)[0]  # and no rank ends before the files are written
-    file = run.args.output_dir / NAME
+    file = args.output_dir / NAME
     where = f'see {file}, and scripts/replay_step.py {file} finds the first module'
     return DivergedError(f'{summary(record)}; {f"{file} could not be written: {failed}" if failed else where}')
 
 
-def describe(run: 'Run', epoch: int, step: int, late: int, counts: dict[str, int]) -> dict:
+def describe(training: Training, epoch: Epoch, step: int) -> dict:
     """What all ranks have in common. `step` counts from 1, as progress lines do; `global_step`, which seeds, from 0."""
-    steps = run.sampler.steps
+    args, sampler, optimizer = training.args, training.sampler, training.optimizer
     return {
-        'stage': run.stage,
-        'epoch': epoch,
+        'epoch': epoch.number,
         'step': step,
-        'steps': steps,
-        'global_step': epoch * steps + step - 1,
-        'lr': run.schedule(epoch + (step - 1) / steps),
-        'loss_scale': run.guard.loss_scale(),
-        'bad_steps_in_a_row': run.guard.allowed + 1,
-        'max_bad_steps': run.guard.allowed,
-        'bad_steps': counts['bad_steps'] - late,
-        'precision': str(run.amp_dtype or 'float32').removeprefix('torch.'),
-        'device': run.device.type,
-        'world_size': run.sampler.world_size,
-        'accum_iter': run.sampler.accum_iter,
-        'images': run.num_images,
-        'seed': run.args.seed,
-        'args': config.plain(run.args) | {'lr': run.lr, 'accum_iter': run.sampler.accum_iter},
+        'steps': epoch.steps,
+        'global_step': epoch.global_step(step - 1),
+        'lr': training.schedule(epoch.at(step - 1)),
+        'loss_scale': optimizer.loss_scale(),
+        'bad_steps_in_a_row': optimizer.allowed + 1,
+        'max_bad_steps': optimizer.allowed,
+        'precision': str(training.amp_dtype or 'float32').removeprefix('torch.'),
+        'device': training.device.type,
+        'world_size': sampler.world_size,
+        'accum_iter': sampler.accum_iter,
+        'images': sampler.num_samples,
+        'seed': args.seed,
+        'args': config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter},
     }
 
 
-def observed(run: 'Run', epoch: int, step: int, values: dict[str, list[float]]) -> dict:
+def observed(training: Training, images: ImageFiles, epoch: Epoch, step: int, values: dict[str, list[float]]) -> dict:
     """What this rank saw in the step: gradient norm, and of each micro-step loss, terms and samples."""
     values = {name: [value if math.isfinite(value) else str(value) for value in seen] for name, seen in values.items()}
     [norm], losses = values.pop('grad_norm'), values.pop('loss')
-    sampler = copy.copy(run.sampler)
-    sampler.start(epoch, step - 1)
+    sampler = copy.copy(training.sampler)
+    sampler.start(epoch.number, step - 1)
     micro_steps = [
         {
             'loss': losses[micro],
             'terms': {name: seen[micro] for name, seen in values.items()},
-            'samples': [{'item': list(item), 'path': path(run.images.images, item[1])} for item in items],
+            'samples': [{'item': list(item), 'path': path(images.images, item[1])} for item in items],
         }
         for micro, items in enumerate(itertools.islice(sampler, sampler.accum_iter))
     ]
@@ -117,11 +116,12 @@ def summary(record: dict) -> str:
     )
 
 
-def write(run: 'Run', record: dict) -> None:
+def write(training: Training, record: dict) -> None:
     """The weights first: what names them is there only when they are."""
-    place = {key: record[key] for key in PLACE}
-    checkpoint.save(run.args.output_dir / WEIGHTS, {'model': run.core.state_dict(), **place})
-    digests.replace(run.args.output_dir / NAME, (json.dumps(record, indent=2) + '\n').encode())
+    position = {key: record[key] for key in POSITION}
+    folder = training.args.output_dir
+    checkpoint.save(folder / WEIGHTS, {'model': training.core.state_dict(), **position})
+    digests.replace(folder / NAME, (json.dumps(record, indent=2) + '\n').encode())
 
 
 def read(file: Path) -> tuple[dict, dict]:
@@ -135,6 +135,6 @@ def read(file: Path) -> tuple[dict, dict]:
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f'{file} is not a diagnosis that a run has written') from error
     weights = read_checkpoint(file.with_name(WEIGHTS))
-    if any(weights.get(key) != record[key] for key in PLACE) or 'model' not in weights:
+    if any(weights.get(key) != record[key] for key in POSITION) or 'model' not in weights:
         raise UserError(f'{file.with_name(WEIGHTS)} is not of the step that {file} describes')
     return record, weights['model']

@@ -8,9 +8,8 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,32 +34,36 @@ class MetricLogger:
     """Averages over an epoch and over the steps since the last line.
 
     `update` only keeps references to device tensors; `read` fetches them all in one transfer, when a line is printed.
-    Averages are over what is finite: the steps that are left out are counted on their own.
+    Averages are over what is finite: skipped steps are counted on their own.
     """
 
     def __init__(
-        self, header: str, start: int, steps: int, images_per_step: int, print_freq: int, device: torch.device
+        self, header: str, first_step: int, steps: int, images_per_step: int, print_freq: int, device: torch.device
     ):
-        self.header, self.start, self.steps = header, start, steps
+        self.header, self.first_step, self.steps = header, first_step, steps
         self.images_per_step, self.print_freq, self.device = images_per_step, print_freq, device
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
         self.total: dict[str, float] = defaultdict(float)  # over the epoch, across resumes
         self.count: dict[str, int] = defaultdict(int)
         self.window: dict[str, list[float]] = defaultdict(list)  # since the last line
         self.began = self.last_line = time.perf_counter()
-        self.last_step = start
+        self.last_step = first_step
         self.waited = 0.0  # seconds spent waiting for data since the last line
 
     def update(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.pending[name].append(value.detach())
 
-    def wait_for(self, batches: Iterator) -> Any:
-        """The next batch; the time that it takes is reported as the share of `data`."""
-        began = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - began
-        return batch
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches; the time spent in waiting for them is reported as the share of `data`."""
+        data = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(data, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def due(self, step: int) -> bool:
         """Whether a line follows optimiser step `step` (counted from 0)."""
@@ -80,9 +83,9 @@ class MetricLogger:
         self.pending.clear()
 
     def observed(self, step: int, steps_ago: int) -> dict[str, list[float]]:
-        """Of `step` steps, what the one so many before the last gave, all since the last line. Syncs with the device.
+        """The values of one step: `steps_ago` before the last of the `step` steps made. Syncs with the device.
 
-        A step gives a name as many values as any other does.
+        The step must lie after the last printed line. Every step gives a name equally many values.
         """
         self.read()
         steps = step - self.last_step
@@ -104,7 +107,7 @@ class MetricLogger:
         averages['images_per_s'] = self.images_per_step / per_step
         parts = [
             f'{self.header} [{step + 1:>{len(str(self.steps))}}/{self.steps}]',
-            f'eta: {clock((self.steps - step - 1) * (now - self.began) / (step + 1 - self.start))}',
+            f'eta: {clock((self.steps - step - 1) * (now - self.began) / (step + 1 - self.first_step))}',
             f'lr: {lr:.3g}',
             *(f'{name}: {self._format(value)}' for name, value in averages.items() if name != 'images_per_s'),
             f'images/s: {averages["images_per_s"]:.0f}',
@@ -129,7 +132,7 @@ class MetricLogger:
         return {name: total / count if count else math.nan for name, (total, count) in self.sums().items()}
 
     def load_sums(self, sums: dict[str, list[float]]) -> None:
-        """Go on from the `sums` of a checkpoint. They are of all ranks: rank 0 takes them, the others start at zero."""
+        """Continue from the `sums` of a checkpoint: those of all ranks, so rank 0 takes them, the others start at 0."""
         for name, (total, count) in sums.items():
             self.total[name], self.count[name] = (total, count) if dist.is_main() else (0.0, 0)
 
@@ -156,8 +159,8 @@ class MetricLogger:
 class RunLog:
     """What rank 0 leaves to read: `log.txt`, one JSON object per epoch, and TensorBoard events.
 
-    A resumed run goes over steps that the one before may have logged: what is of `first_epoch` or later is dropped from
-    `log.txt`, and what is after `first_step_1000x` from the events.
+    A resumed run repeats steps that were logged before the kill. So lines of `first_epoch` or later are dropped from
+    `log.txt`, and events after `first_step_1000x`.
     """
 
     def __init__(self, output_dir: Path, log_dir: Path, first_epoch: int = 0, first_step_1000x: int = 0):

@@ -1,6 +1,9 @@
-"""Parameter groups from a model's rules, learning rates as a function of the epoch, and the guarded optimiser step."""
+"""Parameter groups from a model's rules, learning rates as a function of the epoch, and the guarded optimiser."""
 
+import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from timm import optim as timm_optim
@@ -65,15 +68,33 @@ def learning_rate(
     return ramp * (min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def schedule(args: argparse.Namespace, lr: float) -> Callable[..., float]:
+    """`learning_rate` as a run's arguments have it, a function of the fractional epoch; `lr=` replaces its peak."""
+    return partial(
+        learning_rate,
+        lr=lr,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr_ratio=args.warmup_lr_ratio,
+        warmup_shape=args.warmup_shape,
+        min_lr=args.min_lr,
+        sched=args.lr_sched,
+        cosine_start=args.cosine_start,
+        decay_epochs=tuple(args.lr_decay_epochs),
+        decay_rate=args.lr_decay_rate,
+        per_epoch=args.sched_per_epoch,
+    )
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Take over the moments of a saved state, parameter by parameter; the groups and their options stay as they are.
 
     A step counter that groups share (LAMB's) is taken over too; moments get their parameters' memory format.
     """
     own = optimizer.state_dict()
-    place = {n: i for group in saved['param_groups'] for n, i in zip(group['names'], group['params'], strict=True)}
+    index = {n: i for group in saved['param_groups'] for n, i in zip(group['names'], group['params'], strict=True)}
     names = {i: n for group in own['param_groups'] for n, i in zip(group['names'], group['params'], strict=True)}
-    state = {i: saved['state'][place[name]] for i, name in names.items() if place.get(name) in saved['state']}
+    state = {i: saved['state'][index[name]] for i, name in names.items() if index.get(name) in saved['state']}
     if counters := [int(group['step']) for group in saved['param_groups'] if 'step' in group]:
         own['param_groups'] = [group | {'step': max(counters)} for group in own['param_groups']]
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
@@ -83,16 +104,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                 values[key] = torch.empty_like(param).copy_(value)
 
 
-class GuardedStep:
-    """Backward, clip and step, such that a non-finite loss or gradient never reaches the weights.
+class GuardedOptimizer:
+    """Backward, clip and step, such that a loss or gradient that is not finite never reaches the weights.
 
-    Everything is decided on the device. A non-finite loss makes its gradients NaN, and the gradient reduction carries
-    that to every rank, so all leave out the same step. BatchNorm's running statistics, which the forward has changed
+    Everything is decided on the device. A loss that is not finite makes its gradients NaN, and the gradient reduction
+    carries that to every rank, so all skip the same step. BatchNorm's running statistics, which the forward has changed
     by then, go back to what they were (but for their count of batches, which nothing reads).
 
     More than `allowed` bad steps in a row trip the guard: from then on every step counts as bad, so that whenever the
-    host reads the streak, weights, moments and statistics are those from before it. Default: `PATIENCE`, or under fp16,
-    whose loss scale searches by overflow, `FP16_PATIENCE`.
+    host reads the streak, weights, moments and running statistics are those from before it. Default: `PATIENCE`, or
+    under fp16, whose loss scale searches by overflow, `FP16_PATIENCE`.
     """
 
     PATIENCE, FP16_PATIENCE = 3, 20
@@ -106,7 +127,7 @@ class GuardedStep:
         clip_grad: float | None,
         max_bad_steps: int | None = None,
     ):
-        self.optimizer = optimizer
+        self.inner = optimizer
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.clip_grad = clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -114,20 +135,20 @@ class GuardedStep:
         self.allowed = patience if max_bad_steps is None else max_bad_steps
         self.streak = torch.zeros((), device=device)  # bad steps in a row
         self.total = torch.zeros((), device=device)  # bad steps of the run
-        self.left_out = torch.zeros((), device=device)  # 1 if the latest step was bad
+        self.skipped = torch.zeros((), device=device)  # 1 if the latest step was bad
         self.scale = torch.ones((), device=device)  # of the loss; of the latest step, until the guard is tripped
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-        self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-        self.keep_statistics()
+        self.running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        self.keep_running()
 
     def set_lr(self, lr: float, floor: float = 0.0) -> None:
         """Give each group its share of the learning rate; only what lies above `floor` is scaled."""
-        for group in self.optimizer.param_groups:
+        for group in self.inner.param_groups:
             group['lr'] = floor + (lr - floor) * group['lr_scale']
 
-    def keep_statistics(self) -> None:
-        """What bad steps put back: to be called when a checkpoint has been loaded."""
-        self.kept = [buffer.clone() for buffer in self.statistics]
+    def keep_running(self) -> None:
+        """Remember the running statistics, which bad steps put back."""
+        self.kept = [buffer.clone() for buffer in self.running]
 
     def backward(self, loss: Tensor) -> None:
         good = loss.detach().isfinite() & (self.streak <= self.allowed)
@@ -136,36 +157,52 @@ class GuardedStep:
 
     def step(self) -> Tensor:
         """Apply the accumulated gradients, if they are finite, and clear them. Returns their norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.inner)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         bad = (~norm.isfinite()).float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)
         # torch's fused kernels, and `Lamb`, leave weights and state alone where this is 1. Not by `scaler.step`, which
         # would go by its own finding: that misses a norm that overflows, and what a loss scale of 0 makes of gradients
-        self.optimizer.found_inf = bad
-        self.optimizer.step()
+        self.inner.found_inf = bad
+        self.inner.step()
         scale = self.scaler.scale(torch.ones_like(self.scale))
         self.scale = torch.where(self.streak > self.allowed, self.scale, scale)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.statistics:
-            self.kept = [torch.where(bad > 0, *pair) for pair in zip(self.kept, self.statistics, strict=True)]
-            torch._foreach_copy_(self.statistics, self.kept)
+        self.inner.zero_grad(set_to_none=True)
+        if self.running:
+            self.kept = [torch.where(bad > 0, *pair) for pair in zip(self.kept, self.running, strict=True)]
+            torch._foreach_copy_(self.running, self.kept)
         self.streak = (self.streak + 1) * bad
         self.total = self.total + bad
-        self.left_out = bad
+        self.skipped = bad
         return norm
 
-    def state_dict(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """Bad steps: in a row until now, and of the whole run. Waits for the device."""
         streak, total = torch.stack([self.streak, self.total]).int().tolist()
         return {'streak': streak, 'bad_steps': total}
 
-    def load_state_dict(self, saved: dict[str, int]) -> None:
-        """Go on counting. A streak longer than this run allows ends it at the next bad step, not before."""
-        self.streak.fill_(min(saved['streak'], self.allowed))
-        self.total.fill_(saved['bad_steps'])
+    def state(self) -> dict:
+        """What a checkpoint holds of it. Waits for the device."""
+        return {
+            'optimizer': self.inner.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'guard': self.counts(),
+        }
+
+    def restore(self, saved: dict) -> None:
+        """Take over the `state` in a checkpoint, once the model has its weights.
+
+        A streak of bad steps that is longer than this run allows ends it at the next bad step, not before.
+        """
+        self.keep_running()
+        load_optimizer_state(self.inner, saved['optimizer'])
+        if saved['scaler']:
+            self.scaler.load_state_dict(saved['scaler'])
+        if 'guard' in saved:
+            self.streak.fill_(min(saved['guard']['streak'], self.allowed))
+            self.total.fill_(saved['guard']['bad_steps'])
 
     def loss_scale(self) -> float | None:
         """Of the latest step, or of the one that tripped the guard; None but under fp16. Waits for the device."""
@@ -173,7 +210,7 @@ class GuardedStep:
 
 
 def adamw(groups: list[dict], lr: float, betas: tuple[float, float], eps: float | None = None) -> torch.optim.AdamW:
-    """Fused AdamW: it can leave out a step on the device, which `GuardedStep` relies on. Default `eps` 1e-8."""
+    """Fused AdamW: it can skip a step on the device, which `GuardedOptimizer` relies on. Default `eps` 1e-8."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8 if eps is None else eps, fused=True)
 
 
@@ -186,7 +223,7 @@ OPTIMIZERS = {'adamw': adamw, 'lamb': lamb}
 
 
 class Lamb(timm_optim.Lamb):
-    """timm's LAMB, which also leaves out a step on the device, where `found_inf` is 1.
+    """timm's LAMB, which also skips a step on the device, where `found_inf` is 1.
 
     Such a step is taken and undone: weights and moments are copied before it and put back after it. That is room for
     three copies of the weights, at a time when activations have none, and one more pass over them. The step counter of
@@ -196,7 +233,7 @@ class Lamb(timm_optim.Lamb):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.found_inf: Tensor | None = None
-        self.left_out: Tensor | int = 0  # steps that the counter has too many
+        self.skipped: Tensor | int = 0  # steps that the counter has too many
         for param in self.params():  # made before the first step, which may be a bad one
             self.state[param] = {'exp_avg': torch.zeros_like(param), 'exp_avg_sq': torch.zeros_like(param)}
 
@@ -211,20 +248,20 @@ class Lamb(timm_optim.Lamb):
         if self.found_inf is not None:
             for tensor, old in zip(tensors, before, strict=True):
                 torch.where(self.found_inf > 0, old, tensor, out=tensor)
-            self.left_out = self.left_out + self.found_inf
+            self.skipped = self.skipped + self.found_inf
         return result
 
     def state_dict(self) -> dict:
-        """As ever, less the steps that were left out. Waits for the device."""
+        """As ever, less the steps that were skipped. Waits for the device."""
         for group in self.param_groups:
             if 'step' in group:
-                group['step'] -= int(self.left_out)
-        self.left_out = 0
+                group['step'] -= int(self.skipped)
+        self.skipped = 0
         return super().state_dict()
 
 
 class WeightAverage(ModelEmaV3):
-    """timm's average of a network's weights; buffers, such as BatchNorm's statistics, are the latest.
+    """timm's average of a network's weights; buffers, such as BatchNorm's running statistics, are the latest.
 
     Its decay grows to `decay`: at step t from 0 as min(decay, (1 + t) / (10 + t)), or, given `warmup_steps` T, linearly
     from `warmup_ratio` of it, decay * (1 - (1 - t / T) (1 - warmup_ratio)) before step T.
@@ -240,13 +277,13 @@ class WeightAverage(ModelEmaV3):
         return self.decay * (1 - max(0.0, 1 - step / self.warmup_steps) * (1 - self.warmup_ratio))
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, left_out: Tensor) -> None:
-        """Move towards the weights after optimiser step `step`, unless it was left out (1 or 0, on the device).
+    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
+        """Move towards the weights after optimiser step `step`, unless it was skipped (1 or 0, on the device).
 
-        A step that was left out is as if it had not been: were the average to go on towards weights that stand still,
-        it would depend on how late the host learns that the run has diverged.
+        A skipped step leaves no trace: were the average to go on towards weights that stand still, it would depend on
+        how late the host learns that the run has diverged.
         """
-        share = (1 - self.get_decay(step)) * (1 - left_out)
+        share = (1 - self.get_decay(step)) * (1 - skipped)
         averages, weights = list(self.module.parameters()), list(model.parameters())
         ahead = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(ahead, share)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from util import rng
-from util.data import datasets
+from util.data import augment, datasets
 from util.data.images import Reader
 
 MARGIN, FONT_SIZE = 4, 14
@@ -22,7 +22,7 @@ class Pictures:
 
     def __init__(self, core: nn.Module, files: list[str], args: argparse.Namespace, reader: Reader, count: int = 6):
         count = min(count, len(files))
-        transform = datasets.eval_transform(args.input_size, 1.0, args.max_pixels)
+        transform = augment.eval_transform(args.input_size, 1.0, args.max_pixels)
         images = datasets.ImageFiles(files, None, transform, args.seed, reader)
         self.imgs = torch.stack([images[0, i * len(files) // count][0] for i in range(count)])
         self.plan = core.plan_from_noise(rng.picture_noise(core, args.seed, count))
@@ -31,7 +31,7 @@ class Pictures:
     def draw(self, core: nn.Module, device: torch.device) -> np.ndarray:
         """[height, width, 3] uint8."""
         imgs, plan = datasets.to_device((self.imgs, self.plan), device)
-        imgs = datasets.to_float(imgs, *datasets.statistics(self.mean, self.std, device))
+        imgs = datasets.Normalisation.of(self.mean, self.std, device)(imgs)
         return grid(core.reconstruct(imgs, plan), self.mean, self.std)
 
 

@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, position), not of history: nothing of it is saved, any split of the work agrees.
 
 The streams: initial weights, the epoch's order, each sample's augmentation, each micro-step (drop path, mixup), the
-masks, the pictures' masks, and what takes the place of images that cannot be read.
+masks, the pictures' masks, and the images that replace skipped ones.
 """
 
 import math
@@ -16,12 +16,12 @@ INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT = range(7)
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
-    """A counter-based generator for one place of one stream."""
+    """A counter-based generator for one position of one stream."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, *position))))
 
 
 def seed_all(seed: int, stream: int, *position: int) -> None:
-    """Seed torch (all devices), numpy and `random` for one place of one stream."""
+    """Seed torch (all devices), numpy and `random` for one position of one stream."""
     a, b = np.random.SeedSequence((seed, stream, *position)).generate_state(2).tolist()
     torch.manual_seed((a << 32) | b)
     np.random.seed(a)

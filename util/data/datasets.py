@@ -1,31 +1,28 @@
-"""Images from folders to uint8 batches: listing, decoding, cropping, and which rank gets which sample when.
+"""From folders to uint8 batches: which files there are, which rank gets which sample when, and the way to the device.
 
-Workers hand over uint8 [N, 3, H, W]; `to_float` converts and normalises a whole batch on the device.
+Workers hand over uint8 [N, 3, H, W]; `Normalisation` makes floats of a whole batch on the device.
 """
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
-from torchvision.transforms import InterpolationMode
 
 from util import rng, signals
-from util.data.images import MAX_PIXELS, Reader, printable, reason
+from util.data.images import Reader, printable, reason
 from util.data.loader import Loader
 from util.errors import RunError, UserError
 
 Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
-LEFT_OUT = -1  # the label of what stands in for a bad image in evaluation
+SKIPPED = -1  # the label of the blank that stands for a bad image in evaluation
 PATIENCE_SHARE = 0.9  # of what a silent rank is given: a stuck loader is to be named before its rank is
 
 
@@ -33,8 +30,8 @@ class ImageFiles(Dataset):
     """Images, with or without labels; item (epoch, index) or (epoch, index, copy) is (uint8 [3, H, W], label).
 
     Before a sample is augmented, all random generators are seeded from the seed and its item: its augmentation depends
-    on nothing else, whichever worker of whichever rank makes it. So it is with the image that takes the place of one
-    that cannot be read and that the reader may leave out; without `replace`, such a sample is blank and labelled -1.
+    on nothing else, whichever worker of whichever rank makes it. The same holds for the image that replaces a skipped
+    bad image; without `replace`, a skipped image is blank and labelled -1.
     """
 
     def __init__(
@@ -57,7 +54,7 @@ class ImageFiles(Dataset):
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """The file, or the place of an image in memory."""
+        """The file, or the number of an image in memory."""
         return f'image {index}' if self.images.ndim == 4 else os.fsdecode(self.images[index])
 
     def image(self, index: int) -> Image.Image:
@@ -81,7 +78,7 @@ class ImageFiles(Dataset):
             except Exception as error:  # Pillow raises of every kind
                 self.reader.leave_out(self.name(index), reason(error), len(self))
             if not self.replace:
-                return self.transform(Image.new('RGB', (1, 1))), LEFT_OUT
+                return self.transform(Image.new('RGB', (1, 1))), SKIPPED
             index = int(rng.generator(self.seed, rng.REPLACEMENT, epoch, item[1], attempt).integers(len(self)))
 
     def __getitems__(self, items: list[tuple[int, ...]]) -> list[tuple[Tensor, int]] | RunError:
@@ -95,12 +92,12 @@ class ImageFiles(Dataset):
 class EpochBatches:
     """A batch sampler: this rank's micro-batches of one epoch, each a list of `ImageFiles` items.
 
-    Optimiser step s takes places [s G, (s + 1) G) of the epoch's seeded order, G = batch size B * ranks W * accum_iter;
-    micro-step m of rank r takes places m W B + r B and following of those. The incomplete last G is left out.
+    Optimiser step s takes samples [s G, (s + 1) G) of the epoch's seeded order, G = batch size B * ranks W *
+    accum_iter; micro-step m of rank r takes B of those, from number m W B + r B on. The incomplete last G is dropped.
 
-    With `copies` > 1 (repeated augmentation, Hoffer et al. 2020), each image takes that many places in a row, each with
-    an augmentation of its own, and an epoch, as long as before, sees so many times fewer images. Rank r then takes
-    every W-th of the micro-step's W B places, from its r-th on, so that copies fall to different ranks.
+    With `copies` > 1 (repeated augmentation, Hoffer et al. 2020), each image is taken that many times in a row, each
+    time with an augmentation of its own, and an epoch, as long as before, sees so many times fewer images. Rank r then
+    takes every W-th of the micro-step's W B samples, from its r-th on, so that copies fall to different ranks.
     """
 
     def __init__(
@@ -135,8 +132,8 @@ class EpochBatches:
                     first += self.rank * self.batch_size
                     yield [(self.epoch, i) for i in order[first : first + self.batch_size].tolist()]
                 else:
-                    places = range(first + self.rank, first + self.world_size * self.batch_size, self.world_size)
-                    yield [(self.epoch, int(order[place // self.copies]), place % self.copies) for place in places]
+                    numbers = range(first + self.rank, first + self.world_size * self.batch_size, self.world_size)
+                    yield [(self.epoch, int(order[n // self.copies]), n % self.copies) for n in numbers]
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
@@ -171,11 +168,25 @@ def to_device(item: Tensor | tuple, device: torch.device) -> Any:
     return type(item)(*moved) if hasattr(item, '_fields') else type(item)(moved)
 
 
-def to_float(
-    imgs: Tensor, mean: Tensor, std: Tensor, memory_format: torch.memory_format = torch.contiguous_format
-) -> Tensor:
-    """uint8 [N, 3, H, W] -> float32, normalised by the statistics [3, 1, 1] of values in 0..1."""
-    return (imgs.to(torch.float32, memory_format=memory_format) / 255 - mean) / std
+class Normalisation(NamedTuple):
+    """A batch of images, uint8 [N, 3, H, W], to normalised float32 in a memory format, on the device."""
+
+    mean: Tensor  # [3, 1, 1], of values in 0..1
+    std: Tensor
+    memory_format: torch.memory_format
+
+    @classmethod
+    def of(
+        cls,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> 'Normalisation':
+        return cls(*(torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std)), memory_format)
+
+    def __call__(self, imgs: Tensor) -> Tensor:
+        return (imgs.to(torch.float32, memory_format=self.memory_format) / 255 - self.mean) / self.std
 
 
 # --------------------------------------------------------------------------
@@ -230,97 +241,3 @@ def labelled_files(data_path: Path, split: str) -> tuple[list[str], list[int], l
         files += of_class
         labels += [label] * len(of_class)
     return files, labels, classes
-
-
-# --------------------------------------------------------------------------
-# transforms: PIL image -> uint8 tensor
-
-
-def pretrain_transform(
-    input_size: int, crop_scale: tuple[float, float], hflip: float, interpolation: str = 'bicubic'
-) -> Callable:
-    """MAE's: a random crop of this share of the area, resized, and a flip."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation)),
-            transforms.RandomHorizontalFlip(hflip),
-            transforms.PILToTensor(),
-        ]
-    )
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """Keep the highest bits of each channel, or none: RandAugment asks for 0 from magnitude 10 on."""
-    mask = 0xFF00 >> bits_to_keep & 0xFF
-    return image.point([value & mask for value in range(256)] * len(image.getbands()))
-
-
-# timm's own goes through Pillow's, which from version 13 on refuses 0 bits and would end the run
-auto_augment.NAME_TO_OP |= {name: posterize for name in auto_augment.NAME_TO_OP if name.startswith('Posterize')}
-
-
-def finetune_transform(
-    input_size: int,
-    crop_scale: tuple[float, float],
-    hflip: float,
-    color_jitter: float | None,
-    aa: str | None,
-    mean: list[float],
-) -> Callable:
-    """timm's: random crop, flip, RandAugment (or colour jitter). Random erasing follows on the normalised batch."""
-    return create_transform(
-        input_size,
-        is_training=True,
-        scale=crop_scale,
-        hflip=hflip,
-        color_jitter=color_jitter,
-        auto_augment=aa,
-        interpolation='bicubic',
-        mean=mean,
-        normalize=False,
-    )
-
-
-class ResizeShorter(transforms.Resize):
-    """Resize the shorter side, bicubic. Raises ValueError if that makes an image of more than `max_pixels`."""
-
-    def __init__(self, size: int, max_pixels: int):
-        super().__init__(size, InterpolationMode.BICUBIC)
-        self.max_pixels = max_pixels
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        longer = self.size * max(image.size) // min(image.size)
-        if self.size * longer > self.max_pixels:
-            sides = ' x '.join(map(str, image.size))
-            raise ValueError(
-                f'{sides} pixels, its shorter side resized to {self.size}, are more than --max_pixels {self.max_pixels}'
-            )
-        return super().forward(image)
-
-
-def eval_transform(input_size: int, crop_pct: float, max_pixels: int = MAX_PIXELS) -> Callable:
-    """Resize the shorter side to input_size / crop_pct, rounded down, bicubic, and crop the centre."""
-    return transforms.Compose(
-        [
-            ResizeShorter(int(input_size / crop_pct), max_pixels),
-            transforms.CenterCrop(input_size),
-            transforms.PILToTensor(),
-        ]
-    )
-
-
-Statistics = tuple[Tensor, Tensor, torch.memory_format]
-
-
-def statistics(
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Statistics:
-    """What `to_float` takes beside a batch: two [3, 1, 1] tensors, and how the result lies in memory."""
-    return (
-        torch.tensor(mean, device=device).view(3, 1, 1),
-        torch.tensor(std, device=device).view(3, 1, 1),
-        memory_format,
-    )

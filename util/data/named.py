@@ -5,6 +5,7 @@ numbers of the classes, in every split the same. What is wrong with the data it 
 RuntimeError, which `labelled_images` completes to one line.
 """
 
+import argparse
 import contextlib
 import fcntl
 import http.client
@@ -192,3 +193,16 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     with open(folder / '.download.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:
+    """(images, labels) of each split, and the number of classes. Raises UserError where they differ or do not fit."""
+    found = [labelled_images(args.dataset, args.data_path, split, args.download) for split in splits]
+    classes = found[0][2]
+    for split, (_, _, others) in zip(splits, found, strict=True):
+        if others != classes:
+            differing = sorted(set(classes) ^ set(others))
+            raise UserError(f'the classes of {splits[0]}/ and {split}/ in {args.data_path} differ: {differing[:5]}')
+    if args.nb_classes is not None and args.nb_classes < len(classes):
+        raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(classes)} classes')
+    return [(images, labels) for images, labels, _ in found], args.nb_classes or len(classes)

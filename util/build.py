@@ -1,0 +1,133 @@
+"""From arguments to the parts of a training: what the programs share, for whichever method."""
+
+import argparse
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import get_args, get_type_hints
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
+
+from util import config, dist, training
+from util.data import datasets
+from util.errors import UserError
+from util.nn.grad_checkpoint import checkpoint_blocks
+from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
+
+# --------------------------------------------------------------------------
+# networks
+
+
+def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwargs) -> nn.Module:
+    """Call a model function with the flags' values and --model_kwargs; what it refuses becomes a UserError."""
+    name = args[0] if args else make.__name__
+    if twice := sorted(kwargs.keys() & model_kwargs.keys()):
+        raise UserError(f'--model_kwargs {twice[0]}={model_kwargs[twice[0]]}: it has a flag of its own')
+    try:
+        return make(*args, **kwargs, **model_kwargs)
+    except (ValueError, TypeError) as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not unknown:
+            raise UserError(f'{name}: {error!s:.300}') from error
+        result = get_type_hints(make)['return']
+        classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
+        known = {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
+        raise UserError(f'{name} has no option {unknown[1]}{config.closest(unknown[1], known)}') from error
+    except Exception as error:  # what networks raise that do not check their options
+        if not model_kwargs:
+            raise
+        raise UserError(f'{name} cannot be made{options_and_reason(model_kwargs, error)}') from error
+
+
+def options_and_reason(model_kwargs: dict, error: Exception) -> str:
+    """' with --model_kwargs KEY=VALUE ...: why not'"""
+    given = ' '.join(f'{key}={value}' for key, value in model_kwargs.items())
+    options = f' with --model_kwargs {given:.300}' if given else ''
+    return f'{options}: {str(error) or type(error).__name__:.300}'
+
+
+@torch.no_grad()
+def check_forward(
+    core: nn.Module, args: argparse.Namespace, size: int, extra: Callable[[int], tuple] = lambda n: ()
+) -> None:
+    """Try a forward in shapes alone, which computes no number. Raises UserError for what the model cannot do.
+
+    One or two images of `size` pixels stand for the batch; `extra` gives what else the model takes with n of them.
+    """
+    two = getattr(args, 'batch_size', 2) > 1 or dist.will_synchronise(core, args.device)  # BatchNorm needs two values
+    n, fake = 2 if two else 1, FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        inputs = (torch.zeros(n, 3, size, size), *extra(n))
+        with fake:
+            tensors = itertools.chain(core.named_parameters(), core.named_buffers())
+            functional_call(core, {name: fake.from_tensor(tensor) for name, tensor in tensors}, inputs)
+    except Exception as error:  # whatever an operation raises
+        images = '2 images' if two else '1 image'
+        what = f'{args.model} cannot take {images} of {size} pixels'
+        raise UserError(what + options_and_reason(args.model_kwargs, error)) from error
+
+
+def check_options(core: nn.Module, args: argparse.Namespace) -> None:
+    """Apply --grad_checkpoint. Raises UserError where this network cannot have it, or --compile."""
+    if args.compile and dist.will_synchronise(core, args.device):
+        raise UserError('--compile: torch cannot compile SyncBatchNorm, with which several GPUs train this model')
+    if args.grad_checkpoint and not checkpoint_blocks(core):
+        raise UserError(f'--grad_checkpoint: {args.model} has no blocks to recompute')
+
+
+def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network on the device, in its memory format, with SyncBatchNorm where several GPUs train."""
+    return dist.sync_batchnorm(core.to(device, memory_format=training.memory_format(args, core)), device)
+
+
+# --------------------------------------------------------------------------
+# what trains them
+
+
+def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules:
+    """How the method groups a model's parameters; what it refuses of --rule_kwargs becomes a UserError."""
+    known = list(inspect.signature(method.param_rules).parameters)[1:]
+    if unknown := sorted(rule_kwargs.keys() - set(known)):
+        hint = config.closest(unknown[0], known) or f'; known: {", ".join(known) or "none"}'
+        raise UserError(f'--rule_kwargs: {method.__name__}.param_rules has no option {unknown[0]}{hint}')
+    try:
+        return method.param_rules(core, **rule_kwargs)
+    except ValueError as error:
+        raise UserError(f'--rule_kwargs: {error}') from error
+
+
+def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBatches:
+    """This rank's share of every epoch. Raises UserError for fewer images than one step takes."""
+    here, accum_iter = dist.place(), config.accumulation(args)
+    copies = getattr(args, 'repeated_aug', 1)
+    sampler = datasets.EpochBatches(
+        num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed, copies
+    )
+    if not sampler.steps:
+        _, arithmetic = config.scaled_lr(args, accum_iter)
+        raise UserError(f'{num_images} training images in {args.data_path} are fewer than one step takes: {arithmetic}')
+    return sampler
+
+
+def loader(
+    images: datasets.ImageFiles, batches: Iterable, args: argparse.Namespace, device: torch.device
+) -> datasets.Loader:
+    """Batches of images as the arguments have them."""
+    pin_memory = args.pin_mem and device.type == 'cuda'
+    return datasets.loader(images, batches, args.num_workers, pin_memory, args.dist_timeout)
+
+
+def guarded_optimizer(
+    core: nn.Module, rules: Rules, args: argparse.Namespace, device: torch.device
+) -> GuardedOptimizer:
+    """The optimiser of a network that is on its device."""
+    groups = param_groups(core, rules, args.weight_decay, getattr(args, 'layer_decay', 1.0))
+    lr, _ = config.scaled_lr(args, config.accumulation(args))
+    optimizer = OPTIMIZERS[args.opt](groups, lr, args.betas, args.opt_eps)
+    fp16 = training.amp_dtype(args, device) is torch.float16
+    return GuardedOptimizer(core, optimizer, device, fp16, args.clip_grad, args.max_bad_steps)

@@ -1,0 +1,143 @@
+"""From an image to a uint8 crop, for pretraining, fine-tuning and evaluation; and what mixes the images of a batch."""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from util.data.images import MAX_PIXELS
+from util.errors import UserError
+
+# --------------------------------------------------------------------------
+# transforms: PIL image -> uint8 tensor
+
+
+def pretrain_transform(
+    input_size: int, crop_scale: Sequence[float], hflip: float, interpolation: str = 'bicubic'
+) -> Callable:
+    """MAE's: a random crop of this share of the area, resized, and a flip."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation)),
+            transforms.RandomHorizontalFlip(hflip),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """Keep the highest bits of each channel, or none: RandAugment asks for 0 from magnitude 10 on."""
+    mask = 0xFF00 >> bits_to_keep & 0xFF
+    return image.point([value & mask for value in range(256)] * len(image.getbands()))
+
+
+# timm's own goes through Pillow's, which from version 13 on refuses 0 bits and would end the run
+auto_augment.NAME_TO_OP |= {name: posterize for name in auto_augment.NAME_TO_OP if name.startswith('Posterize')}
+
+
+def finetune_transform(
+    input_size: int,
+    crop_scale: Sequence[float],
+    hflip: float,
+    color_jitter: float | None,
+    aa: str,
+    mean: Sequence[float],
+) -> Callable:
+    """timm's: random crop, flip, RandAugment (or colour jitter). Random erasing follows on the normalised batch.
+
+    Raises UserError for a policy `aa` that timm does not know; 'none' is none.
+    """
+    try:
+        if aa != 'none' and not all(re.fullmatch(r'[a-z]+\d[\d.]*|tweights|t3aw', part) for part in aa.split('-')[1:]):
+            raise ValueError  # timm passes over what it does not understand
+        transform = create_transform(
+            input_size,
+            is_training=True,
+            scale=crop_scale,
+            hflip=hflip,
+            color_jitter=color_jitter,
+            auto_augment=None if aa == 'none' else aa,
+            interpolation='bicubic',
+            mean=mean,
+            normalize=False,
+        )
+        transform(Image.new('RGB', (input_size, input_size)))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"--aa {aa}: not a policy of timm's, like rand-m9-mstd0.5-inc1, or 'none'") from error
+    return transform
+
+
+class ResizeShorter(transforms.Resize):
+    """Resize the shorter side, bicubic. Raises ValueError if that makes an image of more than `max_pixels`."""
+
+    def __init__(self, size: int, max_pixels: int):
+        super().__init__(size, InterpolationMode.BICUBIC)
+        self.max_pixels = max_pixels
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        longer = self.size * max(image.size) // min(image.size)
+        if self.size * longer > self.max_pixels:
+            sides = ' x '.join(map(str, image.size))
+            raise ValueError(
+                f'{sides} pixels, its shorter side resized to {self.size}, are more than --max_pixels {self.max_pixels}'
+            )
+        return super().forward(image)
+
+
+def eval_transform(input_size: int, crop_pct: float, max_pixels: int = MAX_PIXELS) -> Callable:
+    """Resize the shorter side to input_size / crop_pct, rounded down, bicubic, and crop the centre."""
+    return transforms.Compose(
+        [
+            ResizeShorter(int(input_size / crop_pct), max_pixels),
+            transforms.CenterCrop(input_size),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+# --------------------------------------------------------------------------
+# fine-tuning's batches and loss: timm's
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def batch_augmentation(args: argparse.Namespace, num_classes: int, device: torch.device) -> Callable:
+    """Random erasing, then mixup or cutmix, of a normalised batch on the device: timm's."""
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+    mix = None
+    if mixes(args):
+        mix = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+
+    def augment(imgs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        imgs = erase(imgs)
+        return mix(imgs, labels) if mix else (imgs, labels)
+
+    return augment
+
+
+def criterion(args: argparse.Namespace) -> nn.Module:
+    """Cross-entropy: with soft targets under mixup (which smooths them itself), smoothed, or plain. Or binary ones."""
+    if args.criterion == 'bce':
+        return BinaryCrossEntropy(args.smoothing, sum_classes=True)
+    if mixes(args):
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()

@@ -1,0 +1,114 @@
+"""What a training step needs: network, optimiser, schedule, order of the samples, precision, normalisation.
+
+A `Training` is whole when it is constructed; the engines take it, and whoever makes a single step again. `util/run.py`
+keeps the life of a run around it.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from util import config, optim, rng
+from util.data.datasets import EpochBatches, Normalisation
+from util.log import MetricLogger
+from util.optim import GuardedOptimizer, WeightAverage
+
+
+@dataclass
+class Epoch:
+    """The epoch that a run is in, and from which position: its optimiser step `first_step` is the first to be made."""
+
+    number: int  # from 0
+    first_step: int  # above 0 where a run is resumed in the middle of the epoch
+    steps: int  # optimiser steps of the whole epoch
+    meters: MetricLogger
+
+    def at(self, step: int) -> float:
+        """The fractional epoch before optimiser step `step`, what schedules go by."""
+        return self.number + step / self.steps
+
+    def global_step(self, step: int) -> int:
+        """The number of optimiser step `step` in the whole run, from 0."""
+        return self.number * self.steps + step
+
+
+class Training:
+    """Everything that a step needs.
+
+    `model` is called for the loss: it may be compiled and distributed. `core` is the bare network in it, for plans,
+    pictures, evaluation and saving.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        core: nn.Module,
+        model: nn.Module,
+        optimizer: GuardedOptimizer,
+        sampler: EpochBatches,
+        device: torch.device,
+        ema: WeightAverage | None = None,
+    ):
+        self.args, self.core, self.model = args, core, model
+        self.optimizer, self.sampler, self.device = optimizer, sampler, device
+        self.lr, _ = config.scaled_lr(args, sampler.accum_iter)
+        self.schedule = optim.schedule(args, self.lr)
+        self.amp_dtype = amp_dtype(args, device)
+        layout = memory_format(args, core)
+        self.normalise = Normalisation.of(args.mean, args.std, device, layout)
+        self.ema = ema.to(device, memory_format=layout) if ema else None
+
+    def set_lr(self, epoch: float) -> float:
+        """Set every group's learning rate at a fractional epoch; returns that of scale 1."""
+        lr = self.schedule(epoch)
+        # the rate of a group whose scale is 0: with an absolute minimum, no group ends below it
+        floor = self.schedule(epoch, lr=0.0) if self.args.min_lr_absolute else 0.0
+        self.optimizer.set_lr(lr, floor)
+        return lr
+
+    def mask_noise(self, global_step: int, micro: int, batch_size: int) -> Tensor:
+        """What a pretraining model makes this rank's plan of micro-step `micro` from."""
+        sampler = self.sampler
+        return rng.mask_noise(
+            self.core, self.args.seed, global_step, micro, sampler.rank, batch_size, sampler.world_size
+        )
+
+    def seed(self, global_step: int, micro: int) -> None:
+        """Seed all random generators for a micro-step of this rank: drop path, mixup, random erasing."""
+        rng.seed_all(self.args.seed, rng.STEP, global_step, micro, self.sampler.rank)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of a forward."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def state(self) -> dict:
+        """What a checkpoint holds of it. Waits for the device."""
+        state = {'model': self.core.state_dict(), **self.optimizer.state()}
+        if hasattr(self.core, 'encoder_state_dict'):
+            state['encoder'] = self.core.encoder_state_dict()
+        if self.ema:
+            state['ema'] = self.ema.module.state_dict()
+        return state
+
+    def restore(self, saved: dict) -> None:
+        """Take over the `state` in a checkpoint. Learning rates, decay, betas and precision stay this run's own."""
+        self.core.load_state_dict(saved['model'])
+        self.optimizer.restore(saved)
+        if self.ema:
+            self.ema.module.load_state_dict(saved['ema'])
+
+
+def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """The autocast type, or None for float32."""
+    if args.amp_dtype is None:
+        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported(False) else None
+    return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'none': None}[args.amp_dtype]
+
+
+def memory_format(args: argparse.Namespace, core: nn.Module) -> torch.memory_format:
+    """NHWC if asked, or if the network convolves: it has a convolution over more than patches that do not overlap."""
+    convolves = any(m.kernel_size > m.stride for m in core.modules() if isinstance(m, nn.Conv2d))
+    last = convolves if args.channels_last is None else args.channels_last
+    return torch.channels_last if last else torch.contiguous_format
