@@ -219,13 +219,13 @@ def main(args: argparse.Namespace) -> None:
         training = Training(args, core, model, optimizer, sampler, device, ema)
 
         images = datasets.ImageFiles(*train, crop, args.seed, Reader.of(args))
+        run.resume(training, images)
+        if loaded:
+            info(str(loaded))
         batches = build.loader(images, sampler, args, device)
         val_batches = val_loader(args, *val, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
         loss_of = classification_loss(training, augmentation, augment.criterion(args))
-        run.resume(training, images)
-        if loaded:
-            info(str(loaded))
 
         for epoch in run.epochs():
             stats = train_one_epoch(training, run, batches, epoch, loss_of)

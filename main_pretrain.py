@@ -102,8 +102,8 @@ def main(args: argparse.Namespace) -> None:
 
         crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
         images = datasets.ImageFiles(files, None, crop, args.seed, Reader.of(args))
-        batches = build.loader(images, sampler, args, device)
         run.resume(training, images)
+        batches = build.loader(images, sampler, args, device)
         pictures = Pictures(core, files, args, images.reader) if args.vis_freq and dist.is_main() else None
 
         for epoch in run.epochs():

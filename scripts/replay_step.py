@@ -218,7 +218,7 @@ class Replay:
 
         def forward_of(training: Training) -> Callable:
             loss_of = main_finetune.classification_loss(training, augmentation, criterion)
-            return partial(engine_finetune.forward, training, loss_of=loss_of)
+            return lambda *micro_step: engine_finetune.forward(training, *micro_step, loss_of)
 
         return main_finetune.create_classifier(args, num_classes), images, forward_of
 

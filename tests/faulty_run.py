@@ -19,28 +19,28 @@ from util.run import Run
 kind, first, second = os.environ['FAULT'].split(':')
 
 
-def save_and_exit(self, name, epoch, step, logger, save=Run.save):
-    save(self, name, epoch, step, logger)
-    if (epoch, step) == (int(first), int(second)):
+def save_and_exit(self, name, epoch, step, closed=True, save=Run.save):
+    save(self, name, epoch, step, closed)
+    if (epoch.number, step) == (int(first), int(second)):
         os._exit(9)
 
 
-def forward_with_nan(run, batch, global_step, micro, forward=engine_pretrain.forward):
-    loss, terms = forward(run, batch, global_step, micro)
+def forward_with_nan(training, batch, global_step, micro, forward=engine_pretrain.forward):
+    loss, terms = forward(training, batch, global_step, micro)
     from_step, _, to_step = second.partition('-')
     bad = dist.rank() == int(first) and int(from_step) <= global_step <= int(to_step or from_step)
     return loss * (float('nan') if bad else 1.0), terms
 
 
-def forward_with_bug(run, batch, global_step, micro, forward=engine_pretrain.forward):
+def forward_with_bug(training, batch, global_step, micro, forward=engine_pretrain.forward):
     if (dist.rank(), global_step) == (int(first), int(second)):
         raise IndexError('of rank 1 alone')
-    return forward(run, batch, global_step, micro)
+    return forward(training, batch, global_step, micro)
 
 
 def after_epoch(self, *args, after_epoch=Run.after_epoch, **values):
     after_epoch(self, *args, **values)
-    weights = b''.join(value.numpy().tobytes() for value in self.core.state_dict().values())
+    weights = b''.join(value.numpy().tobytes() for value in self.training.core.state_dict().values())
     print(f'rank {dist.rank()}: weights {hashlib.sha256(weights).hexdigest()}', flush=True)
 
 

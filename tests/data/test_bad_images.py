@@ -24,7 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from training import MAINS, ROOT, arguments, command, environment, make_images, run, same, train
 
 from util import signals
-from util.data import datasets, images, loader
+from util.data import augment, datasets, images, loader
 from util.data.datasets import ImageFiles
 from util.data.images import Reader, decode
 from util.errors import LostError, StorageError, UserError, run_main
@@ -96,7 +96,7 @@ def said(tmp_path, capsys, workers):
 def message(path: str, reader: Reader | None = None, **limit: int) -> str:
     """What a data set of this one file says of it."""
     with pytest.raises(UserError) as error:
-        ImageFiles([path], None, datasets.eval_transform(32, 1.0, **limit), 0, reader)[0, 0]
+        ImageFiles([path], None, augment.eval_transform(32, 1.0, **limit), 0, reader)[0, 0]
     assert error.value.__cause__ is None
     assert '\n' not in str(error.value)
     return str(error.value)
@@ -192,9 +192,9 @@ def test_kinds_of_images(case, write, fault):
     assert np.array_equal(np.asarray(decoded), np.asarray(expected))
     aa = 'rand-m9-mstd0.5-inc1'
     for transform in (
-        datasets.pretrain_transform(32, (0.2, 1.0), 0.5),
-        datasets.finetune_transform(32, (0.08, 1.0), 0.5, None, aa, (0.5, 0.5, 0.5)),
-        datasets.eval_transform(32, 0.875),
+        augment.pretrain_transform(32, (0.2, 1.0), 0.5),
+        augment.finetune_transform(32, (0.08, 1.0), 0.5, None, aa, (0.5, 0.5, 0.5)),
+        augment.eval_transform(32, 0.875),
     ):
         sample, _ = ImageFiles([path], None, transform, 0)[0, 0]
         assert (sample.shape, sample.dtype) == ((3, 32, 32), torch.uint8)
@@ -226,9 +226,9 @@ def test_an_extreme_shape_in_evaluation(write, fault):
     """224 pixels of 4000x2 would be cut out of 512000x256, which is not made."""
     path = write(KINDS['4000x2'][0])
     with pytest.raises(UserError, match='4000 x 2 pixels, its shorter side resized to 256, are more than') as error:
-        ImageFiles([path], None, datasets.eval_transform(224, 0.875), 0)[0, 0]
+        ImageFiles([path], None, augment.eval_transform(224, 0.875), 0)[0, 0]
     fault(29, '4000x2, evaluated', str(error.value).replace(path, '.../image.png'), UserError.code, 'the image alone')
-    just = datasets.eval_transform(32, 1.0, 64000 * 32)
+    just = augment.eval_transform(32, 1.0, 64000 * 32)
     assert ImageFiles([path], None, just, 0)[0, 0][0].shape == (3, 32, 32)
     assert 'more than --max_pixels 2047999' in message(path, max_pixels=64000 * 32 - 1)
 
@@ -549,7 +549,7 @@ def test_replacements(data, tmp_path):
     spoil(data, *(f'train/class0/{i}.png' for i in range(22)))
     files, labels, _ = datasets.labelled_files(data, 'train')
     reader = Reader(listing=tmp_path / 'list.txt', max_share=0.9)
-    transform = datasets.eval_transform(32, 1.0)
+    transform = augment.eval_transform(32, 1.0)
     forward, backward = ({} for _ in range(2))
     for found, order in ((forward, range(22)), (backward, reversed(range(22)))):
         skipping = ImageFiles(files, labels, transform, 3, reader)
@@ -725,7 +725,7 @@ class Faulty(ImageFiles):
 @pytest.mark.timeout(30)
 def test_loader_processes_that_end_or_hang(data, workers, fault):
     files = datasets.pretraining_files(data)
-    transform = datasets.eval_transform(32, 1.0)
+    transform = augment.eval_transform(32, 1.0)
     plan = datasets.eval_batches(len(files), 4, 0, 1)
     for deed, words in (
         (lambda: os._exit(0), r'(DataLoader worker \(pid\(s\) \d+\)|a loader process) exited unexpectedly'),
@@ -752,7 +752,7 @@ def test_loader_processes_that_end_or_hang(data, workers, fault):
 def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
     """Torch would raise in the middle of whatever the main process is at: a save, for example."""
     files = datasets.pretraining_files(data)
-    dataset = ImageFiles(files, None, datasets.eval_transform(32, 1.0), 0)
+    dataset = ImageFiles(files, None, augment.eval_transform(32, 1.0), 0)
     batches = iter(datasets.loader(dataset, datasets.eval_batches(len(files), 4, 0, 1), 1, False, dist_timeout_s=20))
     next(batches)
     [worker] = signals.multiprocessing.active_children()
@@ -768,6 +768,6 @@ def test_mistakes_of_the_program_keep_their_traceback(data, workers, monkeypatch
         raise RuntimeError('a mistake')
 
     monkeypatch.setattr('util.data.loader.default_collate', fail)
-    dataset = ImageFiles(datasets.pretraining_files(data), None, datasets.eval_transform(32, 1.0), 0)
+    dataset = ImageFiles(datasets.pretraining_files(data), None, augment.eval_transform(32, 1.0), 0)
     with pytest.raises(RuntimeError, match='Original Traceback'):
         next(iter(datasets.loader(dataset, [[(0, 0)]], 1, False)))

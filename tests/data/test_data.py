@@ -9,7 +9,7 @@ from training import make_images
 
 import models_mirl
 from util import rng
-from util.data import datasets
+from util.data import augment, datasets
 from util.data.datasets import EpochBatches, eval_batches
 from util.errors import UserError
 
@@ -115,23 +115,23 @@ def images(tmp_path_factory):
 def test_batches_are_what_pil_gives(images):
     """uint8 of PIL's bicubic crop; normalised on the device to what ToTensor and Normalize give."""
     files = datasets.pretraining_files(images)
-    dataset = datasets.ImageFiles(files, None, datasets.pretrain_transform(32, (0.2, 1.0), 0.5), seed=7)
+    dataset = datasets.ImageFiles(files, None, augment.pretrain_transform(32, (0.2, 1.0), 0.5), seed=7)
     ours = torch.stack([dataset[2, i][0] for i in range(len(files))])
     assert ours.dtype == torch.uint8
     crop = transforms.RandomResizedCrop(32, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     flip = transforms.RandomHorizontalFlip(0.5)
-    statistics = datasets.statistics((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.device('cpu'))
+    normalise = datasets.Normalisation.of((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.device('cpu'))
     for index, file in enumerate(files):
         rng.seed_all(7, rng.SAMPLE, 2, index)
         picture = flip(crop(Image.open(file).convert('RGB')))
         assert np.array_equal(np.asarray(picture), ours[index].permute(1, 2, 0).numpy())
         plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))])
-        assert torch.allclose(datasets.to_float(ours, *statistics)[index], plain(picture), atol=1e-6)
+        assert torch.allclose(normalise(ours)[index], plain(picture), atol=1e-6)
 
 
 def test_an_augmentation_depends_on_seed_epoch_and_index_only(images):
     files, labels, _ = datasets.labelled_files(images, 'train')
-    transform = datasets.finetune_transform(32, (0.08, 1.0), 0.5, None, 'rand-m9-mstd0.5-inc1', (0.5, 0.5, 0.5))
+    transform = augment.finetune_transform(32, (0.08, 1.0), 0.5, None, 'rand-m9-mstd0.5-inc1', (0.5, 0.5, 0.5))
     dataset = datasets.ImageFiles(files, labels, transform, seed=1)
     first = dataset[3, 5][0]
     dataset[0, 1]
@@ -148,8 +148,8 @@ def test_an_augmentation_depends_on_seed_epoch_and_index_only(images):
 def test_posterize_is_pillows_and_takes_no_bits_too(bits):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
     expected = ImageOps.posterize(image, bits) if bits else Image.new('RGB', (9, 9))
-    assert np.array_equal(np.asarray(datasets.posterize(image, bits)), np.asarray(expected))
-    assert datasets.auto_augment.NAME_TO_OP['PosterizeIncreasing'] is datasets.posterize
+    assert np.array_equal(np.asarray(augment.posterize(image, bits)), np.asarray(expected))
+    assert augment.auto_augment.NAME_TO_OP['PosterizeIncreasing'] is augment.posterize
 
 
 @pytest.mark.parametrize(('side', 'crop_pct', 'resized'), [(224, 0.875, 256), (224, 0.949, 236), (224, 0.95, 235)])
@@ -159,7 +159,7 @@ def test_evaluation_crops_the_centre(side, crop_pct, resized):
     small = image.resize((350 * resized // 300, resized), Image.Resampling.BICUBIC)
     left, top = (round((length - side) / 2) for length in small.size)
     expected = np.asarray(small.crop((left, top, left + side, top + side)))
-    assert np.array_equal(datasets.eval_transform(side, crop_pct)(image).permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(augment.eval_transform(side, crop_pct)(image).permute(1, 2, 0).numpy(), expected)
 
 
 def test_a_flat_folder_serves_pretraining(tmp_path):

@@ -18,7 +18,7 @@ from training import arguments, train
 
 import main_finetune
 from util import dist
-from util.data import datasets, named
+from util.data import augment, datasets, named
 from util.errors import UserError, run_main
 
 SPLITS = {'train': 6, 'val': 4}  # images
@@ -202,7 +202,7 @@ def test_pixels_in_memory_are_augmented_as_files_are(make, tmp_path, num_workers
     files = [str(tmp_path / f'{i}.png') for i in range(len(images))]
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image).save(file)
-    transform = datasets.finetune_transform(48, (0.08, 1.0), 0.5, None, 'rand-m9-mstd0.5-inc1', (0.5, 0.5, 0.5))
+    transform = augment.finetune_transform(48, (0.08, 1.0), 0.5, None, 'rand-m9-mstd0.5-inc1', (0.5, 0.5, 0.5))
     batches = [[(3, 4), (3, 0)], [(3, 2), (3, 5)], [(4, 4), (3, 4)]]
     loaded = [
         list(datasets.loader(datasets.ImageFiles(source, labels, transform, 1), batches, workers, False))

@@ -246,7 +246,7 @@ def test_average_of_the_weights():
         ema = optim.WeightAverage(model, ema_decay)
         assert ema.module.weight.item() == 1
         nn.init.zeros_(model.weight)
-        ema.update(model, step, left_out=torch.zeros((), dtype=torch.float64))
+        ema.update(model, step, skipped=torch.zeros((), dtype=torch.float64))
         assert ema.module.weight.item() == pytest.approx(decay, rel=1e-12), step
     assert max(decays.values()) == 0.9998
 

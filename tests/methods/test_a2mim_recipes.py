@@ -1,7 +1,6 @@
 """Recipes of A2MIM and SimMIM: the published values, learning rates and groups, resolved as a run resolves them."""
 
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,9 +12,8 @@ from training import MAINS
 
 import main_finetune
 import main_pretrain
-from util import config, optim
-from util.data import datasets
-from util.run import Run
+from util import build, config, optim
+from util.data import augment
 from util.weights.published import FAMILIES, into_a2mim, into_classifier
 
 # What the published configurations say, written down a second time: a recipe that is edited must disagree with this.
@@ -355,8 +353,8 @@ def test_pretraining_networks(name):
 def test_fine_tuned_networks(name):
     args = resolve(name)
     assert drop_path_of(network(args)) == TABLE[name]['drop_path']
-    main_finetune.train_transform(args)  # a policy that timm knows
-    resize, crop, _ = datasets.eval_transform(args.eval_size or args.input_size, args.crop_pct).transforms
+    augment.finetune_transform(args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean)
+    resize, crop, _ = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct).transforms
     assert (resize.size, crop.size) == (236 if 'rsb' in name else 256, (224, 224))
 
 
@@ -379,10 +377,10 @@ def test_learning_rates(curve, name):
     """At every point of the published code's schedules, which have 100 iterations an epoch."""
     case, args = GOLDEN['lr'][curve], resolve(name)
     assert (args.epochs, case['iters_per_epoch']) == (case['epochs'], 100)
-    run = SimpleNamespace(args=args, lr=config.scaled_lr(args, config.accumulation(args))[0])
+    schedule = optim.schedule(args, config.scaled_lr(args, config.accumulation(args))[0])
     for iteration, theirs in case['lr_at_iter'].items():
         # the absolute bound is for their own rounding of 1 - (1 - ratio) at the very first step
-        assert Run.schedule(run, int(iteration) / 100) == pytest.approx(theirs, rel=1e-12, abs=1e-18), iteration
+        assert schedule(int(iteration) / 100) == pytest.approx(theirs, rel=1e-12, abs=1e-18), iteration
 
 
 GROUPS = {
@@ -409,7 +407,7 @@ def test_groups(name):
     case, family = GROUPS[name]
     data, family, args = GOLDEN['param_groups'][case], FAMILIES[family], resolve(name)
     core = network(args)
-    rules = main_pretrain.param_rules(main_pretrain.find_method(args.model), core, args.rule_kwargs)
+    rules = build.param_rules(main_pretrain.find_method(args.model), core, args.rule_kwargs)
     groups = optim.param_groups(core, rules, args.weight_decay, getattr(args, 'layer_decay', 1.0))
     lr, _ = config.scaled_lr(args, config.accumulation(args))
     layout = into_a2mim(family) if name in PRETRAINING else into_classifier(family)[0]

@@ -15,7 +15,7 @@ import main_pretrain
 from main_pretrain import METHODS
 from util.data.datasets import to_device
 from util.nn.grad_checkpoint import blocks, checkpoint_blocks
-from util.optim import GuardedStep, adamw, param_groups
+from util.optim import GuardedOptimizer, adamw, param_groups
 
 MODELS = [(module, name) for module in METHODS for name in module.__all__]
 # models for quick trials, one of each architecture, and the image side that suits them
@@ -160,7 +160,7 @@ def test_forward_is_pure(module, name):
 
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
 def test_checkpointing_changes_nothing(module, name):
-    """Loss, gradients, BatchNorm's statistics and random draws are the same to the bit; fewer activations are kept."""
+    """Loss, gradients, running statistics and random draws are the same to the bit; fewer activations are kept."""
     model = make(module, name)
     again = copy.deepcopy(model)
     assert checkpoint_blocks(again) >= 2
@@ -231,7 +231,7 @@ def test_options(module, name):
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
 def test_compiles_whole_without_recompiling(module, name):
     """`fullgraph=True` raises at a graph break; a second plan must not trace again."""
-    model = without_drop_path(make(module, name)).eval()  # in training, BatchNorm's statistics move between the two
+    model = without_drop_path(make(module, name)).eval()  # in training, running statistics move between the two
     traces = []
 
     def backend(graph, example_inputs):
@@ -268,7 +268,7 @@ def test_a_step_never_waits(module, name):
     model = make(module, name)
     imgs, plan = to_device(batch(model, name), torch.device('cpu'))
     groups = param_groups(model, module.param_rules(model), 0.05)
-    guard = GuardedStep(model, adamw(groups, 1e-3, (0.9, 0.95)), torch.device('cpu'), fp16=False, clip_grad=1.0)
+    guard = GuardedOptimizer(model, adamw(groups, 1e-3, (0.9, 0.95)), torch.device('cpu'), fp16=False, clip_grad=1.0)
     with HostReads() as reads:
         for _ in range(2):
             guard.set_lr(1e-3)

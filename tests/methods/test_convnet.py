@@ -43,10 +43,10 @@ def test_compiled_synchronised_batchnorm_is_refused(data, tmp_path, monkeypatch)
 
 
 def test_bad_steps_leave_running_statistics(data):
-    """An image that is not finite: neither weights nor BatchNorm's statistics change; the next good one moves both."""
+    """An image that is not finite: neither weights nor running statistics change; the next good one moves both."""
     model = models_a2mim.a2mim_resnet_tiny(img_size=32)
     groups = optim.param_groups(model, models_a2mim.param_rules(model), 0.05)
-    guard = optim.GuardedStep(model, optim.adamw(groups, 1e-3, (0.9, 0.95)), torch.device('cpu'), False, None)
+    guard = optim.GuardedOptimizer(model, optim.adamw(groups, 1e-3, (0.9, 0.95)), torch.device('cpu'), False, None)
     plan = draw_plan(model, 4, 0)
 
     def step(imgs):
@@ -79,7 +79,7 @@ def test_memory_format(name, convolves):
     assert config.memory_format(parse('--channels_last'), core) is torch.channels_last
     assert config.memory_format(parse('--no_channels_last'), core) is torch.contiguous_format
     imgs = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    batch = datasets.to_float(imgs, *datasets.statistics((0.5,) * 3, (0.2,) * 3, torch.device('cpu'), default))
+    batch = datasets.Normalisation.of((0.5,) * 3, (0.2,) * 3, torch.device('cpu'), default)(imgs)
     assert batch.is_contiguous(memory_format=default)
 
 
@@ -99,13 +99,13 @@ def test_channels_last_changes_no_loss(data, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
-    """With LAMB's counter, BatchNorm's statistics, and weights in NHWC: to the bit, from the middle of an epoch."""
+    """With LAMB's counter, running statistics, and weights in NHWC: to the bit, from the middle of an epoch."""
     flags = [*FLAGS, '--opt', 'lamb', '--clip_grad', '1', '--use_ema', '--ema_warmup_epochs', '1', '--criterion', 'bce']
     flags += ['--mixup', '0.1', '--cutmix', '1', '--drop_path', '0.05', '--save_freq_steps', '1']
 
-    def save_and_copy(self, name, epoch, step, logger, closed=True, save=Run.save):
-        save(self, name, epoch, step, logger, closed)
-        if (epoch, step) == (0, 3):
+    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save):
+        save(self, name, epoch, step, closed)
+        if (epoch.number, step) == (0, 3):
             shutil.copy(self.args.output_dir / name, tmp_path / 'middle.pth')
 
     monkeypatch.setattr(Run, 'save', save_and_copy)
@@ -165,7 +165,7 @@ def test_two_ranks(data, tmp_path, monkeypatch):
     flags = [*FLAGS, '--batch_size', '8', '--accum_iter', '2', '--save_freq_steps', '1']
     tuned = run('finetune', data, tmp_path / 'tuned', *flags, '--use_ema', ranks=2)
     assert tuned.returncode == 0, tuned.stderr
-    assert tuned.stdout.count('BatchNorm keeps its statistics per process on CPU') == 1
+    assert tuned.stdout.count('BatchNorm keeps its running statistics per process on CPU') == 1
     logged = json.loads((tmp_path / 'tuned' / 'log.txt').read_text().splitlines()[-1])
     reports = []
     monkeypatch.setattr(main_finetune, 'report', reports.append)
@@ -184,7 +184,7 @@ def test_two_ranks(data, tmp_path, monkeypatch):
 
 
 def test_gradient_checkpointing(data, tmp_path):
-    """The same run, byte for byte, BatchNorm's statistics included."""
+    """The same run, byte for byte, BatchNorm's running statistics included."""
     flags = [*FLAGS, '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.1']
     kept = train('finetune', data, tmp_path / 'kept', *flags)
     made_again = train('finetune', data, tmp_path / 'again', *flags, '--grad_checkpoint')

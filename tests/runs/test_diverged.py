@@ -36,21 +36,19 @@ def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp('images'))
 
 
-def spoil(monkeypatch, stage: str, steps, how=lambda run, loss: loss * math.nan) -> None:
+def spoil(monkeypatch, stage: str, steps, how=lambda training, loss: loss * math.nan) -> None:
     """Make the loss of these optimiser steps of the run another one."""
 
-    def forward(run, batch, global_step, *more, forward=ENGINES[stage].forward):
-        result = forward(run, batch, global_step, *more)
-        loss, *terms = result if stage == 'pretrain' else [result]
-        loss = how(run, loss) if global_step in steps else loss
-        return (loss, *terms) if terms else loss
+    def forward(training, batch, global_step, *more, forward=ENGINES[stage].forward):
+        loss, terms = forward(training, batch, global_step, *more)
+        return how(training, loss) if global_step in steps else loss, terms
 
     monkeypatch.setattr(ENGINES[stage], 'forward', forward)
 
 
-def bad_gradient(run, loss):
+def bad_gradient(training, loss):
     """A finite loss whose gradient is not: the slope of a root at zero."""
-    return loss + (next(run.core.parameters()) * 0).sum().sqrt()
+    return loss + (next(training.core.parameters()) * 0).sum().sqrt()
 
 
 def diverge(stage, data, output, *flags) -> str:
@@ -330,7 +328,7 @@ def test_the_image_of_one_rank(tmp_path, capsys, fault, promise):
     assert 'rank 0, micro-step 0: loss ' in other
     assert '  finite in float32: ' in other
     guilty.unlink()
-    with pytest.raises(UserError, match=f'{guilty.name}, image {index} of the run, is not at its place any more'):
+    with pytest.raises(UserError, match=f'{guilty.name}, image {index} of the run, is no longer where it was'):
         replay(folder, capsys)
 
 

@@ -12,7 +12,7 @@ from training import arguments, load, make_images, run, train
 import main_finetune
 from engine_finetune import evaluate
 from models_mirl import MIRL
-from util.data import datasets
+from util.data import augment, datasets
 from util import rng
 
 
@@ -78,13 +78,13 @@ def test_fine_tuning_starts_from_the_encoder(data, tmp_path):
 
 def test_evaluate_is_the_plain_average(data):
     files, labels, _ = datasets.labelled_files(data, 'val')
-    images = datasets.ImageFiles(files, labels, datasets.eval_transform(32, 0.875), 0)
+    images = datasets.ImageFiles(files, labels, augment.eval_transform(32, 0.875), 0)
     core = main_finetune.find_method('mirl_vit_tiny').create_classifier('mirl_vit_tiny', num_classes=7, img_size=32)
-    statistics = datasets.statistics((0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
-    stats = evaluate(core, datasets.loader(images, datasets.eval_batches(21, 4, 0, 1), 0, False), statistics, None)
+    normalise = datasets.Normalisation.of((0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
+    stats = evaluate(core, datasets.loader(images, datasets.eval_batches(21, 4, 0, 1), 0, False), normalise, None)
     core.eval()
     with torch.no_grad():
-        logits = core(datasets.to_float(torch.stack([images[0, i][0] for i in range(21)]), *statistics))
+        logits = core(normalise(torch.stack([images[0, i][0] for i in range(21)])))
     target = torch.tensor(labels)
     assert stats['images'] == 21
     assert stats['acc1'] == pytest.approx(100 * (logits.argmax(1) == target).float().mean().item())
@@ -108,10 +108,10 @@ def test_batch_augmentation():
     args_off = main_finetune.get_args_parser().parse(['--reprob', '0'])
     rng.seed_all(0, rng.STEP, 0)
     imgs, labels = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16), torch.arange(8)
-    same_imgs, same_labels = main_finetune.batch_augmentation(args_off, 8, 'cpu')(imgs.clone(), labels)
+    same_imgs, same_labels = augment.batch_augmentation(args_off, 8, 'cpu')(imgs.clone(), labels)
     assert torch.equal(same_imgs, imgs)
     assert torch.equal(same_labels, labels)
-    mixed, targets = main_finetune.batch_augmentation(args, 8, 'cpu')(imgs.clone(), labels)
+    mixed, targets = augment.batch_augmentation(args, 8, 'cpu')(imgs.clone(), labels)
     ratio = targets[0, 0]
     assert 0 < ratio < 1
     assert torch.allclose(targets, ratio * torch.eye(8) + (1 - ratio) * torch.eye(8).flip(0))
@@ -134,7 +134,7 @@ def test_criteria():
     logits, labels, soft = torch.randn(4, 5), torch.tensor([0, 4, 2, 2]), torch.rand(4, 5)
 
     def loss(targets, *flags):
-        return main_finetune.criterion(main_finetune.get_args_parser().parse(list(flags)))(logits, targets)
+        return augment.criterion(main_finetune.get_args_parser().parse(list(flags)))(logits, targets)
 
     def binary(targets):
         chances = logits.sigmoid()

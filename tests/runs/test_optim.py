@@ -1,7 +1,6 @@
 """Schedules, parameter groups, optimisers and their guard, averages of the weights."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import timm.optim
@@ -11,9 +10,10 @@ from golden import golden
 from torch import nn
 
 import main_finetune
+from util import build
 from util.optim import (
     OPTIMIZERS,
-    GuardedStep,
+    GuardedOptimizer,
     Lamb,
     WeightAverage,
     adamw,
@@ -21,7 +21,7 @@ from util.optim import (
     load_optimizer_state,
     param_groups,
 )
-from util.run import Run
+from util.training import Training
 
 RULES = {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}
 
@@ -68,16 +68,16 @@ def test_smallest_learning_rate_of_scaled_groups():
     """A common factor of MAE's curve; with --min_lr_absolute, each group's own curve down to the same minimum."""
     layer = nn.Linear(2, 2)
     groups = param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 0.1, True)}, 0.05)
-    guard = GuardedStep(layer, adamw(groups, 1.0, (0.9, 0.95)), torch.device('cpu'), False, None)
+    guard = GuardedOptimizer(layer, adamw(groups, 1.0, (0.9, 0.95)), torch.device('cpu'), False, None)
     argv = ['--lr', '1', '--min_lr', '0.01', '--epochs', '10', '--warmup_epochs', '2', '--warmup_shape', 'scaled']
     for flags in ([], ['--min_lr_absolute']):
         args = main_finetune.get_args_parser().parse([*argv, *flags])
-        run = SimpleNamespace(args=args, lr=args.lr, guard=guard)
-        run.schedule = lambda *a, run=run: Run.schedule(run, *a)
+        sampler = build.epoch_batches(args, 1024)
+        training = Training(args, layer, layer, guard, sampler, torch.device('cpu'))
         for epoch in (0, 1.5, 2, 4.25, 9.9, 10):
-            full = Run.set_lr(run, epoch)
-            ours = {group['lr_scale']: group['lr'] for group in guard.optimizer.param_groups}
-            scaled = Run.schedule(run, epoch, 0.1)  # mmcv: a curve of the group's own
+            full = training.set_lr(epoch)
+            ours = {group['lr_scale']: group['lr'] for group in guard.inner.param_groups}
+            scaled = training.schedule(epoch, lr=0.1)  # mmcv: a curve of the group's own
             assert ours == {1.0: full, 0.1: pytest.approx(scaled if flags else full * 0.1, rel=1e-12)}
     assert ours[0.1] == pytest.approx(0.01)
 
@@ -101,21 +101,21 @@ def guarded(
     fp16: bool = False,
     clip_grad: float | None = None,
     max_bad_steps: int | None = None,
-) -> GuardedStep:
+) -> GuardedOptimizer:
     optimizer = OPTIMIZERS[name](param_groups(layer, RULES, 0.05), 1e-2, (0.9, 0.95))
-    return GuardedStep(layer, optimizer, torch.device('cpu'), fp16, clip_grad, max_bad_steps)
+    return GuardedOptimizer(layer, optimizer, torch.device('cpu'), fp16, clip_grad, max_bad_steps)
 
 
-def train_layer(guard: GuardedStep, layer: nn.Module, factors: list[float]) -> None:
+def train_layer(guard: GuardedOptimizer, layer: nn.Module, factors: list[float]) -> None:
     for i, factor in enumerate(factors):
         inputs = torch.randn(2, 4, generator=torch.Generator().manual_seed(i))
         guard.backward(layer(inputs).square().mean() * factor)
         guard.step()
 
 
-def everything(guard: GuardedStep) -> list:
+def everything(guard: GuardedOptimizer) -> list:
     """Weights, moments and counters, as they would be saved."""
-    saved = guard.optimizer.state_dict()
+    saved = guard.inner.state_dict()
     values = [value for state in saved['state'].values() for value in state.values()]
     counters = [group['step'] for group in saved['param_groups'] if 'step' in group]
     return [torch.as_tensor(value).clone().float() for value in (*guard.params, *values, *counters)]
@@ -127,15 +127,15 @@ def test_a_bad_step_changes_nothing(name):
     layer = nn.Linear(4, 4)
     guard = guarded(layer, name, clip_grad=1)
     train_layer(guard, layer, [1.0])
-    assert guard.state_dict() == {'streak': 0, 'bad_steps': 0}
+    assert guard.counts() == {'streak': 0, 'bad_steps': 0}
     before = everything(guard)
     for factor in (math.nan, math.inf):
         train_layer(guard, layer, [factor])
         assert all(map(torch.equal, everything(guard), before))
-    assert guard.state_dict() == {'streak': 2, 'bad_steps': 2}
+    assert guard.counts() == {'streak': 2, 'bad_steps': 2}
     train_layer(guard, layer, [1.0])
     assert not torch.equal(layer.weight, before[0])
-    assert guard.state_dict() == {'streak': 0, 'bad_steps': 2}
+    assert guard.counts() == {'streak': 0, 'bad_steps': 2}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -147,11 +147,11 @@ def test_a_tripped_guard_stays_so(name, fp16):
     guard = guarded(layer, name, fp16, max_bad_steps=2)
     guard.scaler = torch.amp.GradScaler('cpu', init_scale=16, enabled=fp16)
     train_layer(guard, layer, [1.0, math.nan, math.nan, 1.0, 1.0])  # as many as are allowed
-    assert guard.state_dict() == {'streak': 0, 'bad_steps': 2}
+    assert guard.counts() == {'streak': 0, 'bad_steps': 2}
     before = everything(guard)
     train_layer(guard, layer, [math.nan] * 3 + [1.0] * 4)
     assert all(map(torch.equal, everything(guard), before))
-    assert guard.state_dict() == {'streak': 7, 'bad_steps': 9}
+    assert guard.counts() == {'streak': 7, 'bad_steps': 9}
     assert guard.loss_scale() == (1.0 if fp16 else None)  # halved by two bad steps, and by two of the last
 
 
@@ -160,7 +160,7 @@ def test_how_many_bad_steps_are_allowed():
     layer = nn.Linear(4, 4)
     guard = guarded(layer, fp16=True, max_bad_steps=0)
     train_layer(guard, layer, [math.nan])
-    assert guard.state_dict()['streak'] > guard.allowed == 0
+    assert guard.counts()['streak'] > guard.allowed == 0
 
 
 @pytest.mark.parametrize(('saved', 'taken'), [(2, 2), (9, 3)])
@@ -168,10 +168,10 @@ def test_the_streak_goes_on(saved, taken):
     """From a checkpoint; one that is longer than now allowed does not spoil steps that are good."""
     layer = nn.Linear(4, 4)
     guard = guarded(layer)
-    guard.load_state_dict({'streak': saved, 'bad_steps': 11})
-    assert guard.state_dict() == {'streak': taken, 'bad_steps': 11}
+    guard.restore(guard.state() | {'guard': {'streak': saved, 'bad_steps': 11}})
+    assert guard.counts() == {'streak': taken, 'bad_steps': 11}
     train_layer(guard, layer, [1.0])
-    assert guard.state_dict() == {'streak': 0, 'bad_steps': 11}
+    assert guard.counts() == {'streak': 0, 'bad_steps': 11}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -185,7 +185,7 @@ def test_a_norm_that_overflows(name, fp16):
     before = everything(guard)
     train_layer(guard, layer, [1e25])
     assert all(map(torch.equal, everything(guard)[: len(before)], before))
-    assert guard.state_dict() == {'streak': 1, 'bad_steps': 1}
+    assert guard.counts() == {'streak': 1, 'bad_steps': 1}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -221,7 +221,7 @@ def test_fp16_overflow(name):
     counters = [value for value in everything(guard)[2:] if value.ndim == 0]
     assert counters
     assert set(map(float, counters)) == {1.0}
-    assert guard.state_dict() == {'streak': 0, 'bad_steps': 1}
+    assert guard.counts() == {'streak': 0, 'bad_steps': 1}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -234,7 +234,7 @@ def test_clipping(name, clip_grad):
     guard.backward(1e3 * layer(torch.ones(2, 4)).square().mean())
     norm = guard.step()
     assert norm > 100
-    moments = [guard.optimizer.state[p]['exp_avg'] for p in layer.parameters()]
+    moments = [guard.inner.state[p]['exp_avg'] for p in layer.parameters()]
     assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.1 * (clip_grad or norm.item()), rel=1e-4)
 
 
@@ -244,12 +244,12 @@ def test_lamb_and_the_average_never_wait():
     ema = WeightAverage(nn.Linear(4, 4), 0.9)
     ema.module.to('meta')
     groups = param_groups(layer, RULES, 0.05)
-    guard = GuardedStep(layer, OPTIMIZERS['lamb'](groups, 1e-2, (0.9, 0.95)), torch.device('meta'), False, 1.0)
+    guard = GuardedOptimizer(layer, OPTIMIZERS['lamb'](groups, 1e-2, (0.9, 0.95)), torch.device('meta'), False, 1.0)
     for _ in range(2):
         guard.backward(layer(torch.ones(2, 4, device='meta')).square().mean())
         guard.step()
-        ema.update(layer, 0, guard.left_out)
-    for reads in (guard.optimizer.state_dict, guard.state_dict):
+        ema.update(layer, 0, guard.skipped)
+    for reads in (guard.inner.state_dict, guard.counts):
         with pytest.raises((RuntimeError, NotImplementedError)):
             reads()
 
@@ -263,7 +263,7 @@ def test_lamb_is_timms():
     ):
         torch.manual_seed(0)
         layer = nn.Linear(4, 4)
-        guard = GuardedStep(layer, make(param_groups(layer, RULES, 0.05)), torch.device('cpu'), False, None)
+        guard = GuardedOptimizer(layer, make(param_groups(layer, RULES, 0.05)), torch.device('cpu'), False, None)
         train_layer(guard, layer, [1.0] * 5)
         ends.append([*layer.parameters()])
     assert all(map(torch.equal, *ends))
@@ -271,7 +271,7 @@ def test_lamb_is_timms():
     torch.manual_seed(0)
     layer = nn.Linear(4, 4)
     guard, start = guarded(layer, 'lamb'), [param.detach().clone() for param in layer.parameters()]
-    assert all(group['eps'] == 1e-6 and group['betas'] == (0.9, 0.95) for group in guard.optimizer.param_groups)
+    assert all(group['eps'] == 1e-6 and group['betas'] == (0.9, 0.95) for group in guard.inner.param_groups)
     train_layer(guard, layer, [1.0])
     moved = [param.detach() - old for param, old in zip(layer.parameters(), start, strict=True)]
     assert moved[0].norm() == pytest.approx(1e-2 * start[0].norm().item(), rel=1e-5)  # a share of the weights' norm
@@ -285,7 +285,7 @@ def test_optimizer_state_by_name(name):
     layer = nn.Linear(4, 4)
     guard = guarded(layer, name)
     train_layer(guard, layer, [1.0] * 3)
-    saved, weights = guard.optimizer.state_dict(), {k: v.clone() for k, v in layer.state_dict().items()}
+    saved, weights = guard.inner.state_dict(), {k: v.clone() for k, v in layer.state_dict().items()}
     saved = {**saved, 'state': {i: {k: v.clone() for k, v in s.items()} for i, s in saved['state'].items()}}
     saved['param_groups'] = [dict(group) for group in saved['param_groups']]
     saved['param_groups'] = [g | {'step': int(g['step'])} if 'step' in g else g for g in saved['param_groups']]
@@ -295,8 +295,8 @@ def test_optimizer_state_by_name(name):
     again.load_state_dict(weights)
     rules = {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}
     groups = param_groups(again, rules, 0.05)[::-1]
-    other = GuardedStep(again, OPTIMIZERS[name](groups, 1e-2, (0.9, 0.95)), torch.device('cpu'), False, None)
-    load_optimizer_state(other.optimizer, saved)
+    other = GuardedOptimizer(again, OPTIMIZERS[name](groups, 1e-2, (0.9, 0.95)), torch.device('cpu'), False, None)
+    load_optimizer_state(other.inner, saved)
     train_layer(other, again, [1.0] * 3)
     assert all(map(torch.equal, again.parameters(), layer.parameters()))
 

@@ -12,7 +12,7 @@ from training import load, make_images, run, same, train
 
 from util.data.datasets import EpochBatches
 from util.log import RunLog
-from util.optim import GuardedStep
+from util.optim import GuardedOptimizer
 
 FLAGS = ['--batch_size', '8', '--accum_iter', '2', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 4 steps
 METHODS = {  # a model of every method, and what else a state can have: BatchNorm, LAMB, averages, loader processes
@@ -53,7 +53,7 @@ def test_killed_between_two_micro_steps(method, data, tmp_path, monkeypatch, pro
     for micro_steps in (11, 3):  # in the second micro-step of step 6, and then of the second step after it
         calls = 0
 
-        def backward(self, loss, original=GuardedStep.backward, last=micro_steps):
+        def backward(self, loss, original=GuardedOptimizer.backward, last=micro_steps):
             nonlocal calls
             calls += 1
             if calls == last:
@@ -61,7 +61,7 @@ def test_killed_between_two_micro_steps(method, data, tmp_path, monkeypatch, pro
             original(self, loss)
 
         with monkeypatch.context() as patch:
-            patch.setattr(GuardedStep, 'backward', backward)
+            patch.setattr(GuardedOptimizer, 'backward', backward)
             with pytest.raises(Killed):
                 train(stage, data, tmp_path / 'killed', *flags)
     killed = load(tmp_path / 'killed')

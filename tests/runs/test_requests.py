@@ -12,14 +12,14 @@ import main_finetune
 from util import checkpoint
 from util.data import datasets
 from util.errors import StorageError
-from util.optim import GuardedStep
+from util.optim import GuardedOptimizer
 from util.run import Run
 
 FLAGS = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 66 images: 4 steps an epoch
 MOMENTS = {  # what is running when the signal comes, and where the run is to stop: epoch and step
     'before the first step': (Run, 'announce', 1, (0, 0)),
     'while the loader starts': (datasets, 'loader', 1, (0, 0)),
-    'in a step': (GuardedStep, 'backward', 2, (0, 2)),
+    'in a step': (GuardedOptimizer, 'backward', 2, (0, 2)),
     'in a save': (checkpoint, 'write', 1, (0, 4)),  # of an epoch that is still to be evaluated
     'in an evaluation': (engine_finetune.F, 'cross_entropy', 1, (1, 0)),
 }
@@ -102,7 +102,7 @@ def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     with monkeypatch.context() as patch:
-        signal_at(patch, GuardedStep, 'backward', 2, signal.SIGTERM)
+        signal_at(patch, GuardedOptimizer, 'backward', 2, signal.SIGTERM)
         patch.setattr(checkpoint, 'write', no_space)
         with pytest.raises(StorageError):
             train('finetune', data, tmp_path, *FLAGS)
@@ -112,7 +112,7 @@ def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
 
 def test_again_during_the_save(data, whole, tmp_path, monkeypatch, capfd, fault):
     with monkeypatch.context() as patch:
-        signal_at(patch, GuardedStep, 'backward', 3, signal.SIGTERM)
+        signal_at(patch, GuardedOptimizer, 'backward', 3, signal.SIGTERM)
         signal_at(patch, checkpoint, 'write', 1, signal.SIGTERM, signal.SIGTERM)
         *where, line = stopped_at(data, tmp_path, capfd)
     assert tuple(where) == (0, 3)
@@ -123,7 +123,7 @@ def test_again_during_the_save(data, whole, tmp_path, monkeypatch, capfd, fault)
 
 def test_sigterm_while_sigusr2_is_obeyed(data, whole, tmp_path, monkeypatch, capfd, fault):
     with monkeypatch.context() as patch:
-        signal_at(patch, GuardedStep, 'backward', 3, signal.SIGUSR2)
+        signal_at(patch, GuardedOptimizer, 'backward', 3, signal.SIGUSR2)
         signal_at(patch, main_finetune.dist, 'barrier', 1, signal.SIGTERM)
         *where, line = stopped_at(data, tmp_path, capfd)
     assert tuple(where) == (0, 3)

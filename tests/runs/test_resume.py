@@ -38,11 +38,11 @@ def test_resumed_equals_uninterrupted(stage, flags, data, tmp_path, monkeypatch)
     flags = [*flags, '--save_freq_steps', '1', '--save_freq', '1']
     moments = {}
 
-    def save_and_copy(self, name, epoch, step, logger, closed=True, save=Run.save):
-        save(self, name, epoch, step, logger, closed)
+    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save):
+        save(self, name, epoch, step, closed)
         if name == checkpoint.LAST and tmp_path / 'whole' == self.args.output_dir:
-            moments[epoch, step, closed] = tmp_path / f'{epoch}-{step}-{closed}.pth'
-            shutil.copy(self.args.output_dir / name, moments[epoch, step, closed])
+            moments[epoch.number, step, closed] = tmp_path / f'{epoch.number}-{step}-{closed}.pth'
+            shutil.copy(self.args.output_dir / name, moments[epoch.number, step, closed])
 
     monkeypatch.setattr(Run, 'save', save_and_copy)
     whole = train(stage, data, tmp_path / 'whole', *flags)
