@@ -1,4 +1,4 @@
-"""The rooms and their laws, read from the imports: arrows point scripts -> mains -> engines, models -> util, never back."""
+"""The rooms and their laws by the imports: scripts -> mains -> engines -> util, models -> util.nn; no way back."""
 
 import ast
 import sys
