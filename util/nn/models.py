@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 
-def factory(cls: type[nn.Module], name: str, **sizes) -> Callable[..., nn.Module]:
+def factory(cls: type[nn.Module], name: str, /, **sizes) -> Callable[..., nn.Module]:
     """The function behind `--model NAME`: `cls` with these sizes, which keyword arguments override."""
 
     def make(**options) -> nn.Module:
