@@ -16,8 +16,8 @@ that layer's scale: fine targets for shallow layers, coarse ones for deep layers
 Shapes: N batch, L places of a grid, K visible patches (ViT) or mask units of 8 x 8 patches (Swin), V visible tokens, D
 encoder width, E decoder width, p patch side. Mask: 1 = hidden.
 
-This follows the published code, whose weights fit only it. It gives the ViT no pixel target; here it has Swin's. Of its
-Swin, `coords` says what is kept.
+This follows the published code, since the released weights fit only it. Its ViT has no pixel target; ours has the
+Swin's. Its Swin has two slips, which `coords` of `LocalMIMSwin` keeps or mends.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.hog import draw_hog, hog
-from util.nn.models import eval_mode, factory
+from util.nn.models import eval_mode, factories
 from util.nn.patches import (
     MaskPlan,
     gather_tokens,
@@ -110,9 +110,10 @@ class LocalMIM(nn.Module):
     # --------------------------------------------------------------------------
     # what a backbone adds
 
-    mask_scope: str  # 'sample' or 'batch': what one mask is drawn for
-    mask_size: int  # pixels along the side of what one number of the mask hides
-    decoders: nn.ModuleList  # four, finest first
+    mask_scope: str  # 'sample' or 'batch': what a mask is drawn for
+    mask_size: int  # side, in pixels, of what one number of the mask hides
+    patch_embed: PatchEmbed
+    decoders: nn.ModuleList  # four `LocalDecoder`s, finest first
 
     def noise_shape(self, n: int) -> tuple[int, int]:
         """Shape of the noise that decides the masks of n samples."""
@@ -128,10 +129,6 @@ class LocalMIM(nn.Module):
 
     def forward_encoder(self, imgs: Tensor, plan: Plan) -> list[Tensor]:
         """Four normed latents [N, C + V_k, D_k], shallow to deep, with C class tokens."""
-        raise NotImplementedError
-
-    def encoder_state_dict(self) -> dict[str, Tensor]:
-        """The encoder under the classifier's names."""
         raise NotImplementedError
 
     # --------------------------------------------------------------------------
@@ -176,7 +173,7 @@ class LocalMIM(nn.Module):
         return loss, {f'local_loss{k}': term.detach() for k, term in enumerate(losses)}
 
     # --------------------------------------------------------------------------
-    # pictures
+    # pictures, export
 
     @torch.no_grad()
     def reconstruct(self, imgs: Tensor, plan: Plan) -> dict[str, Tensor]:
@@ -185,7 +182,7 @@ class LocalMIM(nn.Module):
         HOG targets and predictions are drawn as strokes along the edges, from the images' darkest to their brightest
         value; predictions where something is hidden. Pixels that were normalised per patch need a mean and a deviation:
         `oracle` takes each patch's own, which leaks the answer's brightness and contrast, `honest` the visible patches'
-        average. They are drawn everywhere; visible ones enter no loss, and what is predicted there means nothing.
+        average. All patches are drawn, but predictions of visible ones are not trained and mean nothing.
         """
         with eval_mode(self):
             preds = self.forward_decoders(self.forward_encoder(imgs, plan), plan)
@@ -198,8 +195,8 @@ class LocalMIM(nn.Module):
                     panels[f'{what} {k}'] = dark + (bright - dark) * draw_hog(hist, self.hog_bins, cell)
             elif self.norm_pix_loss:
                 mean, std = patch_stats(patchify(imgs, cell))
-                visible_mean, visible_std = self.visible_stats(imgs, plan.mask, cell)
-                panels[f'prediction {k} (honest)'] = unpatchify(pred.float() * visible_std + visible_mean, cell)
+                honest_mean, honest_std = self.visible_stats(imgs, plan.mask, cell)
+                panels[f'prediction {k} (honest)'] = unpatchify(pred.float() * honest_std + honest_mean, cell)
                 panels[f'prediction {k} (oracle)'] = unpatchify(pred.float() * std + mean, cell)
             else:
                 panels[f'prediction {k}'] = unpatchify(pred.float(), cell)
@@ -211,6 +208,13 @@ class LocalMIM(nn.Module):
         mean, std = patch_stats(patchify(imgs, cell))
         visible = 1 - self.loss_weights(mask, mean.shape[1]).unsqueeze(-1)
         return visible_mean(mean, visible), visible_mean(std, visible)
+
+    def encoder_state_dict(self) -> dict[str, Tensor]:
+        """The encoder under the classifier's names."""
+        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ENCODER_NAMES}
+
+
+ENCODER_NAMES = ('patch_embed', 'cls_token', 'pos_embed', 'blocks', 'layers')  # of a ViT, and of a Swin
 
 
 class LocalMIMViT(LocalMIM):
@@ -298,13 +302,6 @@ class LocalMIMViT(LocalMIM):
                 latents.append(self.norms[len(latents)](x))
         return latents
 
-    def encoder_state_dict(self) -> dict[str, Tensor]:
-        """The encoder under the classifier's (timm's) names."""
-        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in VIT_ENCODER_NAMES}
-
-
-VIT_ENCODER_NAMES = ('cls_token', 'pos_embed', 'patch_embed', 'blocks')
-
 
 class LocalMIMSwin(LocalMIM):
     """LocalMIM with a Swin (published `MaskedAutoencoderSwin`) over the visible tokens alone; one mask for a batch.
@@ -364,18 +361,10 @@ class LocalMIMSwin(LocalMIM):
 
         # decoders, one per stage
         sides = [grids[stage].side for stage in (1, 2, 3, 3)]
-        self.decoders = nn.ModuleList(
-            LocalDecoder(
-                width,
-                dim,
-                decoder_depth,
-                decoder_num_heads,
-                mlp_ratio,
-                sincos_2d(dim, side, cls_token=False),
-                nn.Linear(dim, num_outputs),
-            )
-            for width, dim, side, num_outputs in zip(widths, decoder_dims, sides, self.num_outputs, strict=True)
-        )
+        self.decoders = nn.ModuleList()
+        for width, dim, side, num_outputs in zip(widths, decoder_dims, sides, self.num_outputs, strict=True):
+            pos_embed, pred = sincos_2d(dim, side, cls_token=False), nn.Linear(dim, num_outputs)
+            self.decoders.append(LocalDecoder(width, dim, decoder_depth, decoder_num_heads, mlp_ratio, pos_embed, pred))
         self.init_weights()
 
     @property
@@ -392,7 +381,7 @@ class LocalMIMSwin(LocalMIM):
         return 1, self.num_units
 
     def plan_from_noise(self, noise: Tensor) -> SwinPlan:
-        """U[0, 1) CPU noise [1, U] (of more rows the first counts) -> SwinPlan; the K smallest stay visible."""
+        """U[0, 1) CPU noise [1, U] (further rows are not used) -> SwinPlan; the K smallest stay visible."""
         order = noise[:1].argsort(dim=1, stable=True)
         return self.plan_of(order[:, : self.num_keep].sort(dim=1).values)
 
@@ -420,13 +409,11 @@ class LocalMIMSwin(LocalMIM):
         """Of each stage, the plain and the shifted windows over the visible tokens."""
         lengths = [plan.ids_keep.shape[1] * size for size in (64, 16, 4, 1)]
         stages = zip(self.grids, plan.coords.split(lengths), plan.slots.split(lengths), strict=True)
-        return [
-            [
-                make_windows(coords, slots[:, i], *group_shape(len(coords), window), window, s)
-                for i, s in enumerate((0, shift))
-            ]
-            for (_, window, shift), coords, slots in stages
-        ]
+        windows = []
+        for (_, window, shift), coords, slots in stages:
+            groups = group_shape(len(coords), window)
+            windows.append([make_windows(coords, slots[:, i], *groups, window, s) for i, s in enumerate((0, shift))])
+        return windows
 
     def forward_encoder(self, imgs: Tensor, plan: SwinPlan) -> list[Tensor]:
         """Four normed latents [N, V, D] of doubling width, each stage's after its merging; the last two of one size."""
@@ -439,10 +426,6 @@ class LocalMIMSwin(LocalMIM):
             x = layer(x, windows, num_keep)
             latents.append(norm(x))  # the stream itself goes on without the norm
         return latents
-
-    def encoder_state_dict(self) -> dict[str, Tensor]:
-        """The encoder under the classifier's names."""
-        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ('patch_embed', 'layers')}
 
 
 COORDS = ('published', 'correct')
@@ -530,8 +513,8 @@ def create_classifier(
 
     The head starts close to zero. Raises ValueError for a size that does not divide.
     """
-    options = dict(num_classes=num_classes, drop_path_rate=drop_path_rate, img_size=img_size)
-    options = {**ENCODERS[name], **options, **kwargs}
+    sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
+    options = {**ENCODERS[name], **sizes, **kwargs}
     if name in VIT_ENCODERS:
         return vit_classifier(**options)
     if options.pop('global_pool', 'avg') != 'avg':
@@ -561,10 +544,8 @@ PRETRAINING = {  # what else differs from the defaults of LocalMIMViT and LocalM
 }
 
 __all__ = [*ENCODERS]
-for cls, encoders in ((LocalMIMViT, VIT_ENCODERS), (LocalMIMSwin, SWIN_ENCODERS)):
-    globals().update(
-        {name: factory(cls, name, **sizes, **PRETRAINING.get(name, {})) for name, sizes in encoders.items()}
-    )
+globals().update(factories(LocalMIMViT, VIT_ENCODERS, PRETRAINING))
+globals().update(factories(LocalMIMSwin, SWIN_ENCODERS, PRETRAINING))
 
 # --------------------------------------------------------------------------
 # optimiser rules
@@ -592,7 +573,7 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
         if first == 'layers':
             stage = int(rest[0])
             return sum(depths[:stage]) + (int(rest[2]) + 1 if rest[1] == 'blocks' else depths[stage])
-        return 0 if first in VIT_ENCODER_NAMES else sum(depths) + 1
+        return 0 if first in ENCODER_NAMES else sum(depths) + 1
 
     return {
         name: (layer_id(name), 1.0, param.ndim > 1 and not name.endswith(undecayed))

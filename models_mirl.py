@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from util.nn.checks import check_divides, check_heads, check_mask_ratio
-from util.nn.models import eval_mode, factory
+from util.nn.models import eval_mode, factories
 from util.nn.patches import (
     MaskPlan,
     gather_tokens,
@@ -189,7 +189,7 @@ class MIRL(nn.Module):
         Predictions are per-patch normalised and need a mean and a deviation to become pixels. `oracle` takes each
         patch's own, which leaks the answer's brightness and contrast; `honest` takes the visible patches' average. Main
         and residual are drawn with the oracle's, the mean added to both, so a residual is detail on a mid-tone. All
-        patches are drawn; visible ones enter no loss, and what is predicted there means nothing.
+        patches are drawn, but predictions of visible ones are not trained and mean nothing.
         """
         with eval_mode(self):
             preds = self.forward_decoders(*self.forward_encoder(imgs, plan), plan, num_pred=self.num_patches)
@@ -348,7 +348,7 @@ PRETRAINING = {  # what else differs from MIRL's defaults
 }
 
 __all__ = [*ENCODERS]
-globals().update({name: factory(MIRL, name, **sizes, **PRETRAINING.get(name, {})) for name, sizes in ENCODERS.items()})
+globals().update(factories(MIRL, ENCODERS, PRETRAINING))
 
 # --------------------------------------------------------------------------
 # optimiser rules

@@ -18,6 +18,11 @@ def factory(cls: type[nn.Module], name: str, /, **sizes) -> Callable[..., nn.Mod
     return make
 
 
+def factories(cls: type[nn.Module], encoders: dict[str, dict], others: dict[str, dict]) -> dict[str, Callable]:
+    """{name: function} for each name of `encoders`, with the sizes of both tables."""
+    return {name: factory(cls, name, **sizes, **others.get(name, {})) for name, sizes in encoders.items()}
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the `with` block; afterwards, also after an exception, the mode from before."""
