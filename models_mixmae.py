@@ -88,11 +88,11 @@ class MixMIMEncoder(nn.Module):
 
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=nn.LayerNorm, output_fmt='NHWC')
         self.register_buffer('absolute_pos_embed', sincos_2d(embed_dim, sides[0], cls_token=False))
-        rates = [drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)]
-        self.layers = nn.ModuleList(
-            Stage(dims[s], num_heads[s], windows[s], mlp_ratio, rates[sum(depths[:s]) :][: depths[s]], s == stages - 1)
-            for s in range(stages)
-        )
+        rates = iter([drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)])
+        self.layers = nn.ModuleList()
+        for s, depth in enumerate(depths):
+            drop_path = [next(rates) for _ in range(depth)]
+            self.layers.append(Stage(dims[s], num_heads[s], windows[s], mlp_ratio, drop_path, last=s == stages - 1))
         self.norm = nn.LayerNorm(self.num_features)
 
     def init_weights(self) -> None:
@@ -144,8 +144,8 @@ class MixMAE(MixMIMEncoder):
         if range_mask_ratio < 0:
             raise ValueError(f'range_mask_ratio {range_mask_ratio} is negative')
         for ratio in (mask_ratio, mask_ratio + range_mask_ratio):
-            what = f'cells of {self.cell_size} x {self.cell_size} pixels'
-            check_mask_ratio(ratio, int(self.num_cells * ratio), self.num_cells, what)
+            num_hidden, what = int(self.num_cells * ratio), f'cells of {self.cell_size} pixels a side'
+            check_mask_ratio(ratio, num_hidden, self.num_cells, what)
         self.norm_pix_loss, self.mask_ratio, self.range_mask_ratio = norm_pix_loss, mask_ratio, range_mask_ratio
 
         self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
