@@ -213,10 +213,14 @@ def test_reconstruct(module, name):
 
 def test_evaluation_mode_ends_with_an_exception():
     model = torch.nn.Sequential(torch.nn.Dropout())
-    with pytest.raises(RuntimeError), eval_mode(model):
-        assert not model[0].training
-        raise RuntimeError
-    assert model.training
+
+    def fail():
+        with eval_mode(model):
+            assert not model[0].training
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert model[0].training
 
 
