@@ -45,16 +45,7 @@ from util.nn.patches import (
     visible_mean,
 )
 from util.nn.pos_embed import sincos_2d
-from util.nn.swin import (
-    SwinClassifier,
-    Windows,
-    group_shape,
-    group_slots,
-    make_windows,
-    stage_grids,
-    swin_stages,
-    unit_major,
-)
+from util.nn.swin import SwinClassifier, Windows, group_slots, plain_and_shifted, stage_grids, swin_stages, unit_major
 from util.nn.vit import norm_layer, vit_classifier
 
 
@@ -409,11 +400,7 @@ class LocalMIMSwin(LocalMIM):
         """Of each stage, the plain and the shifted windows over the visible tokens."""
         lengths = [plan.ids_keep.shape[1] * size for size in (64, 16, 4, 1)]
         stages = zip(self.grids, plan.coords.split(lengths), plan.slots.split(lengths), strict=True)
-        windows = []
-        for (_, window, shift), coords, slots in stages:
-            groups = group_shape(len(coords), window)
-            windows.append([make_windows(coords, slots[:, i], *groups, window, s) for i, s in enumerate((0, shift))])
-        return windows
+        return [plain_and_shifted(coords, slots, grid) for grid, coords, slots in stages]
 
     def forward_encoder(self, imgs: Tensor, plan: SwinPlan) -> list[Tensor]:
         """Four normed latents [N, V, D] of doubling width, each stage's after its merging; the last two of one size."""

@@ -235,6 +235,12 @@ def swin_stages(
     return nn.ModuleList(stages)
 
 
+def plain_and_shifted(coords: Tensor, slots: Tensor, grid: Grid) -> list[Windows]:
+    """Both windows of a stage over tokens at (row, column) [L, 2]; slots [L, 2] are what `group_slots` gave for each."""
+    groups = group_shape(len(coords), grid.window)
+    return [make_windows(coords, slots[:, i], *groups, grid.window, shift) for i, shift in enumerate((0, grid.shift))]
+
+
 class GridWindows(nn.Module):
     """`Windows` over a whole grid, as buffers that follow the model and are not saved."""
 
