@@ -236,7 +236,7 @@ def swin_stages(
 
 
 def plain_and_shifted(coords: Tensor, slots: Tensor, grid: Grid) -> list[Windows]:
-    """Both windows of a stage over tokens at (row, column) [L, 2]; slots [L, 2] are what `group_slots` gave for each."""
+    """Both windows of a stage over tokens at (row, column) [L, 2]; slots [L, 2], of `group_slots` for each."""
     groups = group_shape(len(coords), grid.window)
     return [make_windows(coords, slots[:, i], *groups, grid.window, shift) for i, shift in enumerate((0, grid.shift))]
 
