@@ -16,12 +16,11 @@ that layer's scale: fine targets for shallow layers, coarse ones for deep layers
 Shapes: N batch, L places of a grid, K visible patches (ViT) or mask units of 8 x 8 patches (Swin), V visible tokens, D
 encoder width, E decoder width, p patch side. Mask: 1 = hidden.
 
-This follows the published code, whose weights fit only it. It gives the ViT no pixel target; here it has Swin's. Of its
-Swin, `coords` says what is kept.
+This follows the published code, since the released weights fit only it. Its ViT has no pixel target; ours has the
+Swin's. Its Swin has two slips, which `coords` of `LocalMIMSwin` keeps or mends.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,22 +29,24 @@ from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.hog import draw_hog, hog
+from util.nn.models import eval_mode, factories
 from util.nn.patches import (
     MaskPlan,
     gather_tokens,
     mask_plan,
+    normalise_patches,
     patch_mask_to_pixels,
     patch_stats,
     patchify,
     random_plan,
     unpatchify,
+    visible_mean,
 )
 from util.nn.pos_embed import sincos_2d
-from util.nn.swin import GridWindows, WindowAttention, stage_grids, swin_stages
-from util.nn.windows import Windows, group_shape, group_slots, make_windows, unit_major
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+from util.nn.swin import SwinClassifier, Windows, group_slots, plain_and_shifted, stage_grids, swin_stages, unit_major
+from util.nn.vit import norm_layer, vit_classifier
 
 
 class SwinPlan(NamedTuple):
@@ -61,52 +62,8 @@ class SwinPlan(NamedTuple):
 Plan = MaskPlan | SwinPlan
 
 
-class LocalDecoder(nn.Module):
-    """One scale's decoder: projected visible tokens, mask tokens elsewhere, blocks over the whole grid, `pred`."""
-
-    def __init__(
-        self,
-        embed_dim: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        pos_embed: Tensor,
-        pred: nn.Module,
-    ):
-        super().__init__()
-        self.embed = nn.Linear(embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer('pos_embed', pos_embed, persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
-        )
-        self.norm = LayerNorm(dim)
-        self.pred = pred
-
-    def forward(self, latent: Tensor, places: Tensor) -> Tensor:
-        """latent [N, C + V, D] with C class tokens, raster places [N or 1, V] of the others -> [N, predictions, .]."""
-        num_cls = latent.shape[1] - places.shape[1]
-        cls, visible = self.embed(latent).tensor_split([num_cls], dim=1)
-        tokens = self.mask_token.to(visible.dtype).expand(len(visible), self.pos_embed.shape[1] - num_cls, -1)
-        tokens = tokens.scatter(1, places.unsqueeze(-1).expand_as(visible), visible)  # [N, L, E]
-        x = torch.cat([cls, tokens], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.pred(self.norm(x)[:, num_cls:])
-
-
-class ConvHead(nn.Sequential):
-    """Layers over the map of a square grid's tokens: [N, L, E] -> [N, L', out]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        side = round(x.shape[1] ** 0.5)
-        x = x.transpose(1, 2).unflatten(2, (side, side))
-        return super().forward(x).flatten(2).transpose(1, 2)
-
-
 class LocalMIM(nn.Module):
-    """What both backbones share: targets, loss, pictures. A backbone adds its plan, its encoder and its decoders.
+    """What both backbones share: the step, targets, loss, pictures. What a backbone adds is listed below `__init__`.
 
     `target='hog'`: histograms of oriented gradients in cells of `cells` pixels, `hog_bins` per colour. With `hog_bias`
     a random constant is added to the gradients of each scale; it is never trained and is saved with the weights.
@@ -115,8 +72,7 @@ class LocalMIM(nn.Module):
 
     def __init__(self, *, cells: Sequence[int], target: str, hog_bins: int, hog_bias: bool, norm_pix_loss: bool):
         super().__init__()
-        if target not in ('hog', 'pixel'):
-            raise ValueError(f"target {target!r} is neither 'hog' nor 'pixel'")
+        check_choice('target', target, ('hog', 'pixel'))
         if hog_bins < 1:
             raise ValueError(f'hog_bins {hog_bins} must be at least 1')
         self.cells, self.target, self.hog_bins, self.norm_pix_loss = tuple(cells), target, hog_bins, norm_pix_loss
@@ -143,7 +99,28 @@ class LocalMIM(nn.Module):
                 nn.init.trunc_normal_(param, std=0.02)
 
     # --------------------------------------------------------------------------
-    # masking
+    # what a backbone adds
+
+    mask_scope: str  # 'sample' or 'batch': what a mask is drawn for
+    mask_size: int  # side, in pixels, of what one number of the mask hides
+    patch_embed: PatchEmbed
+    decoders: nn.ModuleList  # four `LocalDecoder`s, finest first
+
+    def noise_shape(self, n: int) -> tuple[int, int]:
+        """Shape of the noise that decides the masks of n samples."""
+        raise NotImplementedError
+
+    def plan_from_noise(self, noise: Tensor) -> Plan:
+        """U[0, 1) CPU noise of that shape -> what is visible."""
+        raise NotImplementedError
+
+    def visible_places(self, plan: Plan) -> list[Tensor]:
+        """Raster places [N or 1, V_k] of the visible tokens that each decoder is given."""
+        raise NotImplementedError
+
+    def forward_encoder(self, imgs: Tensor, plan: Plan) -> list[Tensor]:
+        """Four normed latents [N, C + V_k, D_k], shallow to deep, with C class tokens."""
+        raise NotImplementedError
 
     # --------------------------------------------------------------------------
     # decoders, loss
@@ -158,8 +135,8 @@ class LocalMIM(nn.Module):
 
     def forward_decoders(self, latents: list[Tensor], plan: Plan) -> list[Tensor]:
         """Four predictions [N, L_k, P_k] in raster order, finest first."""
-        places = self.visible_places(plan)
-        return [decoder(*inputs) for decoder, *inputs in zip(self.decoders, latents, places, strict=True)]
+        stages = zip(self.decoders, latents, self.visible_places(plan), strict=True)
+        return [decoder(latent, places) for decoder, latent, places in stages]
 
     @torch.no_grad()
     def forward_targets(self, imgs: Tensor) -> list[Tensor]:
@@ -167,10 +144,7 @@ class LocalMIM(nn.Module):
         if self.target == 'hog':
             return hog(imgs, self.cells, self.hog_bins, self.hog_bias)
         targets = [patchify(imgs, cell) for cell in self.cells]
-        if self.norm_pix_loss:
-            stats = map(patch_stats, targets)
-            targets = [(target - mean) / std for target, (mean, std) in zip(targets, stats, strict=True)]
-        return targets
+        return [normalise_patches(target) for target in targets] if self.norm_pix_loss else targets
 
     def loss_weights(self, mask: Tensor, length: int) -> Tensor:
         """Mask [N, L] -> the hidden share of each of `length` places, [N, length]."""
@@ -190,7 +164,7 @@ class LocalMIM(nn.Module):
         return loss, {f'local_loss{k}': term.detach() for k, term in enumerate(losses)}
 
     # --------------------------------------------------------------------------
-    # pictures
+    # pictures, export
 
     @torch.no_grad()
     def reconstruct(self, imgs: Tensor, plan: Plan) -> dict[str, Tensor]:
@@ -199,12 +173,10 @@ class LocalMIM(nn.Module):
         HOG targets and predictions are drawn as strokes along the edges, from the images' darkest to their brightest
         value; predictions where something is hidden. Pixels that were normalised per patch need a mean and a deviation:
         `oracle` takes each patch's own, which leaks the answer's brightness and contrast, `honest` the visible patches'
-        average. They are drawn everywhere; visible ones enter no loss, and what is predicted there means nothing.
+        average. All patches are drawn, but predictions of visible ones are not trained and mean nothing.
         """
-        was_training = self.training
-        self.eval()
-        preds = self.forward_decoders(self.forward_encoder(imgs, plan), plan)
-        self.train(was_training)
+        with eval_mode(self):
+            preds = self.forward_decoders(self.forward_encoder(imgs, plan), plan)
         panels = {'original': imgs, 'masked': imgs * (1 - patch_mask_to_pixels(plan.mask, self.mask_size))}
         for k, (pred, target, cell) in enumerate(zip(preds, self.forward_targets(imgs), self.cells, strict=True)):
             if self.target == 'hog':
@@ -214,8 +186,8 @@ class LocalMIM(nn.Module):
                     panels[f'{what} {k}'] = dark + (bright - dark) * draw_hog(hist, self.hog_bins, cell)
             elif self.norm_pix_loss:
                 mean, std = patch_stats(patchify(imgs, cell))
-                visible_mean, visible_std = self.visible_stats(imgs, plan.mask, cell)
-                panels[f'prediction {k} (honest)'] = unpatchify(pred.float() * visible_std + visible_mean, cell)
+                honest_mean, honest_std = self.visible_stats(imgs, plan.mask, cell)
+                panels[f'prediction {k} (honest)'] = unpatchify(pred.float() * honest_std + honest_mean, cell)
                 panels[f'prediction {k} (oracle)'] = unpatchify(pred.float() * std + mean, cell)
             else:
                 panels[f'prediction {k}'] = unpatchify(pred.float(), cell)
@@ -226,7 +198,14 @@ class LocalMIM(nn.Module):
         cell = min(cell, self.mask_size)  # larger ones are rarely wholly visible
         mean, std = patch_stats(patchify(imgs, cell))
         visible = 1 - self.loss_weights(mask, mean.shape[1]).unsqueeze(-1)
-        return tuple((stat * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True) for stat in (mean, std))
+        return visible_mean(mean, visible), visible_mean(std, visible)
+
+    def encoder_state_dict(self) -> dict[str, Tensor]:
+        """The encoder under the classifier's names."""
+        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ENCODER_NAMES}
+
+
+ENCODER_NAMES = ('patch_embed', 'cls_token', 'pos_embed', 'blocks', 'layers')  # of a ViT, and of a Swin
 
 
 class LocalMIMViT(LocalMIM):
@@ -259,8 +238,9 @@ class LocalMIMViT(LocalMIM):
     ):
         if patch_size % 4:
             raise ValueError(f'patch_size {patch_size} is not a multiple of 4, so its finest cells are not whole')
-        check_divides(img_size, 2 * patch_size, 'twice the patch_size, the coarsest cell')
-        check_heads((embed_dim, num_heads, 'embed_dim'), (decoder_dim, decoder_num_heads, 'decoder_dim'))
+        check_divides(img_size, 2 * patch_size, '2 x patch_size =')
+        check_heads(embed_dim, num_heads)
+        check_heads(decoder_dim, decoder_num_heads, 'decoder_dim')
         if depth < 7:
             raise ValueError(f'depth {depth} is below 7: blocks 1, 3, depth - 3, depth - 1 must be four')
         cells = [patch_size // 4, patch_size // 2, patch_size, 2 * patch_size]
@@ -269,7 +249,7 @@ class LocalMIMViT(LocalMIM):
         self.mask_size = patch_size
         self.num_patches = grid_size**2
         self.num_keep = int(self.num_patches * (1 - mask_ratio))
-        check_kept(self.num_keep, self.num_patches, mask_ratio, 'patches')
+        check_mask_ratio(mask_ratio, self.num_patches - self.num_keep, self.num_patches)
         self.local_layers = (1, 3, depth - 3, depth - 1)
 
         # encoder
@@ -277,9 +257,9 @@ class LocalMIMViT(LocalMIM):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer('pos_embed', sincos_2d(embed_dim, grid_size))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
         )
-        self.norms = nn.ModuleList(LayerNorm(embed_dim) for _ in self.local_layers)
+        self.norms = nn.ModuleList(norm_layer(embed_dim) for _ in self.local_layers)
 
         # decoders, one per local layer
         pos_embed = sincos_2d(decoder_dim, grid_size)
@@ -312,53 +292,6 @@ class LocalMIMViT(LocalMIM):
             if i in self.local_layers:  # the stream itself goes on without the norm
                 latents.append(self.norms[len(latents)](x))
         return latents
-
-    def encoder_state_dict(self) -> dict[str, Tensor]:
-        """The encoder under the classifier's (timm's) names."""
-        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in VIT_ENCODER_NAMES}
-
-
-VIT_ENCODER_NAMES = ('cls_token', 'pos_embed', 'patch_embed', 'blocks')
-
-
-def conv_heads(dim: int, num_outputs: list[int]) -> list[ConvHead]:
-    """Heads from the patch grid to 4, 2, 1 and 1/2 times its side."""
-    half, quarter = dim // 2, dim // 4
-    # at dim 256 the widths are the published 128 and 64
-    return [
-        ConvHead(
-            nn.ConvTranspose2d(dim, half, 2, 2),
-            LayerNorm2d(half, eps=1e-6),
-            nn.GELU(),
-            nn.ConvTranspose2d(half, quarter, 2, 2),
-            nn.Conv2d(quarter, num_outputs[0], 1),
-        ),
-        ConvHead(nn.ConvTranspose2d(dim, half, 2, 2), nn.Conv2d(half, num_outputs[1], 1)),
-        ConvHead(nn.Conv2d(dim, num_outputs[2], 1)),
-        ConvHead(nn.AvgPool2d(2), nn.Conv2d(dim, num_outputs[3], 1)),
-    ]
-
-
-def check_divides(size: int, divisor: int, what: str) -> None:
-    if size % divisor or size < divisor:
-        raise ValueError(f'img_size {size} is not a multiple of {divisor}, {what}')
-
-
-def check_heads(*dims: tuple[int, int, str]) -> None:
-    for dim, heads, what in dims:
-        if dim % heads:
-            raise ValueError(f'{what} {dim} is not a multiple of its {heads} heads')
-
-
-def check_kept(num_keep: int, total: int, mask_ratio: float, what: str) -> None:
-    if not 0 < num_keep < total:
-        raise ValueError(
-            f'mask_ratio {mask_ratio} keeps {num_keep} of {total} {what}; at least one must be kept and one hidden'
-        )
-
-
-# --------------------------------------------------------------------------
-# Swin
 
 
 class LocalMIMSwin(LocalMIM):
@@ -398,39 +331,31 @@ class LocalMIMSwin(LocalMIM):
         norm_pix_loss: bool = True,
         mask_ratio: float = 0.75,
     ):
-        check_coords(coords)
+        check_choice('coords', coords, COORDS)
         grids = stage_grids(img_size, patch_size, window_size)
         decoder_dims = [decoder_dim // 2, decoder_dim, decoder_dim, decoder_dim]
-        check_heads(*((dim, decoder_num_heads, 'decoder width') for dim in decoder_dims))
+        for dim in decoder_dims:
+            check_heads(dim, decoder_num_heads, "a decoder's width")
         cells = [patch_size * size for size in (2, 4, 8, 8)]
         super().__init__(cells=cells, target=target, hog_bins=hog_bins, hog_bias=hog_bias, norm_pix_loss=norm_pix_loss)
         self.grids, self.coords = grids, coords
         self.mask_size = 8 * patch_size
         self.num_units = grids[-1].side ** 2
         self.num_keep = self.num_units - 1 - int(mask_ratio * self.num_units)
-        check_kept(self.num_keep, self.num_units, mask_ratio, 'units')
+        check_mask_ratio(mask_ratio, self.num_units - self.num_keep, self.num_units, 'units')
 
         # encoder
-        self.patch_embed = PatchEmbed(self.mask_size, patch_size, 3, embed_dim, norm_layer=LayerNorm)  # one unit
-        by_column = coords == 'correct'
-        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, by_column=by_column)
+        self.patch_embed = PatchEmbed(self.mask_size, patch_size, 3, embed_dim, norm_layer=norm_layer)  # one unit
+        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, by_column=coords == 'correct')
         widths = [embed_dim << stage for stage in (1, 2, 3, 3)]
-        self.norms = nn.ModuleList(map(LayerNorm, widths))
+        self.norms = nn.ModuleList(map(norm_layer, widths))
 
         # decoders, one per stage
         sides = [grids[stage].side for stage in (1, 2, 3, 3)]
-        self.decoders = nn.ModuleList(
-            LocalDecoder(
-                width,
-                dim,
-                decoder_depth,
-                decoder_num_heads,
-                mlp_ratio,
-                sincos_2d(dim, side, cls_token=False),
-                nn.Linear(dim, num_outputs),
-            )
-            for width, dim, side, num_outputs in zip(widths, decoder_dims, sides, self.num_outputs, strict=True)
-        )
+        self.decoders = nn.ModuleList()
+        for width, dim, side, num_outputs in zip(widths, decoder_dims, sides, self.num_outputs, strict=True):
+            pos_embed, pred = sincos_2d(dim, side, cls_token=False), nn.Linear(dim, num_outputs)
+            self.decoders.append(LocalDecoder(width, dim, decoder_depth, decoder_num_heads, mlp_ratio, pos_embed, pred))
         self.init_weights()
 
     @property
@@ -447,7 +372,7 @@ class LocalMIMSwin(LocalMIM):
         return 1, self.num_units
 
     def plan_from_noise(self, noise: Tensor) -> SwinPlan:
-        """U[0, 1) CPU noise [1, U] (of more rows the first counts) -> SwinPlan; the K smallest stay visible."""
+        """U[0, 1) CPU noise [1, U] (further rows are not used) -> SwinPlan; the K smallest stay visible."""
         order = noise[:1].argsort(dim=1, stable=True)
         return self.plan_of(order[:, : self.num_keep].sort(dim=1).values)
 
@@ -475,13 +400,7 @@ class LocalMIMSwin(LocalMIM):
         """Of each stage, the plain and the shifted windows over the visible tokens."""
         lengths = [plan.ids_keep.shape[1] * size for size in (64, 16, 4, 1)]
         stages = zip(self.grids, plan.coords.split(lengths), plan.slots.split(lengths), strict=True)
-        return [
-            [
-                make_windows(coords, slots[:, i], *group_shape(len(coords), window), window, s)
-                for i, s in enumerate((0, shift))
-            ]
-            for (_, window, shift), coords, slots in stages
-        ]
+        return [plain_and_shifted(coords, slots, grid) for grid, coords, slots in stages]
 
     def forward_encoder(self, imgs: Tensor, plan: SwinPlan) -> list[Tensor]:
         """Four normed latents [N, V, D] of doubling width, each stage's after its merging; the last two of one size."""
@@ -495,95 +414,100 @@ class LocalMIMSwin(LocalMIM):
             latents.append(norm(x))  # the stream itself goes on without the norm
         return latents
 
-    def encoder_state_dict(self) -> dict[str, Tensor]:
-        """The encoder under the classifier's names."""
-        return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ('patch_embed', 'layers')}
+
+COORDS = ('published', 'correct')
+
+# --------------------------------------------------------------------------
+# decoders
 
 
-class LocalMIMSwinClassifier(nn.Module):
-    """The Swin that is fine-tuned (published `SwinTransformer`): tokens are averaged *before* the last norm.
-
-    `norm2` has an epsilon of 1e-5, every other norm 1e-6. `coords` tells `load_published` what to do with a published
-    pretraining checkpoint: take it as it is, which gave the published accuracies, or mend its order of merging.
-    """
+class LocalDecoder(nn.Module):
+    """One scale's decoder: projected visible tokens, mask tokens elsewhere, blocks over the whole grid, `pred`."""
 
     def __init__(
-        self,
-        *,
-        img_size: int = 224,
-        num_classes: int = 1000,
-        drop_path_rate: float = 0.0,
-        patch_size: int = 4,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window_size: int = 7,
-        mlp_ratio: float = 4.0,
-        coords: str = 'published',
+        self, embed_dim: int, dim: int, depth: int, num_heads: int, mlp_ratio: float, pos_embed: Tensor, pred: nn.Module
     ):
         super().__init__()
-        check_coords(coords)
-        self.coords = coords
-        grids = stage_grids(img_size, patch_size, window_size)
-        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=LayerNorm)
-        rates = dict(drop_path_rate=drop_path_rate, norm2_eps=1e-5)
-        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, **rates)
-        self.windows = nn.ModuleList(
-            nn.ModuleList(GridWindows(side, window, s) for s in (0, shift)) for side, window, shift in grids
+        self.embed = nn.Linear(embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer('pos_embed', pos_embed, persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
         )
-        self.norm = LayerNorm(8 * embed_dim)
-        self.head = nn.Linear(8 * embed_dim, num_classes)
-        self.init_weights()
+        self.norm = norm_layer(dim)
+        self.pred = pred
 
-    def init_weights(self) -> None:
-        """Linear and bias tables N(0, 0.02), the head close to zero, zero bias."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, WindowAttention):
-                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-
-    def forward_features(self, imgs: Tensor) -> Tensor:
-        """imgs [N, 3, H, W] -> tokens [N, L, D] of the last stage, in raster order and not normed."""
-        x = self.patch_embed(imgs)
-        for layer, windows in zip(self.layers, self.windows, strict=True):
-            x = layer(x, windows)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [N, L, D] -> logits [N, classes], or what the head would be given, [N, D]."""
-        x = self.norm(x.mean(dim=1))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, imgs: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(imgs))
-
-    def timm_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names of timm's `SwinTransformer`, where merging begins a stage.
-
-        timm norms the tokens before it averages them, and has one epsilon: the features are the same, logits are not.
-        """
-
-        def rename(name: str) -> str:
-            first, _, rest = name.partition('.')
-            if '.downsample.' in name:
-                stage, _, rest = rest.partition('.')
-                return f'layers.{int(stage) + 1}.{rest}'
-            return f'head.fc.{rest}' if first == 'head' else name
-
-        return {rename(name): value for name, value in self.state_dict().items()}
+    def forward(self, latent: Tensor, places: Tensor) -> Tensor:
+        """latent [N, C + V, D] with C class tokens, raster places [N or 1, V] of the others -> [N, predictions, .]."""
+        num_cls = latent.shape[1] - places.shape[1]
+        cls, visible = self.embed(latent).tensor_split([num_cls], dim=1)
+        tokens = self.mask_token.to(visible.dtype).expand(len(visible), self.pos_embed.shape[1] - num_cls, -1)
+        tokens = tokens.scatter(1, places.unsqueeze(-1).expand_as(visible), visible)  # [N, L, E]
+        x = torch.cat([cls, tokens], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x)[:, num_cls:])
 
 
-def check_coords(coords: str) -> None:
-    if coords not in ('published', 'correct'):
-        raise ValueError(f"coords {coords!r} is neither 'published' nor 'correct'")
+class ConvHead(nn.Sequential):
+    """Layers over the map of a square grid's tokens: [N, L, E] -> [N, L', out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = round(x.shape[1] ** 0.5)
+        x = x.transpose(1, 2).unflatten(2, (side, side))
+        return super().forward(x).flatten(2).transpose(1, 2)
+
+
+def conv_heads(dim: int, num_outputs: list[int]) -> list[ConvHead]:
+    """Heads from the patch grid to 4, 2, 1 and 1/2 times its side."""
+    half, quarter = dim // 2, dim // 4
+    # at dim 256 the widths are the published 128 and 64
+    return [
+        ConvHead(
+            nn.ConvTranspose2d(dim, half, 2, 2),
+            LayerNorm2d(half, eps=1e-6),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, quarter, 2, 2),
+            nn.Conv2d(quarter, num_outputs[0], 1),
+        ),
+        ConvHead(nn.ConvTranspose2d(dim, half, 2, 2), nn.Conv2d(half, num_outputs[1], 1)),
+        ConvHead(nn.Conv2d(dim, num_outputs[2], 1)),
+        ConvHead(nn.AvgPool2d(2), nn.Conv2d(dim, num_outputs[3], 1)),
+    ]
 
 
 # --------------------------------------------------------------------------
-# sizes, classifier, optimiser rules
+# classifier, sizes
+
+
+class LocalMIMSwinClassifier(SwinClassifier):
+    """The plain Swin; keyword arguments are `SwinClassifier`'s, and `coords` that of the pretrained model.
+
+    `coords` tells `load_published` what to do with a published pretraining checkpoint: take it as it is, which gave the
+    published accuracies, or mend its order of merging.
+    """
+
+    def __init__(self, *, coords: str = 'published', **swin):
+        check_choice('coords', coords, COORDS)
+        super().__init__(**swin)
+        self.coords = coords
+
+
+def create_classifier(
+    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
+) -> VisionTransformer | LocalMIMSwinClassifier:
+    """What a pretraining model is fine-tuned as: timm's ViT, which norms the average patch token, or the Swin above.
+
+    The head starts close to zero. Raises ValueError for a size that does not divide.
+    """
+    sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
+    options = {**ENCODERS[name], **sizes, **kwargs}
+    if name in VIT_ENCODERS:
+        return vit_classifier(**options)
+    if options.pop('global_pool', 'avg') != 'avg':
+        raise ValueError(f'{name} has no class token to classify')
+    return LocalMIMSwinClassifier(**options)
+
 
 VIT_ENCODERS = {
     'localmim_vit_tiny': dict(patch_size=8, embed_dim=96, depth=8, num_heads=3),  # for quick trials; not in the paper
@@ -599,63 +523,19 @@ SWIN_ENCODERS = {
     'localmim_swin_base': dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=7),
     'localmim_swin_large': dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=14),
 }
+ENCODERS = VIT_ENCODERS | SWIN_ENCODERS  # of a pretraining model and of its classifier
+PRETRAINING = {  # what else differs from the defaults of LocalMIMViT and LocalMIMSwin
+    'localmim_vit_tiny': dict(decoder_dim=48, decoder_num_heads=3),
+    'localmim_vit_large': dict(hog_bins=18, hog_bias=True),
+    'localmim_swin_pico': dict(decoder_dim=48, decoder_num_heads=3, mask_ratio=0.5),
+}
 
+__all__ = [*ENCODERS]
+globals().update(factories(LocalMIMViT, VIT_ENCODERS, PRETRAINING))
+globals().update(factories(LocalMIMSwin, SWIN_ENCODERS, PRETRAINING))
 
-def localmim_vit_tiny(**kwargs) -> LocalMIMViT:
-    tiny = dict(decoder_dim=48, decoder_num_heads=3)
-    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_tiny'], **tiny, **kwargs})
-
-
-def localmim_vit_small(**kwargs) -> LocalMIMViT:
-    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_small'], **kwargs})
-
-
-def localmim_vit_base(**kwargs) -> LocalMIMViT:
-    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_base'], **kwargs})
-
-
-def localmim_vit_large(**kwargs) -> LocalMIMViT:
-    return LocalMIMViT(**{**VIT_ENCODERS['localmim_vit_large'], 'hog_bins': 18, 'hog_bias': True, **kwargs})
-
-
-def localmim_swin_pico(**kwargs) -> LocalMIMSwin:
-    pico = dict(decoder_dim=48, decoder_num_heads=3, mask_ratio=0.5)
-    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_pico'], **pico, **kwargs})
-
-
-def localmim_swin_tiny(**kwargs) -> LocalMIMSwin:
-    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_tiny'], **kwargs})
-
-
-def localmim_swin_base(**kwargs) -> LocalMIMSwin:
-    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_base'], **kwargs})
-
-
-def localmim_swin_large(**kwargs) -> LocalMIMSwin:
-    return LocalMIMSwin(**{**SWIN_ENCODERS['localmim_swin_large'], **kwargs})
-
-
-__all__ = [*VIT_ENCODERS, *SWIN_ENCODERS]
-
-
-def create_classifier(
-    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
-) -> VisionTransformer | LocalMIMSwinClassifier:
-    """What a pretraining model is fine-tuned as: timm's ViT, which norms the average patch token, or the Swin above.
-
-    The head starts close to zero. Raises ValueError for a size that does not divide.
-    """
-    sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
-    if name in SWIN_ENCODERS:
-        if kwargs.pop('global_pool', 'avg') != 'avg':
-            raise ValueError(f'{name} has no class token to classify')
-        return LocalMIMSwinClassifier(**{**SWIN_ENCODERS[name], **sizes, **kwargs})
-    fixed = dict(global_pool='avg', norm_layer=LayerNorm, weight_init='jax')
-    options = {'patch_size': 16, **VIT_ENCODERS[name], **fixed, **sizes, **kwargs}
-    check_divides(img_size, options['patch_size'], 'the patch_size')
-    model = VisionTransformer(**options)
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    return model
+# --------------------------------------------------------------------------
+# optimiser rules
 
 
 def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
@@ -680,7 +560,7 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
         if first == 'layers':
             stage = int(rest[0])
             return sum(depths[:stage]) + (int(rest[2]) + 1 if rest[1] == 'blocks' else depths[stage])
-        return 0 if first in VIT_ENCODER_NAMES else sum(depths) + 1
+        return 0 if first in ENCODER_NAMES else sum(depths) + 1
 
     return {
         name: (layer_id(name), 1.0, param.ndim > 1 and not name.endswith(undecayed))

@@ -20,8 +20,6 @@ The published small models have 12 heads of 32. The number of segments of the pu
 documented; 4 is what the paper's figure shows.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
@@ -29,88 +27,22 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from util.nn.checks import check_divides, check_heads, check_mask_ratio
+from util.nn.models import eval_mode, factories
 from util.nn.patches import (
     MaskPlan,
     gather_tokens,
     mask_plan,
+    normalise_patches,
     patch_mask_to_pixels,
     patch_stats,
     patchify,
     random_plan,
     unpatchify,
+    visible_mean,
 )
 from util.nn.pos_embed import sincos_2d
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of tokens x [N, T, E] to a memory [N, M, E]."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, T, E / heads]
-        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
-class DecoderBlock(nn.Module):
-    """Pre-norm block: self-attention, cross-attention to the memory, MLP."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
-        super().__init__()
-        self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias=True)
-        self.norm2 = LayerNorm(dim)
-        self.norm3 = LayerNorm(dim)
-        self.cross_attn = CrossAttention(dim, num_heads)
-        self.norm4 = LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm2(x), self.norm3(memory))
-        return x + self.mlp(self.norm4(x))
-
-
-class SegmentDecoder(nn.Module):
-    """One segment's decoder: projected visible tokens, mask tokens, cross-attention to the shallower segments."""
-
-    def __init__(
-        self,
-        embed_dim: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        num_outputs: int,
-        weight_norm_pred: bool,
-    ):
-        super().__init__()
-        self.embed = nn.Linear(embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.blocks = nn.ModuleList(DecoderBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = LayerNorm(dim)
-        self.pred = nn.Linear(dim, num_outputs)
-        if weight_norm_pred:  # dim=1: a unit vector per *input* feature; torch's default would be per output
-            weight_norm(self.pred, dim=1)
-            self.pred.parametrizations.weight.original0.requires_grad_(False).fill_(1.0)
-
-    def forward(self, embedded: Tensor, memory: Tensor, pos_embed: Tensor, num_pred: int) -> Tensor:
-        """embedded [N, V, E], memory [N, M, E], pos_embed [N, 1 + L, E] -> the last `num_pred` patches' [N, ., P]."""
-        num_hidden = pos_embed.shape[1] - embedded.shape[1]
-        mask_tokens = self.mask_token.expand(embedded.shape[0], num_hidden, -1)
-        x = torch.cat([embedded, mask_tokens.to(embedded.dtype)], dim=1) + pos_embed
-        for block in self.blocks:
-            x = block(x, memory)
-        return self.pred(self.norm(x[:, -num_pred:]))
+from util.nn.vit import norm_layer, vit_classifier
 
 
 class MIRL(nn.Module):
@@ -142,19 +74,14 @@ class MIRL(nn.Module):
         mask_ratio: float = 0.75,
     ):
         super().__init__()
-        check_divides(img_size, patch_size)
-        for dim, heads, what in ((embed_dim, num_heads, 'embed_dim'), (decoder_dim, decoder_num_heads, 'decoder_dim')):
-            if dim % heads:
-                raise ValueError(f'{what} {dim} is not a multiple of its {heads} heads')
+        check_divides(img_size, patch_size, 'patch_size')
+        check_heads(embed_dim, num_heads)
+        check_heads(decoder_dim, decoder_num_heads, 'decoder_dim')
         grid_size = img_size // patch_size
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         self.num_patches = grid_size**2
         self.num_keep = int(self.num_patches * (1 - mask_ratio))
-        if not 0 < self.num_keep < self.num_patches:
-            raise ValueError(
-                f'mask_ratio {mask_ratio} keeps {self.num_keep} of {self.num_patches} patches; '
-                f'at least one must be kept and one hidden'
-            )
+        check_mask_ratio(mask_ratio, self.num_patches - self.num_keep, self.num_patches)
         self.out_indices = segment_ends(depth, num_segments, out_indices)
 
         # encoder
@@ -162,10 +89,10 @@ class MIRL(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer('pos_embed', sincos_2d(embed_dim, grid_size))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
         )
-        self.norm_low = LayerNorm(embed_dim)
-        self.norms = nn.ModuleList(LayerNorm(embed_dim) for _ in self.out_indices)
+        self.norm_low = norm_layer(embed_dim)
+        self.norms = nn.ModuleList(norm_layer(embed_dim) for _ in self.out_indices)
 
         # decoders, one per segment
         self.memory_embed = nn.Linear(embed_dim, decoder_dim)
@@ -239,8 +166,7 @@ class MIRL(nn.Module):
         with torch.autocast(imgs.device.type, enabled=False):
             target = gather_tokens(patchify(imgs.float(), self.patch_size), plan.ids_hidden)  # [N, L - K, P]
             if self.norm_pix_loss:
-                mean, std = patch_stats(target)
-                target = (target - mean) / std
+                target = normalise_patches(target)
             losses = [(main.float() + residual.float() - target).square().mean() for main, residual in pairs(preds)]
             loss = torch.stack(losses).mean()
         return loss, {f'reconstr_loss{i}': term.detach() for i, term in enumerate(losses)}
@@ -263,19 +189,16 @@ class MIRL(nn.Module):
         Predictions are per-patch normalised and need a mean and a deviation to become pixels. `oracle` takes each
         patch's own, which leaks the answer's brightness and contrast; `honest` takes the visible patches' average. Main
         and residual are drawn with the oracle's, the mean added to both, so a residual is detail on a mid-tone. All
-        patches are drawn; visible ones enter no loss, and what is predicted there means nothing.
+        patches are drawn, but predictions of visible ones are not trained and mean nothing.
         """
-        was_training = self.training
-        self.eval()
-        preds = self.forward_decoders(*self.forward_encoder(imgs, plan), plan, num_pred=self.num_patches)
-        self.train(was_training)
+        with eval_mode(self):
+            preds = self.forward_decoders(*self.forward_encoder(imgs, plan), plan, num_pred=self.num_patches)
 
         restore = torch.cat([plan.ids_keep, plan.ids_hidden], dim=1).argsort(dim=1)
         mean, std = patch_stats(patchify(imgs, self.patch_size))  # [N, L, 1]
         if not self.norm_pix_loss:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
-        visible = 1 - plan.mask.unsqueeze(-1)
-        honest = [(stat * visible).sum(dim=1, keepdim=True) / visible.sum(dim=1, keepdim=True) for stat in (mean, std)]
+        honest = [visible_mean(stat, 1 - plan.mask.unsqueeze(-1)) for stat in (mean, std)]
 
         def picture(pred: Tensor, mean: Tensor = mean, std: Tensor = std) -> Tensor:
             return unpatchify(gather_tokens(pred.float(), restore) * std + mean, self.patch_size)
@@ -300,13 +223,12 @@ class MIRL(nn.Module):
 ENCODER_NAMES = ('cls_token', 'pos_embed', 'patch_embed', 'blocks')
 
 
-def check_divides(img_size: int, patch_size: int) -> None:
-    if img_size % patch_size:
-        raise ValueError(f'img_size {img_size} is not a multiple of patch_size {patch_size}')
+# --------------------------------------------------------------------------
+# segments and their decoders
 
 
 def segment_ends(depth: int, num_segments: int, out_indices: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The last block of each segment, the deepest included. Raises ValueError for a cut that cannot be."""
+    """The last block of each segment, the deepest included. Raises ValueError for an odd number or an empty segment."""
     if out_indices is None:
         out_indices = tuple(round(depth * k / num_segments) - 1 for k in range(1, num_segments))
     ends = (*out_indices, depth - 1)
@@ -324,47 +246,77 @@ def pairs(preds: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(preds[:half], preds[::-1][:half], strict=True))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens x [N, T, E] to a memory [N, M, E]."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, T, E / heads]
+        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block: self-attention, cross-attention to the memory, MLP."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias=True)
+        self.norm2 = norm_layer(dim)
+        self.norm3 = norm_layer(dim)
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.norm4 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm2(x), self.norm3(memory))
+        return x + self.mlp(self.norm4(x))
+
+
+class SegmentDecoder(nn.Module):
+    """One segment's decoder: projected visible tokens, mask tokens, cross-attention to the shallower segments."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        num_outputs: int,
+        weight_norm_pred: bool,
+    ):
+        super().__init__()
+        self.embed = nn.Linear(embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(DecoderBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = norm_layer(dim)
+        self.pred = nn.Linear(dim, num_outputs)
+        if weight_norm_pred:  # dim=1: a unit vector per *input* feature; torch's default would be per output
+            weight_norm(self.pred, dim=1)
+            self.pred.parametrizations.weight.original0.requires_grad_(False).fill_(1.0)
+
+    def forward(self, embedded: Tensor, memory: Tensor, pos_embed: Tensor, num_pred: int) -> Tensor:
+        """embedded [N, V, E], memory [N, M, E], pos_embed [N, 1 + L, E] -> the last `num_pred` patches' [N, ., P]."""
+        num_hidden = pos_embed.shape[1] - embedded.shape[1]
+        mask_tokens = self.mask_token.expand(embedded.shape[0], num_hidden, -1)
+        x = torch.cat([embedded, mask_tokens.to(embedded.dtype)], dim=1) + pos_embed
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.pred(self.norm(x[:, -num_pred:]))
+
+
 # --------------------------------------------------------------------------
-# sizes, classifier, optimiser rules
-
-ENCODERS = {
-    'mirl_vit_tiny': dict(patch_size=8, embed_dim=96, depth=4, num_heads=3),  # for quick trials; not in the paper
-    'mirl_vit_small': dict(embed_dim=384, depth=12, num_heads=12),
-    'mirl_vit_small_depth54': dict(embed_dim=384, depth=54, num_heads=12),
-    'mirl_vit_base': dict(embed_dim=768, depth=12, num_heads=12),
-    'mirl_vit_base_depth24': dict(embed_dim=768, depth=24, num_heads=12),
-    'mirl_vit_base_depth48': dict(embed_dim=768, depth=48, num_heads=12),
-}
-SMALL_DECODER = dict(decoder_dim=384, decoder_depth=1, decoder_num_heads=12)
-BASE_DECODER = dict(decoder_dim=512, decoder_depth=2, decoder_num_heads=16)
-
-
-def mirl_vit_tiny(**kwargs) -> MIRL:
-    tiny = dict(num_segments=2, decoder_dim=48, decoder_depth=1, decoder_num_heads=3, mask_ratio=0.5)
-    return MIRL(**{**ENCODERS['mirl_vit_tiny'], **tiny, **kwargs})
-
-
-def mirl_vit_small(**kwargs) -> MIRL:
-    return MIRL(**{**ENCODERS['mirl_vit_small'], **SMALL_DECODER, 'num_segments': 4, **kwargs})
-
-
-def mirl_vit_small_depth54(**kwargs) -> MIRL:
-    return MIRL(**{**ENCODERS['mirl_vit_small_depth54'], **SMALL_DECODER, 'num_segments': 6, **kwargs})
-
-
-def mirl_vit_base(**kwargs) -> MIRL:
-    return MIRL(**{**ENCODERS['mirl_vit_base'], **BASE_DECODER, 'num_segments': 4, **kwargs})
-
-
-def mirl_vit_base_depth24(**kwargs) -> MIRL:
-    return MIRL(**{**ENCODERS['mirl_vit_base_depth24'], **BASE_DECODER, 'num_segments': 4, **kwargs})
-
-
-def mirl_vit_base_depth48(**kwargs) -> MIRL:
-    return MIRL(**{**ENCODERS['mirl_vit_base_depth48'], **BASE_DECODER, 'num_segments': 6, **kwargs})
-
-
-__all__ = [*ENCODERS]
+# classifier, sizes
 
 
 def create_classifier(
@@ -373,16 +325,33 @@ def create_classifier(
     """timm's ViT of a pretraining model's size: what it is fine-tuned as.
 
     `global_pool='avg'` (the paper's) averages the patch tokens and then norms them (`fc_norm`); `'token'` takes the
-    normed class token. Linear layers start xavier-uniform; the head, as in the published code, close to zero. Raises
-    ValueError for a size that does not divide.
+    normed class token. Raises ValueError for a size that does not divide.
     """
-    fixed = dict(global_pool='avg', norm_layer=LayerNorm, weight_init='jax')
     sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
-    options = {'patch_size': 16, **ENCODERS[name], **fixed, **sizes, **kwargs}
-    check_divides(img_size, options['patch_size'])
-    model = VisionTransformer(**options)
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    return model
+    return vit_classifier(**{**ENCODERS[name], **sizes, **kwargs})
+
+
+ENCODERS = {  # of a pretraining model and of its classifier
+    'mirl_vit_tiny': dict(patch_size=8, embed_dim=96, depth=4, num_heads=3),  # for quick trials; not in the paper
+    'mirl_vit_small': dict(embed_dim=384, depth=12, num_heads=12),
+    'mirl_vit_small_depth54': dict(embed_dim=384, depth=54, num_heads=12),
+    'mirl_vit_base': dict(embed_dim=768, depth=12, num_heads=12),
+    'mirl_vit_base_depth24': dict(embed_dim=768, depth=24, num_heads=12),
+    'mirl_vit_base_depth48': dict(embed_dim=768, depth=48, num_heads=12),
+}
+SMALL_DECODER = dict(decoder_dim=384, decoder_depth=1, decoder_num_heads=12)
+PRETRAINING = {  # what else differs from MIRL's defaults
+    'mirl_vit_tiny': dict(num_segments=2, decoder_dim=48, decoder_depth=1, decoder_num_heads=3, mask_ratio=0.5),
+    'mirl_vit_small': SMALL_DECODER,
+    'mirl_vit_small_depth54': dict(SMALL_DECODER, num_segments=6),
+    'mirl_vit_base_depth48': dict(num_segments=6),
+}
+
+__all__ = [*ENCODERS]
+globals().update(factories(MIRL, ENCODERS, PRETRAINING))
+
+# --------------------------------------------------------------------------
+# optimiser rules
 
 
 def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
@@ -393,11 +362,15 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
     """
     last = len(model.blocks) + 1
     undecayed = () if isinstance(model, MIRL) else ('cls_token', 'pos_embed')
-    rules = {}
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        first = name.split('.')[0]
-        layer_id = int(name.split('.')[1]) + 1 if first == 'blocks' else 0 if first in ENCODER_NAMES else last
-        rules[name] = (layer_id, 1.0, param.ndim > 1 and name not in undecayed)
-    return rules
+
+    def layer_id(name: str) -> int:
+        first, *rest = name.split('.')
+        if first == 'blocks':
+            return int(rest[0]) + 1
+        return 0 if first in ENCODER_NAMES else last
+
+    return {
+        name: (layer_id(name), 1.0, param.ndim > 1 and name not in undecayed)
+        for name, param in model.named_parameters()
+        if param.requires_grad
+    }

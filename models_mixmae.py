@@ -14,14 +14,11 @@ C width of the first stage, D width of the last, E decoder width, P = 3 * cell *
 Mask: 1 = hidden, that is: this cell comes from the partner image. Each cell of image i is hidden in one of two mixed
 images, its own (mask 1) or its partner's (mask 0), and is scored there alone, so that every pixel counts once.
 
-What is released does not mix: as the mask is shared, the attention cut between the images exact, and all else done
-token by token or inside a cell, no number of one image ever meets one of the other. Pairing every image with itself
-gives the same loss and gradients. The objective is: encode the intact image in two complementary groups of cells that
-do not see each other, then predict each from the other. The paper's embeddings that tell the two images apart are not
-in the released code, nor here.
-
-The cut is an additive mask. Sorting each window's tokens into its two groups would halve the attention's products, at
-most 4 % of the encoder's; it pays, if at all, on a GPU, where it has not been measured, so it is not done.
+What is released does not mix. The mask is shared, attention between the two images is cut exactly, and all else works
+on single tokens or inside a cell, so no number of one image ever meets one of the other. Pairing every image with
+itself gives the same loss and gradients. The objective is: encode the intact image in two complementary groups of cells
+that do not see each other, then predict each from the other. The paper's embeddings that tell the two images apart are
+not in the released code, nor here.
 """
 
 import math
@@ -34,7 +31,17 @@ from timm.models.swin_transformer import PatchMerging, get_relative_position_ind
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from util.nn.patches import patch_mask_to_pixels, patch_stats, patchify, random_plan, unpatchify
+from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio, check_windows
+from util.nn.models import eval_mode, factories
+from util.nn.patches import (
+    normalise_patches,
+    patch_mask_to_pixels,
+    patch_stats,
+    patchify,
+    random_plan,
+    unpatchify,
+    visible_mean,
+)
 from util.nn.pos_embed import sincos_2d
 
 
@@ -42,70 +49,6 @@ class MixPlan(NamedTuple):
     """Which of the L cells of every image in the batch show the partner instead."""
 
     mask: Tensor  # [1, L] float32, 1 = hidden
-
-
-# --------------------------------------------------------------------------
-# encoder
-
-
-class WindowAttention(nn.Module):
-    """Multi-head attention inside windows of w x w tokens, with Swin's relative position bias."""
-
-    def __init__(self, dim: int, num_heads: int, window_size: int):
-        super().__init__()
-        self.num_heads, self.window_size = num_heads, window_size
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
-        index = get_relative_position_index(window_size, window_size)  # [T, T]: each pair's row in the table
-        self.register_buffer('relative_position_index', index.flatten(), persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def relative_position_bias(self) -> Tensor:
-        """[heads, T, T]: what is added to the logit of token i's query and token j's key."""
-        size = self.window_size**2
-        return self.relative_position_bias_table.t().index_select(1, self.relative_position_index).view(-1, size, size)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [N, R, R, D] -> the same; mask [W, T, T] is added to the logits of each image's windows (0 or -inf)."""
-        n, side, _, dim = x.shape
-        heads, w, windows = self.num_heads, self.window_size, side // self.window_size
-        bias = self.relative_position_bias()
-        if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # [W * heads, T, T]: it broadcasts over the batch
-        qkv = self.qkv(x).view(n, windows, w, windows, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        # [N, W * heads, T, D / heads] under a mask, else [N * W, heads, T, D / heads]
-        q, k, v = qkv.reshape(3, -1, bias.shape[0], w * w, dim // heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
-        x = x.reshape(n, windows, windows, heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.proj(x.reshape(n, side, side, dim))
-
-
-class WindowBlock(nn.Module):
-    """Pre-norm block: attention inside windows, MLP."""
-
-    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, window_size)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, then 2 x 2 tokens merged into one of twice the width (not after the last stage)."""
-
-    def __init__(
-        self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: list[float], last: bool
-    ):
-        super().__init__()
-        self.window_size = window_size
-        self.blocks = nn.ModuleList(WindowBlock(dim, num_heads, window_size, mlp_ratio, rate) for rate in drop_path)
-        self.downsample = nn.Identity() if last else PatchMerging(dim)
 
 
 class MixMIMEncoder(nn.Module):
@@ -130,29 +73,26 @@ class MixMIMEncoder(nn.Module):
         super().__init__()
         stages, blocks = len(depths), sum(depths)
         self.cell_size = patch_size * 2 ** (stages - 1)
-        if img_size % self.cell_size:
-            raise ValueError(
-                f'img_size {img_size} is not a multiple of {self.cell_size} '
-                f'(patch_size {patch_size}, doubled by {stages - 1} mergings)'
-            )
+        check_divides(img_size, self.cell_size, f'{2 ** (stages - 1)} x patch_size =')
         sides = [img_size // patch_size // 2**s for s in range(stages)]
         dims = [embed_dim * 2**s for s in range(stages)]
-        windows = fit_windows(window_size or default_windows(sides), sides)
+        windows = window_size or default_windows(sides)
         if not stages == len(num_heads) == len(windows):
             raise ValueError(f'depths {depths}, num_heads {num_heads}, window_size {window_size}: lengths differ')
+        windows = [min(window, side) for window, side in zip(windows, sides, strict=True)]
+        check_windows(img_size, sides, windows)
         for dim, heads in zip(dims, num_heads, strict=True):
-            if dim % heads:
-                raise ValueError(f'width {dim} of a stage is not a multiple of its {heads} heads')
+            check_heads(dim, heads, "a stage's width")
         self.depths, self.num_features, self.num_cells = tuple(depths), dims[-1], sides[-1] ** 2
-        self.last_layer = blocks + 1  # where layer decay starts; nothing published lies there, the head is one below
+        self.last_layer = blocks + 1  # where layer decay starts; the published head is one below
 
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=nn.LayerNorm, output_fmt='NHWC')
         self.register_buffer('absolute_pos_embed', sincos_2d(embed_dim, sides[0], cls_token=False))
-        rates = [drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)]
-        self.layers = nn.ModuleList(
-            Stage(dims[s], num_heads[s], windows[s], mlp_ratio, rates[sum(depths[:s]) :][: depths[s]], s == stages - 1)
-            for s in range(stages)
-        )
+        rates = iter([drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)])
+        self.layers = nn.ModuleList()
+        for s, depth in enumerate(depths):
+            drop_path = [next(rates) for _ in range(depth)]
+            self.layers.append(Stage(dims[s], num_heads[s], windows[s], mlp_ratio, drop_path, last=s == stages - 1))
         self.norm = nn.LayerNorm(self.num_features)
 
     def init_weights(self) -> None:
@@ -177,42 +117,12 @@ class MixMIMEncoder(nn.Module):
         return self.norm(x).flatten(1, 2)
 
 
-def default_windows(sides: list[int]) -> list[int]:
-    """The published windows, or per stage the divisor nearest to 14: 14, 14, 14, 7 at 224 pixels."""
-    if sides == [96, 48, 24, 12]:  # 384 pixels
-        return [16, 16, 24, 12]
-    divisors = ([d for d in range(1, side + 1) if side % d == 0] for side in sides)
-    return [min(ds, key=lambda d: abs(math.log(d / 14))) for ds in divisors]
-
-
-def fit_windows(windows: list[int], sides: list[int]) -> list[int]:
-    """Windows no larger than their stage. Raises ValueError for one that does not divide it."""
-    windows = [min(w, side) for w, side in zip(windows, sides, strict=False)]
-    for s, (w, side) in enumerate(zip(windows, sides, strict=False)):
-        if side % w:
-            raise ValueError(f'window_size {w} does not divide the {side} x {side} tokens of stage {s}')
-    return windows
-
-
-def separating_mask(mask: Tensor, side: int, window_size: int) -> Tensor:
-    """Cells' mask [1, L] -> [W, T, T] for a stage of side x side tokens: 0 between equals, -inf between others."""
-    windows, cell = side // window_size, side // round(mask.shape[1] ** 0.5)
-    tokens = patch_mask_to_pixels(mask, cell).view(windows, window_size, windows, window_size)
-    tokens = tokens.transpose(1, 2).reshape(windows**2, window_size**2)
-    differs = tokens.unsqueeze(1) != tokens.unsqueeze(2)
-    return torch.zeros_like(differs, dtype=torch.float32).masked_fill(differs, -torch.inf)
-
-
-# --------------------------------------------------------------------------
-# pretraining
-
-
 class MixMAE(MixMIMEncoder):
     """Mixed and masked autoencoder (paper section 3; `models_mixmim.MixMIM` in the published code).
 
-    `encoder` are `MixMIMEncoder`'s options. Of the L cells, int(L * ratio) are hidden; with `range_mask_ratio` > 0 the
-    ratio is drawn for each batch from [mask_ratio, mask_ratio + range_mask_ratio). Raises ValueError for a ratio that
-    hides nothing or everything.
+    Of the L cells, int(L * ratio) are hidden; with `range_mask_ratio` > 0 the ratio is drawn for each batch from
+    [mask_ratio, mask_ratio + range_mask_ratio). Further keyword arguments are `MixMIMEncoder`'s. Raises ValueError for
+    a ratio that hides nothing or everything.
     """
 
     mask_scope = 'batch'
@@ -230,16 +140,12 @@ class MixMAE(MixMIMEncoder):
         **encoder,
     ):
         super().__init__(mlp_ratio=mlp_ratio, **encoder)
-        if decoder_dim % decoder_num_heads:
-            raise ValueError(f'decoder_dim {decoder_dim} is not a multiple of its {decoder_num_heads} heads')
+        check_heads(decoder_dim, decoder_num_heads, 'decoder_dim')
         if range_mask_ratio < 0:
             raise ValueError(f'range_mask_ratio {range_mask_ratio} is negative')
         for ratio in (mask_ratio, mask_ratio + range_mask_ratio):
-            if not 0 < int(self.num_cells * ratio) < self.num_cells:
-                raise ValueError(
-                    f'mask ratio {ratio} hides {int(self.num_cells * ratio)} of {self.num_cells} cells '
-                    f'({self.cell_size} pixels wide); at least one must be kept and one hidden'
-                )
+            num_hidden, what = int(self.num_cells * ratio), f'cells of {self.cell_size} pixels a side'
+            check_mask_ratio(ratio, num_hidden, self.num_cells, what)
         self.norm_pix_loss, self.mask_ratio, self.range_mask_ratio = norm_pix_loss, mask_ratio, range_mask_ratio
 
         self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
@@ -298,10 +204,7 @@ class MixMAE(MixMIMEncoder):
     def target(self, imgs: Tensor) -> Tensor:
         """Cells' pixels [N, L, P] in (row, column, channel) order, normalised per cell if `norm_pix_loss`."""
         target = patchify(imgs.float(), self.cell_size)
-        if self.norm_pix_loss:
-            mean, std = patch_stats(target)
-            target = (target - mean) / std
-        return target
+        return normalise_patches(target) if self.norm_pix_loss else target
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error over all cells; and that of those hidden in the own, and in the partner's mixed image."""
@@ -334,12 +237,10 @@ class MixMAE(MixMIMEncoder):
         per cell and need a mean and a deviation to become pixels. `oracle` takes each cell's own, which leaks the
         answer's brightness and contrast; `honest` takes the average of the image's visible cells.
         """
-        was_training = self.training
-        self.eval()
         mixed = self.mix(imgs, plan.mask)
-        decoded = self.forward_decoder(self.forward_features(mixed, plan.mask), plan.mask)
-        preds = [self.forward_pred(x).float() for x in decoded]
-        self.train(was_training)
+        with eval_mode(self):
+            decoded = self.forward_decoder(self.forward_features(mixed, plan.mask), plan.mask)
+            preds = [self.forward_pred(x).float() for x in decoded]
 
         originals = [imgs, imgs.flip(0)]
         panels = {'original': imgs, 'partner': originals[1], 'mixed': mixed}
@@ -347,7 +248,7 @@ class MixMAE(MixMIMEncoder):
         for name, original, pred, hidden in zip(('original', 'partner'), originals, preds, masks, strict=True):
             cells = patchify(original.float(), self.cell_size)
             oracle = patch_stats(cells) if self.norm_pix_loss else (0.0, 1.0)
-            honest = [(stat * (1 - hidden)).sum(dim=1, keepdim=True) / (1 - hidden).sum() for stat in oracle]
+            honest = [visible_mean(stat, 1 - hidden) for stat in oracle]
             for kind, (mean, std) in (('honest', honest), ('oracle', oracle)):
                 unmixed = torch.where(hidden.bool(), pred * std + mean, cells)
                 panels[f'un-mixed {name} ({kind})'] = unpatchify(unmixed, self.cell_size)
@@ -362,13 +263,94 @@ ENCODER_NAMES = ('patch_embed', 'absolute_pos_embed', 'layers', 'norm')
 
 
 # --------------------------------------------------------------------------
-# sizes, classifier, optimiser rules
+# parts of the encoder
+
+
+def default_windows(sides: list[int]) -> list[int]:
+    """The published windows, or per stage the divisor nearest to 14: 14, 14, 14, 7 at 224 pixels."""
+    if sides == [96, 48, 24, 12]:  # 384 pixels
+        return [16, 16, 24, 12]
+    divisors = ([d for d in range(1, side + 1) if side % d == 0] for side in sides)
+    return [min(ds, key=lambda d: abs(math.log(d / 14))) for ds in divisors]
+
+
+def separating_mask(mask: Tensor, side: int, window_size: int) -> Tensor:
+    """Cells' mask [1, L] -> [W, T, T] for a stage of side x side tokens: 0 between equals, -inf between others."""
+    windows, cell = side // window_size, side // round(mask.shape[1] ** 0.5)
+    tokens = patch_mask_to_pixels(mask, cell).view(windows, window_size, windows, window_size)
+    tokens = tokens.transpose(1, 2).reshape(windows**2, window_size**2)
+    differs = tokens.unsqueeze(1) != tokens.unsqueeze(2)
+    return torch.zeros_like(differs, dtype=torch.float32).masked_fill(differs, -torch.inf)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then 2 x 2 tokens merged into one of twice the width (not after the last stage)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: list[float], last: bool
+    ):
+        super().__init__()
+        self.window_size = window_size
+        self.blocks = nn.ModuleList(WindowBlock(dim, num_heads, window_size, mlp_ratio, rate) for rate in drop_path)
+        self.downsample = nn.Identity() if last else PatchMerging(dim)
+
+
+class WindowBlock(nn.Module):
+    """Pre-norm block: attention inside windows, MLP."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows of w x w tokens, with Swin's relative position bias."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int):
+        super().__init__()
+        self.num_heads, self.window_size = num_heads, window_size
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        index = get_relative_position_index(window_size, window_size)  # [T, T]: each pair's row in the table
+        self.register_buffer('relative_position_index', index.flatten(), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def relative_position_bias(self) -> Tensor:
+        """[heads, T, T]: what is added to the logit of token i's query and token j's key."""
+        size = self.window_size**2
+        return self.relative_position_bias_table.t().index_select(1, self.relative_position_index).view(-1, size, size)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [N, R, R, D] -> the same; mask [W, T, T] is added to the logits of each image's windows (0 or -inf)."""
+        n, side, _, dim = x.shape
+        heads, w, windows = self.num_heads, self.window_size, side // self.window_size
+        bias = self.relative_position_bias()
+        if mask is not None:
+            bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # [W * heads, T, T]: it broadcasts over the batch
+        qkv = self.qkv(x).view(n, windows, w, windows, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        # [N, W * heads, T, D / heads] under a mask, else [N * W, heads, T, D / heads]
+        q, k, v = qkv.reshape(3, -1, bias.shape[0], w * w, dim // heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
+        x = x.reshape(n, windows, windows, heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return self.proj(x.reshape(n, side, side, dim))
+
+
+# --------------------------------------------------------------------------
+# classifier, sizes
 
 
 class MixMIMClassifier(MixMIMEncoder):
     """What a MixMAE is fine-tuned as: the encoder without masks, the mean of its normed tokens, a linear head.
 
-    `encoder` are `MixMIMEncoder`'s options.
+    Further keyword arguments are `MixMIMEncoder`'s.
     """
 
     def __init__(self, *, num_classes: int = 1000, **encoder):
@@ -379,36 +361,6 @@ class MixMIMClassifier(MixMIMEncoder):
     def forward(self, imgs: Tensor) -> Tensor:
         """imgs [N, 3, H, W], normalised -> logits [N, classes]."""
         return self.head(self.forward_features(imgs).mean(dim=1))
-
-
-ENCODERS = {
-    # for quick trials, not in the paper: cells of 8 pixels, so 16 of them at 32 x 32; any multiple of 32 will do
-    'mixmae_tiny': dict(patch_size=2, embed_dim=32, depths=(1, 2, 1), num_heads=(2, 4, 8), window_size=(8, 8, 4)),
-    'mixmae_base': dict(embed_dim=128, num_heads=(4, 8, 16, 32)),
-    'mixmae_large': dict(embed_dim=192, num_heads=(6, 12, 24, 48)),
-    'mixmae_huge': dict(embed_dim=352, num_heads=(11, 22, 44, 88)),
-}
-
-
-def mixmae_tiny(**kwargs) -> MixMAE:
-    return MixMAE(
-        **{**ENCODERS['mixmae_tiny'], 'decoder_dim': 64, 'decoder_depth': 1, 'decoder_num_heads': 4, **kwargs}
-    )
-
-
-def mixmae_base(**kwargs) -> MixMAE:
-    return MixMAE(**{**ENCODERS['mixmae_base'], **kwargs})
-
-
-def mixmae_large(**kwargs) -> MixMAE:
-    return MixMAE(**{**ENCODERS['mixmae_large'], **kwargs})
-
-
-def mixmae_huge(**kwargs) -> MixMAE:
-    return MixMAE(**{**ENCODERS['mixmae_huge'], **kwargs})
-
-
-__all__ = [*ENCODERS]
 
 
 def create_classifier(
@@ -426,6 +378,24 @@ def create_classifier(
     return model
 
 
+ENCODERS = {  # of a pretraining model and of its classifier
+    # for quick trials, not in the paper: cells of 8 pixels, so 16 of them at 32 x 32; any multiple of 32 will do
+    'mixmae_tiny': dict(patch_size=2, embed_dim=32, depths=(1, 2, 1), num_heads=(2, 4, 8), window_size=(8, 8, 4)),
+    'mixmae_base': dict(embed_dim=128, num_heads=(4, 8, 16, 32)),
+    'mixmae_large': dict(embed_dim=192, num_heads=(6, 12, 24, 48)),
+    'mixmae_huge': dict(embed_dim=352, num_heads=(11, 22, 44, 88)),
+}
+PRETRAINING = {  # what else differs from MixMAE's defaults
+    'mixmae_tiny': dict(decoder_dim=64, decoder_depth=1, decoder_num_heads=4),
+}
+
+__all__ = [*ENCODERS]
+globals().update(factories(MixMAE, ENCODERS, PRETRAINING))
+
+# --------------------------------------------------------------------------
+# optimiser rules
+
+
 def param_rules(model: MixMIMEncoder, *, head_layer: str = 'published') -> dict[str, tuple[int, float, bool]]:
     """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as the published optimiser groups them.
 
@@ -434,8 +404,7 @@ def param_rules(model: MixMIMEncoder, *, head_layer: str = 'published') -> dict[
     rate; `head_layer='own'` puts the head at the top, at the full rate. 1-D parameters are not decayed; mask token and
     bias tables are. Raises ValueError for another `head_layer`.
     """
-    if head_layer not in ('published', 'own'):
-        raise ValueError(f"head_layer {head_layer!r} is neither 'published' nor 'own'")
+    check_choice('head_layer', head_layer, ('published', 'own'))
 
     def layer_id(name: str) -> int:
         match name.split('.'):

@@ -134,8 +134,8 @@ CANNOT = 'a2mim_vit_tiny cannot take 2 images of 32 pixels with --model_kwargs '
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
-        (['--mask_ratio', '1'], r'mask_ratio 1\.0 keeps 0 of 16 patches'),
-        (['--mask_ratio', '0'], r'mask_ratio 0\.0 keeps 16 of 16 patches'),
+        (['--mask_ratio', '1'], r'mask_ratio 1\.0 hides 16 of 16 patches'),
+        (['--mask_ratio', '0'], r'mask_ratio 0\.0 hides 0 of 16 patches'),
         (['--model_kwargs', 'num_segments=3'], r'3 segments .* must be even'),
         (['--model', 'mixmae_tiny', '--model_kwargs', 'range_mask_ratio=-0.1'], r'range_mask_ratio -0\.1 is negative'),
         (['--model', 'a2mim_vit_tiny', '--model_kwargs', 'fft_weight=abc'], CANNOT + 'fft_weight=abc: '),

@@ -15,6 +15,7 @@ import main_pretrain
 from main_pretrain import METHODS
 from util.data.datasets import to_device
 from util.nn.grad_checkpoint import blocks, checkpoint_blocks
+from util.nn.models import eval_mode
 from util.optim import GuardedOptimizer, adamw, param_groups
 
 MODELS = [(module, name) for module in METHODS for name in module.__all__]
@@ -210,6 +211,19 @@ def test_reconstruct(module, name):
     assert all(panel.shape == imgs.shape and not panel.requires_grad for panel in panels.values())
 
 
+def test_evaluation_mode_ends_with_an_exception():
+    model = torch.nn.Sequential(torch.nn.Dropout())
+
+    def fail():
+        with eval_mode(model):
+            assert not model[0].training
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert model[0].training
+
+
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
 def test_draws_its_own_plan(module, name):
     model = make(module, name)
@@ -220,6 +234,7 @@ def test_draws_its_own_plan(module, name):
 @pytest.mark.parametrize(('module', 'name'), MODELS, ids=ids(MODELS))
 def test_options(module, name):
     make = getattr(module, name)
+    assert make.__name__ == name
     with pytest.raises(TypeError, match='no_such_option'):
         make(no_such_option=1)
     with pytest.raises(TypeError):

@@ -19,7 +19,7 @@ import models_localmim
 from util.errors import CheckpointError
 from util.nn.hog import draw_hog, hog
 from util.nn.patches import patch_mask_to_pixels
-from util.nn.windows import grid_windows, group_shape, group_slots, make_windows, window_ids
+from util.nn.swin import grid_windows, group_shape, group_slots, make_windows, window_ids
 from util.weights.published import load_published
 
 TINY_SWIN = dict(embed_dim=8, depths=(2, 2, 2, 2), num_heads=(2, 2, 4, 4), decoder_dim=16)
@@ -464,23 +464,27 @@ def test_other_sizes(name, options):
 @pytest.mark.parametrize(
     ('name', 'options', 'words'),
     [
-        ('localmim_vit_tiny', dict(mask_ratio=1.0), 'keeps 0 of 64 patches'),
-        ('localmim_vit_tiny', dict(mask_ratio=0.0), 'keeps 64 of 64 patches'),
-        ('localmim_vit_tiny', dict(img_size=60), '60 is not a multiple of 16'),
-        ('localmim_vit_tiny', dict(img_size=72), '72 is not a multiple of 16'),
+        ('localmim_vit_tiny', dict(mask_ratio=1.0), 'mask_ratio 1.0 hides 64 of 64 patches'),
+        ('localmim_vit_tiny', dict(mask_ratio=0.0), 'mask_ratio 0.0 hides 0 of 64 patches'),
+        ('localmim_vit_tiny', dict(img_size=60), '60 is not a multiple of 2 x patch_size = 16'),
+        ('localmim_vit_tiny', dict(img_size=72), '72 is not a multiple of 2 x patch_size = 16'),
         ('localmim_vit_tiny', dict(patch_size=14), 'patch_size 14 is not a multiple of 4'),
         ('localmim_vit_tiny', dict(depth=6), 'depth 6'),
         ('localmim_vit_tiny', dict(num_heads=5), '96 is not a multiple of its 5 heads'),
-        ('localmim_vit_tiny', dict(target='fft'), "target 'fft'"),
+        ('localmim_vit_tiny', dict(target='fft'), "target 'fft' is not one of hog, pixel"),
         ('localmim_vit_tiny', dict(hog_bins=0), 'hog_bins 0'),
-        ('localmim_swin_pico', dict(mask_ratio=1.0), 'keeps -1 of 16 units'),
-        ('localmim_swin_pico', dict(mask_ratio=0.95), 'keeps 0 of 16 units'),
-        ('localmim_swin_pico', dict(img_size=72), '72 is not a multiple of 16'),
-        ('localmim_swin_pico', dict(window_size=3), '32 is not a multiple of window_size 3'),
-        ('localmim_swin_pico', dict(num_heads=(5, 2, 4, 4)), 'width 24 cannot have 5 heads'),
-        ('localmim_swin_pico', dict(coords='wrong'), "coords 'wrong'"),
-        ('localmim_swin_base', dict(img_size=256), '64 is not a multiple of window_size 7'),
-        ('localmim_swin_base', dict(img_size=32, window_size=8), 'keeps 0 of 1 units'),
+        ('localmim_swin_pico', dict(mask_ratio=1.0), 'mask_ratio 1.0 hides 17 of 16 units'),
+        ('localmim_swin_pico', dict(mask_ratio=0.95), 'mask_ratio 0.95 hides 16 of 16 units'),
+        ('localmim_swin_pico', dict(img_size=72), '72 is not a multiple of 8 x patch_size = 16'),
+        ('localmim_swin_pico', dict(window_size=3), 'window_size 3 does not divide the 32 x 32 tokens of stage 0'),
+        ('localmim_swin_pico', dict(num_heads=(5, 2, 4, 4)), "a stage's width 24 is not a multiple of its 5 heads"),
+        ('localmim_swin_pico', dict(coords='wrong'), "coords 'wrong' is not one of published, correct"),
+        (
+            'localmim_swin_base',
+            dict(img_size=256),
+            'window_size 7 does not divide the 64 x 64 tokens of stage 0 at img_size 256',
+        ),
+        ('localmim_swin_base', dict(img_size=32, window_size=8), 'mask_ratio 0.75 hides 1 of 1 units'),
     ],
 )
 def test_refuses(name, options, words):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from golden import filled_state, golden, relative, summary_difference
 
 import models_localmim
-from util.nn.windows import make_windows, window_ids
+from util.nn.swin import make_windows, window_ids
 from util.weights.published import INTO_LOCALMIM_SWIN, INTO_LOCALMIM_VIT, load_published
 
 

@@ -114,8 +114,8 @@ def test_segments(depth, segments, ends):
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        (dict(mask_ratio=1.0), 'keeps 0 of 16'),
-        (dict(mask_ratio=0.0), 'keeps 16 of 16'),
+        (dict(mask_ratio=1.0), 'mask_ratio 1.0 hides 16 of 16 patches'),
+        (dict(mask_ratio=0.0), 'mask_ratio 0.0 hides 0 of 16 patches'),
         (dict(img_size=60), '60 is not a multiple of patch_size 8'),
         (dict(num_segments=3), '3 segments'),
         (dict(num_segments=8), '8 segments'),

@@ -233,17 +233,17 @@ def test_tiny_sizes(img_size):
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        (dict(img_size=100), r'img_size 100 is not a multiple of 32 \(patch_size 4, doubled by 3 mergings\)'),
-        (dict(window_size=(7, 6, 6, 3)), 'window_size 7 does not divide the 24 x 24 tokens of stage 0'),
+        (dict(img_size=100), 'img_size 100 is not a multiple of 8 x patch_size = 32'),
+        (dict(window_size=(7, 6, 6, 3)), 'window_size 7 does not divide the 24 x 24 tokens of stage 0 at img_size 96'),
         (dict(window_size=(6, 6, 4, 3)), 'window_size 4 does not divide the 6 x 6 tokens of stage 2'),
         (dict(window_size=(6, 6, 6)), 'lengths differ'),
         (dict(num_heads=(1, 2, 4)), 'lengths differ'),
-        (dict(num_heads=(1, 2, 5, 8)), 'width 64 of a stage is not a multiple of its 5 heads'),
+        (dict(num_heads=(1, 2, 5, 8)), "a stage's width 64 is not a multiple of its 5 heads"),
         (dict(embed_dim=18), 'divisible by 4, got 18'),
         (dict(decoder_num_heads=3), 'decoder_dim 16 is not a multiple of its 3 heads'),
-        (dict(mask_ratio=0.1), 'mask ratio 0.1 hides 0 of 9 cells'),
-        (dict(mask_ratio=1.0), 'mask ratio 1.0 hides 9 of 9 cells'),
-        (dict(range_mask_ratio=0.5), 'mask ratio 1.0 hides 9 of 9 cells'),
+        (dict(mask_ratio=0.1), 'mask_ratio 0.1 hides 0 of 9 cells of 32 pixels'),
+        (dict(mask_ratio=1.0), 'mask_ratio 1.0 hides 9 of 9 cells'),
+        (dict(range_mask_ratio=0.5), 'mask_ratio 1.0 hides 9 of 9 cells'),
         (dict(img_size=32, window_size=None), 'hides 0 of 1 cells'),
     ],
 )
@@ -253,7 +253,7 @@ def test_refuses(options, words):
 
 
 def test_refuses_another_head_layer():
-    with pytest.raises(ValueError, match="'last' is neither 'published' nor 'own'"):
+    with pytest.raises(ValueError, match="head_layer 'last' is not one of published, own"):
         models_mixmae.param_rules(models_mixmae.mixmae_tiny(img_size=32), head_layer='last')
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models_mixmae
 from util import optim
+from util.nn import patches
 from util.weights.published import load_published
 
 PRETRAINING = ['tiny_a', 'tiny_b', 'tiny_b_normpix']
@@ -198,7 +199,7 @@ def biased_variance(model, patch):
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
         return mean, (var + 1e-6).sqrt()
 
-    patch.setattr(models_mixmae, 'patch_stats', stats)
+    patch.setattr(patches, 'patch_stats', stats)
 
 
 def without_flip_back(model, patch):

@@ -1,8 +1,10 @@
 """What every network asks about its sizes; each function raises ValueError with the numbers."""
 
+from collections.abc import Sequence
+
 
 def check_divides(img_size: int, divisor: int, what: str) -> None:
-    """`what` names the divisor: 'patch_size', 'the side of a cell'."""
+    """`what` names the divisor: 'patch_size', '8 x patch_size ='."""
     if img_size < divisor or img_size % divisor:
         raise ValueError(f'img_size {img_size} is not a multiple of {what} {divisor}')
 
@@ -10,6 +12,16 @@ def check_divides(img_size: int, divisor: int, what: str) -> None:
 def check_heads(width: int, num_heads: int, what: str = 'embed_dim') -> None:
     if width % num_heads:
         raise ValueError(f'{what} {width} is not a multiple of its {num_heads} heads')
+
+
+def check_windows(img_size: int, sides: Sequence[int], windows: Sequence[int]) -> None:
+    """Of each stage, the number of tokens and the window's size, both along a side."""
+    for stage, (side, window) in enumerate(zip(sides, windows, strict=True)):
+        if side % window:
+            raise ValueError(
+                f'window_size {window} does not divide the {side} x {side} tokens of stage {stage} '
+                f'at img_size {img_size}'
+            )
 
 
 def check_mask_ratio(mask_ratio: float, num_hidden: int, total: int, what: str = 'patches') -> None:

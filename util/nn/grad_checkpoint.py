@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 def checkpoint_blocks(core: nn.Module) -> int:
     """Checkpoint every block of a network, and return how many there are.
 
-    Only the blocks' `forward` is wrapped: names, hooks and weights stay as they are. timm's own switch would go round
+    Only the blocks' `forward` is wrapped: names, hooks and weights stay as they are. timm's own switch would bypass
     the hooks of a ResNet's stages, and count each batch twice in BatchNorm's running statistics.
     """
     found = list(blocks(core))

@@ -60,6 +60,17 @@ def patch_stats(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     return mean, (var + eps).sqrt()
 
 
+def normalise_patches(patches: Tensor) -> Tensor:
+    """Patches [N, L, D], each less its mean and divided by its deviation: the target of `norm_pix_loss`."""
+    mean, std = patch_stats(patches)
+    return (patches - mean) / std
+
+
+def visible_mean(values: Tensor, visible: Tensor) -> Tensor:
+    """[N, L, 1], averaged over patches by their visible share [N or 1, L, 1]: [N, 1, 1]."""
+    return (values * visible).sum(dim=1, keepdim=True) / visible.sum(dim=1, keepdim=True)
+
+
 def patch_mask_to_pixels(mask: Tensor, patch_size: int) -> Tensor:
     """[N, L] of a square grid -> [N, 1, H, W]."""
     n, length = mask.shape

@@ -1,20 +1,109 @@
-"""Swin layers that run on all tokens of a grid or on some of them, in any order: `Windows` tells who attends to whom.
+"""Swin on all tokens of a grid or on some of them, in any order: `Windows` tells who attends to whom.
 
-Names are those of the original Swin, where merging ends a stage.
+Names are those of the original Swin, where merging ends a stage. A shifted window is a plain one of a grid that is cut
+elsewhere. It does not wrap around the border, where windows are simply smaller; that equals the masked cyclic shift.
+
+Windows of which only some tokens are there are packed into groups of one window's size, the emptier ones together, and
+attention within a group is masked to windows. How many groups are filled depends on the tokens; how many there are, and
+so every shape, does not.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from util.nn.windows import Windows, grid_windows
+from util.nn.checks import check_divides, check_heads, check_windows
+from util.nn.vit import norm_layer
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+# --------------------------------------------------------------------------
+# windows
+
+
+class Windows(NamedTuple):
+    """L tokens in G groups of S slots; slots may stay empty."""
+
+    bias_index: Tensor  # [G or 1, S, S] int64, which of the (2 * window - 1)^2 relative positions a pair has
+    mask: Tensor  # [G, S, S] float32, 0 within a window, -inf elsewhere
+    slots: Tensor | None  # [L] int64, the slot of each token; None: one group of all tokens, in their order
+
+
+def grid_coords(side: int) -> Tensor:
+    """(row, column) of all tokens of a grid in raster order, [side * side, 2]."""
+    return torch.cartesian_prod(torch.arange(side), torch.arange(side))
+
+
+def unit_major(side: int, units: int) -> Tensor:
+    """Raster places of all tokens of a grid, mask unit by mask unit: [units * units, r * r], r = side / units."""
+    r = side // units
+    return torch.arange(side * side).view(units, r, units, r).transpose(1, 2).reshape(-1, r * r)
+
+
+def window_ids(coords: Tensor, window: int, shift: int) -> Tensor:
+    """(row, column) of tokens [..., 2] -> that of their windows [..., 2]."""
+    return (coords + (window - shift) % window) // window
+
+
+def group_shape(num_tokens: int, window: int) -> tuple[int, int]:
+    """(G, S) that any `num_tokens` tokens of a grid fit into.
+
+    A few tokens make one group. Otherwise a group is a window's size, and first fit leaves no two groups that would fit
+    into one: any two hold more than S, so all G hold at least G * (S + 1) / 2 tokens.
+    """
+    size = window * window
+    return (1, num_tokens) if num_tokens <= 2 * size else (2 * num_tokens // (size + 1), size)
+
+
+def group_slots(coords: Tensor, window: int, shift: int) -> Tensor:
+    """Slots [L] of tokens at distinct (row, column) [L, 2]: fullest windows first, into the first group with room."""
+    groups, size = group_shape(len(coords), window)
+    if groups == 1:
+        return torch.arange(len(coords))
+    row, col = window_ids(coords, window, shift).unbind(-1)
+    _, members, counts = (row * len(coords) + col).unique(return_inverse=True, return_counts=True)
+    sizes, filled, starts = counts.tolist(), [0] * groups, [0] * len(counts)
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        group = next(g for g, used in enumerate(filled) if used + sizes[i] <= size)
+        starts[i] = group * size + filled[group]
+        filled[group] += sizes[i]
+    order = members.argsort(stable=True)  # tokens, window after window
+    firsts = counts.cumsum(0) - counts
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(len(order)) + (torch.tensor(starts) - firsts)[members[order]]
+    return slots
+
+
+def make_windows(coords: Tensor, slots: Tensor, groups: int, size: int, window: int, shift: int) -> Windows:
+    """Tokens at (row, column) [L, 2], in slots [L] of G groups of S -> Windows. Arithmetic only, on any device."""
+    if groups == 1:
+        slots = None
+    else:  # empty slots lie outside of the grid, in a window of their own, and attend to each other
+        coords = coords.new_full((groups * size, 2), -window).index_copy(0, slots, coords)
+    coords = coords.view(groups, size, 2)
+    ids = window_ids(coords, window, shift)
+    same = (ids.unsqueeze(2) == ids.unsqueeze(1)).all(dim=-1)  # [G, S, S]
+    row, col = (coords.unsqueeze(2) - coords.unsqueeze(1) + window - 1).unbind(-1)
+    # tokens of different windows may be further apart than the table reaches
+    bias_index = torch.where(same, row * (2 * window - 1) + col, 0)
+    mask = torch.zeros(same.shape, device=same.device).masked_fill(~same, -torch.inf)
+    return Windows(bias_index, mask, slots)
+
+
+def grid_windows(side: int, window: int, shift: int) -> Windows:
+    """All tokens of a grid, which the window divides: a group is a window of the cyclically shifted grid."""
+    coords, per_side, size = grid_coords(side), side // window, window * window
+    row, col = ((coords - shift) % side).unbind(-1)
+    slots = (row // window * per_side + col // window) * size + row % window * window + col % window
+    windows = make_windows(coords, slots, per_side**2, size, window, shift)
+    # a pair's slots tell its relative position, in all groups alike
+    return windows._replace(bias_index=make_windows(grid_coords(window), slots, 1, size, window, 0).bias_index)
+
+
+# --------------------------------------------------------------------------
+# layers
 
 
 class WindowAttention(nn.Module):
@@ -22,8 +111,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, window_size: int, num_heads: int):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f'a stage of width {dim} cannot have {num_heads} heads')
+        check_heads(dim, num_heads, "a stage's width")
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -53,7 +141,7 @@ class SwinBlock(nn.Module):
         self, dim: int, window_size: int, num_heads: int, mlp_ratio: float, drop_path: float, norm2_eps: float
     ):
         super().__init__()
-        self.norm1 = LayerNorm(dim)
+        self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window_size, num_heads)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm2_eps)
@@ -74,7 +162,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, by_column: bool):
         super().__init__()
         self.by_column = by_column
-        self.norm = LayerNorm(4 * dim)
+        self.norm = norm_layer(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor, units: int) -> Tensor:
@@ -101,30 +189,28 @@ class SwinStage(nn.Module):
         return x if self.downsample is None else self.downsample(x, units)
 
 
+# --------------------------------------------------------------------------
+# stages, classifier
+
+
 class Grid(NamedTuple):
-    """The tokens of one stage, in their number to the side, and the windows over them."""
+    """The tokens of one stage, and the windows over them."""
 
     side: int
-    window: int
+    window: int  # its side
     shift: int  # of every second block
 
 
 def stage_grids(img_size: int, patch_size: int, window_size: int) -> list[Grid]:
     """Of the four stages. Raises ValueError where something does not divide."""
-    unit = 8 * patch_size
-    if img_size % unit:
-        raise ValueError(
-            f'img_size {img_size} is not a multiple of {unit}: 8 patches of {patch_size}, one token of the last stage'
-        )
+    check_divides(img_size, 8 * patch_size, '8 x patch_size =')
     sides = [img_size // patch_size >> stage for stage in range(4)]
     # a window no smaller than the grid is the grid, and is not shifted
-    grids = [Grid(side, min(window_size, side), window_size // 2 * (window_size < side)) for side in sides]
-    for side, window, _ in grids:
-        if side % window:
-            raise ValueError(
-                f'img_size {img_size} makes stages of {sides} tokens to the side, '
-                f'of which {side} is not a multiple of window_size {window}'
-            )
+    grids = [
+        Grid(side, window_size, shift=window_size // 2) if window_size < side else Grid(side, side, shift=0)
+        for side in sides
+    ]
+    check_windows(img_size, sides, [grid.window for grid in grids])
     return grids
 
 
@@ -149,6 +235,12 @@ def swin_stages(
     return nn.ModuleList(stages)
 
 
+def plain_and_shifted(coords: Tensor, slots: Tensor, grid: Grid) -> list[Windows]:
+    """Both windows of a stage over tokens at (row, column) [L, 2]; slots [L, 2], of `group_slots` for each."""
+    groups = group_shape(len(coords), grid.window)
+    return [make_windows(coords, slots[:, i], *groups, grid.window, shift) for i, shift in enumerate((0, grid.shift))]
+
+
 class GridWindows(nn.Module):
     """`Windows` over a whole grid, as buffers that follow the model and are not saved."""
 
@@ -156,3 +248,76 @@ class GridWindows(nn.Module):
         super().__init__()
         for name, tensor in grid_windows(side, window, shift)._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
+
+
+class SwinClassifier(nn.Module):
+    """A plain Swin, but its tokens are averaged *before* the last norm; the original norms them first.
+
+    `norm2` has an epsilon of 1e-5, every other norm 1e-6. Raises ValueError for sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        patch_size: int = 4,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        grids = stage_grids(img_size, patch_size, window_size)
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=norm_layer)
+        rates = dict(drop_path_rate=drop_path_rate, norm2_eps=1e-5)
+        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, **rates)
+        self.windows = nn.ModuleList(
+            nn.ModuleList(GridWindows(side, window, s) for s in (0, shift)) for side, window, shift in grids
+        )
+        self.norm = norm_layer(8 * embed_dim)
+        self.head = nn.Linear(8 * embed_dim, num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear and bias tables N(0, 0.02), the head close to zero, zero bias."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """imgs [N, 3, H, W] -> tokens [N, L, D] of the last stage, in raster order and not normed."""
+        x = self.patch_embed(imgs)
+        for layer, windows in zip(self.layers, self.windows, strict=True):
+            x = layer(x, windows)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens [N, L, D] -> logits [N, classes], or what the head would be given, [N, D]."""
+        x = self.norm(x.mean(dim=1))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(imgs))
+
+    def timm_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of timm's `SwinTransformer`, where merging begins a stage.
+
+        timm norms the tokens before it averages them, and has one epsilon: the features are the same, logits are not.
+        """
+
+        def rename(name: str) -> str:
+            first, _, rest = name.partition('.')
+            if '.downsample.' in name:
+                stage, _, rest = rest.partition('.')
+                return f'layers.{int(stage) + 1}.{rest}'
+            return f'head.fc.{rest}' if first == 'head' else name
+
+        return {rename(name): value for name, value in self.state_dict().items()}

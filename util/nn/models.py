@@ -1,0 +1,34 @@
+"""What every models_*.py does with its models: make them by name, and look at one in evaluation mode."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+
+def factory(cls: type[nn.Module], name: str, /, **sizes) -> Callable[..., nn.Module]:
+    """The function behind `--model NAME`: `cls` with these sizes, which keyword arguments override."""
+
+    def make(**options) -> nn.Module:
+        return cls(**{**sizes, **options})
+
+    make.__name__ = make.__qualname__ = name
+    make.__module__ = cls.__module__
+    make.__annotations__['return'] = cls
+    return make
+
+
+def factories(cls: type[nn.Module], encoders: dict[str, dict], others: dict[str, dict]) -> dict[str, Callable]:
+    """{name: function} for each name of `encoders`, with the sizes of both tables."""
+    return {name: factory(cls, name, **sizes, **others.get(name, {})) for name, sizes in encoders.items()}
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the `with` block; afterwards, also after an exception, the mode from before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
