@@ -13,7 +13,7 @@ SimMIM leaves the pixels as they are, replaces the features of hidden patches ri
 Encoders are timm's, untouched: the token comes in through a hook on the module whose output it joins. So parameter
 names are timm's, and an encoder trained here loads into the stock network with `strict=True`.
 
-Shapes: N batch, S image side, n = S / 32 cells a side, T = n * n cells, C width of a map, e its stride. Mask: 1 = hidden.
+Shapes: N batch, S image side, n = S / 32 cells a side, T = n * n, C width of a map, e its stride. Mask: 1 = hidden.
 
 Where the published code and the paper differ, this follows the code: the focal Fourier loss compares the spectra of the
 batch's *means*, so it depends on the batch of each process; visible pixels enter it as a constant halfway between
@@ -21,15 +21,14 @@ prediction and image; CNNs train with a focal L1 and most of them without the Fo
 token to features that have seen the hidden pixels (`replace=True` mends that).
 """
 
-import difflib
 import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
@@ -42,10 +41,8 @@ from torch import Tensor, nn
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.losses import PIXEL_LOSSES, pixel_loss
 from util.nn.patches import patch_mask_to_pixels, random_plan
-from util.nn.sites import any_site, find_site
-from util.nn.spectrum import focal_frequency_loss, half_spectrum, log_amplitude
-
-LAYER_NORM_EPS = 1e-6
+from util.nn.sites import any_site, any_timm, find_site, stage_layers
+from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
 
 
 class CellPlan(NamedTuple):
@@ -57,23 +54,26 @@ class CellPlan(NamedTuple):
 class A2MIM(nn.Module):
     """Masked image modeling around any encoder (paper section 4; `a2mim.py` and `mim_head.py` of OpenMixup).
 
-    Image. `mask_ratio` of the cells, of `mask_patch_size` pixels a side, are hidden. `mask_color='mean'` fills them with
-    the image's mean colour; 'none' leaves their pixels (published as 'zero' and 'rand').
+    Image: cells have `mask_patch_size` pixels a side. `mask_color='mean'` fills hidden ones with the image's mean
+    colour; 'none' leaves their pixels (published as 'zero' and 'rand').
 
-    Token. `mask_layer` says where it joins. ViT: before block k - 1 (0: before the positions); ResNet: before stage
-    k + 1; ConvNeXt: after the down-sampling of stage k; Swin: before stage k - 1 (0: as 1). It is added to hidden
-    features; `mask_init` > 0 first damps these by a learned gamma of that initial value; `replace` drops them.
+    Token: it joins at `mask_layer`, k. ViT: before block k - 1 (0: before the positions); ResNet: before stage k + 1;
+    ConvNeXt: after the down-sampling of stage k; Swin: before stage k - 1 (0: as 1). It is added to hidden features.
+    `mask_init` > 0 first damps these by a learned gamma of that initial value; `replace` drops them.
 
-    Loss. `loss` is the mode of `pixel_loss`. The Fourier term is `focal_frequency_loss`, or without `fft_focal` the
-    pixel loss of the spectral distance. The prediction's visible pixels have the share `fft_unmask_weight` in it.
+    Loss: `loss` is the mode of `pixel_loss`. The Fourier term, of weight `fft_weight`, is `focal_frequency_loss`, or
+    with `fft_focal=False` the pixel loss of the spectral distance. Visible pixels of the prediction enter it with
+    `fft_unmask_weight`.
 
-    Variants are switches of the published code, for ablations. `mask_token` is 'learnable', or 'zero', 'randn' (both
-    fixed), 'mean' (of the batch's features), 'instance_mean', or 'none'. `detach` stops gradients of hidden features.
-    `alpha`, `gamma`, `activate` and `residual` are the focal modes' of `pixel_loss`. `unmask_weight` is that of visible
-    pixels in the pixel loss. `fft_reweight` weighs the pixel loss of spectra by itself. `fft_unmask_replace` stands for
-    visible pixels in the Fourier term. `fft_alpha` to `fft_batch_matrix` are options of `focal_frequency_loss`.
+    Variants: switches of the published code, for ablations. No published configuration changes them.
+    - Token: `mask_token` is 'learnable', 'zero', 'randn' (both fixed), 'mean' (of the batch's features),
+      'instance_mean' or 'none'; `detach` stops the gradients of hidden features.
+    - Pixel loss: `alpha`, `gamma`, `activate` and `residual` shape the focal modes of `pixel_loss`; visible pixels
+      weigh `unmask_weight`.
+    - Fourier term: `fft_reweight` weighs the pixel loss of spectra by itself; `fft_unmask_replace` says what stands for
+      visible pixels; the last four are options of `focal_frequency_loss`.
 
-    Other keywords are the encoder's. Raises ValueError for what cannot be.
+    Other keywords are the encoder's. Raises ValueError for options that do not fit together.
     """
 
     mask_scope = 'sample'
@@ -99,14 +99,16 @@ class A2MIM(nn.Module):
         fft_weight: float = 0.0,
         fft_focal: bool = True,
         fft_unmask_weight: float = 0.0,
-        # variants, which no published configuration changes: of the token, the pixel loss, the Fourier term
+        # variants: token
         mask_token: str = 'learnable',
         detach: bool = False,
+        # variants: pixel loss
         alpha: float = 0.2,
         gamma: float = 1.0,
         activate: str = 'sigmoid',
         residual: bool = False,
         unmask_weight: float = 0.0,
+        # variants: Fourier term
         fft_reweight: bool = False,
         fft_unmask_replace: str = 'mixed',
         fft_alpha: float = 1.0,
@@ -125,7 +127,7 @@ class A2MIM(nn.Module):
         if mask_init and replace:
             raise ValueError(f'mask_init {mask_init} damps features that replace=True drops')
         check_divides(img_size, mask_patch_size, 'mask_patch_size')
-        self.cell_size, self.cells = mask_patch_size, img_size // mask_patch_size
+        self.img_size, self.cell_size, self.cells = img_size, mask_patch_size, img_size // mask_patch_size
         self.num_hidden = math.ceil(self.cells**2 * mask_ratio)
         check_mask_ratio(mask_ratio, self.num_hidden, self.cells**2, 'cells')
         self.mask_color, self.replace, self.detach, self.token_mode = mask_color, replace, detach, mask_token
@@ -143,18 +145,7 @@ class A2MIM(nn.Module):
 
         self.encoder = backbone.make(img_size=img_size, drop_path_rate=drop_path_rate, **sizes)
         self.features = backbone.features
-        place = backbone.site(self.encoder, mask_layer)
-        self.site, self.end, unused = find_site(self.encoder, self.features, place, img_size)
-        if self.site.side % self.cells:
-            raise ValueError(
-                f'{self.cells} cells of {mask_patch_size} pixels a side do not fit '
-                f'the {self.site.side} positions a side after {place}'
-            )
-        for key in unused:
-            self.encoder.get_parameter(key).requires_grad_(False)
-        self.token_mask: Tensor | None = None  # set by `token_at` alone
-        self.encoder.get_submodule(place).register_forward_hook(self.insert_token)
-
+        self.hook_into(backbone.site(self.encoder, mask_layer))
         self.mask_token = self.mask_gamma = None
         std = {'learnable': token_std, 'zero': 0.0, 'randn': 1.0}.get(mask_token)
         if std is not None:
@@ -198,9 +189,22 @@ class A2MIM(nn.Module):
         with self.token_at(mask):
             return self.end.to_map(self.features(self.encoder, imgs))
 
+    def hook_into(self, module: str) -> None:
+        """Let the token join the encoder's features at the output of `module`. Raises ValueError where it cannot."""
+        self.site, self.end, unused = find_site(self.encoder, self.features, module, self.img_size)
+        if self.site.side % self.cells:
+            raise ValueError(
+                f'{self.cells} cells of {self.cell_size} pixels a side do not fit '
+                f'the {self.site.side} positions a side after {module}'
+            )
+        for key in unused:
+            self.encoder.get_parameter(key).requires_grad_(False)
+        self.token_mask: Tensor | None = None  # set by `token_at` alone
+        self.encoder.get_submodule(module).register_forward_hook(self.insert_token)
+
     @contextmanager
     def token_at(self, mask: Tensor) -> Iterator[None]:
-        """Within this `with`, the encoder's features take the mask token at hidden cells [N, T]; else it is stock."""
+        """A `with` in which the mask token joins the encoder's features at hidden cells [N, T]; outside it does not."""
         self.token_mask = mask
         try:
             yield
@@ -286,20 +290,14 @@ class A2MIM(nn.Module):
         pred = self.forward_decoder(self.forward_encoder(masked, plan.mask)).float()
         self.train(was_training)
         composite = torch.where(hidden > 0, pred, imgs)
-        low, high = log_amplitude(imgs).aminmax(dim=1, keepdim=True)
-
-        def spectrum(x: Tensor) -> Tensor:  # normalised colours are about -2 to 2
-            gray = (log_amplitude(x) - low) / (high - low) * 4 - 2
-            return gray.view(-1, 1, *x.shape[2:]).expand_as(x)
-
         return {
             'original': imgs,
             'masked': masked if self.mask_color != 'none' else imgs * (1 - hidden),
             'prediction': pred,
             'composite': composite,
-            'spectrum (original)': spectrum(imgs),
-            'spectrum (prediction)': spectrum(pred),
-            'spectrum (composite)': spectrum(composite),
+            'spectrum (original)': draw_spectrum(imgs, like=imgs),
+            'spectrum (prediction)': draw_spectrum(pred, like=imgs),
+            'spectrum (composite)': draw_spectrum(composite, like=imgs),
         }
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
@@ -330,19 +328,10 @@ def beit(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     """The method's ViT: with absolute *and* relative positions, a bias for q and v only, and LayerScale (BEiT's)."""
     check_heads(sizes['embed_dim'], sizes['num_heads'])
     check_divides(img_size, sizes.get('patch_size', 16), 'patch_size')
-    encoder = Beit(
-        img_size=img_size,
-        num_classes=num_classes,
-        drop_path_rate=drop_path_rate,
-        norm_layer=lambda dim, **kwargs: nn.LayerNorm(dim, eps=LAYER_NORM_EPS, **kwargs),
-        **{
-            'global_pool': 'avg' if num_classes else '',
-            'use_abs_pos_emb': True,
-            'use_rel_pos_bias': True,
-            'init_values': 0.1,
-            **sizes,
-        },
-    )
+    options = dict(use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1)
+    options |= dict(global_pool='avg' if num_classes else '', norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    options |= dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
+    encoder = Beit(**{**options, **sizes})
     for module in encoder.modules():  # timm shrinks the residual branches with depth, the published code does not
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -358,23 +347,6 @@ def swin(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     if unknown := sizes.keys() - inspect.signature(SwinTransformer).parameters.keys():  # older timm's takes anything
         raise TypeError(f'swin() got an unexpected keyword argument {min(unknown)!r}')
     return SwinTransformer(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
-
-
-def any_timm(*, name: str, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **sizes) -> nn.Module:
-    """timm's network of this name. Raises ValueError for an unknown one, and for drop path where it has none."""
-    if not timm.is_model(name):  # timm would take it for a folder, or for a host's
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f'timm has no model {name}' + f'; did you mean {" or ".join(close)}?' * bool(close))
-    options = {'img_size': img_size, 'drop_path_rate': drop_path_rate}
-    while True:
-        try:
-            return timm.create_model(name, num_classes=num_classes, **options, **sizes)
-        except TypeError as error:  # convolutions know no img_size, DenseNet and VGG no drop path
-            refused = re.search("unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
-            if not refused or refused[1] not in options:
-                raise
-            if options.pop(refused[1]) and refused[1] == 'drop_path_rate':
-                raise ValueError(f'{name} has no drop path; --drop_path 0 goes without') from error
 
 
 def resnet(*, num_classes: int = 0, **options) -> nn.Module:
@@ -393,30 +365,27 @@ def vit_site(encoder: nn.Module, mask_layer: int) -> str:
     return ('patch_embed', 'pos_drop')[mask_layer] if mask_layer < 2 else f'blocks.{mask_layer - 2}'
 
 
-def stage_site(*modules: str) -> Callable[[nn.Module, int], str]:
-    """Mask layer k is the output of module k."""
-
-    def site(encoder: nn.Module, mask_layer: int) -> str:
-        if not 0 <= mask_layer < len(modules):
-            raise ValueError(f'mask_layer {mask_layer} of {len(modules)}')
-        return modules[mask_layer]
-
-    return site
+def stage_site(modules: tuple[str, ...], encoder: nn.Module, mask_layer: int) -> str:
+    """k: the k-th of the modules."""
+    if not 0 <= mask_layer < len(modules):
+        raise ValueError(f'mask_layer {mask_layer} of {len(modules)}')
+    return modules[mask_layer]
 
 
 VIT = Backbone(beit, vit_site)
-RESNET = Backbone(resnet, stage_site('maxpool', 'layer1', 'layer2', 'layer3'))
+RESNET = Backbone(resnet, partial(stage_site, ('maxpool', 'layer1', 'layer2', 'layer3')))
 CONVNEXT = Backbone(  # its last map is normed, not pooled
     any_timm,
-    stage_site(*(f'stages.{stage}.downsample' for stage in range(4))),
+    partial(stage_site, tuple(f'stages.{stage}.downsample' for stage in range(4))),
     lambda encoder, imgs: encoder.head.norm(encoder.forward_features(imgs)),
 )
-SWIN = Backbone(swin, stage_site('patch_embed', *(f'layers.{stage}.downsample' for stage in range(4))))
+SWIN = Backbone(swin, partial(stage_site, ('patch_embed', *(f'layers.{stage}.downsample' for stage in range(4)))))
 ANY = Backbone(any_timm, any_site)
 
 # --------------------------------------------------------------------------
 # sizes, and what the published configurations set around them
 
+SWIN_192 = dict(backbone=SWIN, img_size=192, window_size=6)
 ENCODERS: dict[str, dict] = {
     # for quick trials at 32 and 64 pixels; not in the paper
     'vit_tiny': dict(backbone=VIT, patch_size=8, embed_dim=96, depth=4, num_heads=3),
@@ -431,12 +400,8 @@ ENCODERS: dict[str, dict] = {
     'vit_large': dict(backbone=VIT, embed_dim=1024, depth=24, num_heads=16),
     **{name: dict(backbone=RESNET, name=name) for name in ('resnet50', 'resnet101', 'resnet152', 'resnet200')},
     **{name: dict(backbone=CONVNEXT, name=name) for name in ('convnext_tiny', 'convnext_small', 'convnext_base')},
-    'swin_tiny': dict(
-        backbone=SWIN, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=6, img_size=192
-    ),
-    'swin_base': dict(
-        backbone=SWIN, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=6, img_size=192
-    ),
+    'swin_tiny': dict(SWIN_192, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    'swin_base': dict(SWIN_192, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     'timm': dict(backbone=ANY, name='resnet50'),
 }
 # what the published configurations set, alike for a family of encoders
@@ -478,16 +443,11 @@ MODELS: dict[str, dict] = {
 __all__ = [*MODELS]
 
 
-def encoder_of(name: str) -> dict:
-    """The sizes behind the name of a model: what follows 'a2mim_' or 'simmim_'."""
-    return ENCODERS[name.partition('_')[2]]
-
-
 def factory(name: str) -> Callable[..., A2MIM]:
     """The function behind `--model NAME`; its keywords, which are A2MIM's, go before the tables."""
 
     def make(**kwargs) -> A2MIM:
-        return A2MIM(**{**encoder_of(name), **MODELS[name], **kwargs})
+        return A2MIM(**{**ENCODERS[name.partition('_')[2]], **MODELS[name], **kwargs})
 
     make.__name__ = make.__qualname__ = name
     return make
@@ -508,17 +468,16 @@ def create_classifier(
     with `global_pool='token'` the class token. Raises ValueError for a size that does not divide.
     """
     check_sizes(kwargs)
-    sizes = {**encoder_of(name), **kwargs}
+    sizes = {**ENCODERS[name.partition('_')[2]], **kwargs}
     backbone, pool = sizes.pop('backbone'), sizes.pop('global_pool', None)
     sizes |= dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
-    if backbone is VIT or pool not in (None, 'token'):
-        return backbone.make(**sizes, global_pool=pool or 'avg')
-    model = backbone.make(**sizes)
-    if getattr(model, 'num_prefix_tokens', 0):
-        return backbone.make(**sizes, global_pool=pool or 'avg')
-    if pool == 'token':
-        raise ValueError(f'{name} has no class token to classify')
-    return model
+    if backbone is not VIT and pool in (None, 'token'):
+        model = backbone.make(**sizes)
+        if not getattr(model, 'num_prefix_tokens', 0):
+            if pool == 'token':
+                raise ValueError(f'{name} has no class token to classify')
+            return model
+    return backbone.make(**sizes, global_pool=pool or 'avg')
 
 
 # encoder parameters without weight decay; downsample.1.weight of ResNets (a BatchNorm's) is not among them, nor are
@@ -538,21 +497,22 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
     treated alike, or, with `gamma_as_weight`, as any weight: it decays and learns at the full rate. The 300-epoch
     configurations of ResNets have it so (they forget it), and it is the default for ResNets.
     """
-    encoder = model.encoder if isinstance(model, A2MIM) else model
+    pretraining = isinstance(model, A2MIM)
+    encoder = model.encoder if pretraining else model
     if gamma_as_weight is None:
         gamma_as_weight = isinstance(encoder, ResNet)
     undecayed = UNDECAYED.get(type(encoder))
-    if isinstance(encoder, ConvNeXt) and isinstance(model, A2MIM):
+    if pretraining and isinstance(encoder, ConvNeXt):
         undecayed = 'bias|gamma'
     own_rule = encoder.no_weight_decay() if hasattr(encoder, 'no_weight_decay') else ()
     ids = layer_ids(encoder)
-    last = max(ids.values()) + isinstance(model, A2MIM)
+    last = max(ids.values()) + pretraining
 
     rules = {}
     for name, param in model.named_parameters():
-        own = name.removeprefix('encoder.') if isinstance(model, A2MIM) else name
         if not param.requires_grad:
             continue
+        own = name.removeprefix('encoder.') if pretraining else name
         if name == 'mask_token' or (name == 'mask_gamma' and not gamma_as_weight):
             rules[name] = (last, model.token_lr_scale, False)
         elif name == 'mask_gamma':
@@ -576,17 +536,6 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
     ids = group_parameters(encoder, encoder.group_matcher(), reverse=True)
     if isinstance(encoder, Beit):  # timm has it with the last block
         ids = {name: layer_id for name, layer_id in ids.items() if not name.startswith('norm.')}
-    return ids
-
-
-def stage_layers(encoder: nn.Module) -> dict[str, int]:
-    """{name: layer id} by the stages of `feature_info`; 0 before the first, and one for what follows the last."""
-    stages = [info['module'] for info in encoder.feature_info]
-    ids, layer_id = {}, 0
-    for name, _ in encoder.named_parameters():  # in the order of the network
-        inside = [i + 1 for i, stage in enumerate(stages) if name.startswith(f'{stage}.')]
-        layer_id = inside[0] if inside else len(stages) + 1 if layer_id else 0
-        ids[name] = layer_id
     return ids
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TOP = {'main_pretrain', 'main_finetune', 'engine_pretrain', 'engine_finetune'}
 METHODS = {path.stem for path in ROOT.glob('models_*.py')}
-TENSOR_HELPERS = {'util.nn.hog', 'util.nn.patches', 'util.nn.pos_embed', 'util.nn.swin', 'util.nn.windows'}
+TENSOR_HELPERS = {f'util.nn.{path.stem}' for path in ROOT.glob('util/nn/*.py')}
 FILES = [*ROOT.glob('*.py'), *ROOT.glob('util/*.py'), *ROOT.glob('scripts/*.py')]
 
 

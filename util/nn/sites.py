@@ -1,11 +1,14 @@
-"""Where a mask token can join the features of a network that knows nothing of masks: at the output of a module."""
+"""Any network of timm's: how to make it, what its stages are, and after which module a mask token can join."""
 
 import copy
+import difflib
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,6 +65,23 @@ def layout_of(shape: torch.Size, encoder: nn.Module, img_size: int) -> Site:
     raise ValueError(f'features of shape {list(shape)} are no square map')
 
 
+def any_timm(*, name: str, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **sizes) -> nn.Module:
+    """timm's network of this name. Raises ValueError for an unknown one, and for drop path where it has none."""
+    if not timm.is_model(name):  # timm would take it for a folder, or for a host's
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f'timm has no model {name}' + f'; did you mean {" or ".join(close)}?' * bool(close))
+    options = {'img_size': img_size, 'drop_path_rate': drop_path_rate}
+    while True:
+        try:
+            return timm.create_model(name, num_classes=num_classes, **options, **sizes)
+        except TypeError as error:  # convolutions know no img_size, DenseNet and VGG no drop path
+            refused = re.search('unexpected keyword.*(img_size|drop_path_rate)', str(error))
+            if not refused or refused[1] not in options:
+                raise
+            if options.pop(refused[1]) and refused[1] == 'drop_path_rate':
+                raise ValueError(f'{name} has no drop path; --drop_path 0 goes without') from error
+
+
 def any_site(encoder: nn.Module, mask_layer: int | None) -> str:
     """The name of a module of timm's network: that of its feature map number `mask_layer`.
 
@@ -76,6 +96,17 @@ def any_site(encoder: nn.Module, mask_layer: int | None) -> str:
     if not -len(features) <= mask_layer < len(features):
         raise ValueError(f'mask_layer {mask_layer}: {type(encoder).__name__} has {len(features)} feature maps')
     return features[mask_layer]['module']
+
+
+def stage_layers(encoder: nn.Module) -> dict[str, int]:
+    """{name: layer id} by the stages of `feature_info`; 0 before the first, and one for what follows the last."""
+    stages = [info['module'] for info in encoder.feature_info]
+    ids, layer_id = {}, 0
+    for name, _ in encoder.named_parameters():  # in the order of the network
+        inside = [i + 1 for i, stage in enumerate(stages) if name.startswith(f'{stage}.')]
+        layer_id = inside[0] if inside else len(stages) + 1 if layer_id else 0
+        ids[name] = layer_id
+    return ids
 
 
 def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) -> tuple[Site, Site, list[str]]:

@@ -52,3 +52,14 @@ def log_amplitude(imgs: Tensor) -> Tensor:
     """[N, 3, S, S] -> [N, S * S], averaged over colours, the zero frequency in the middle."""
     amplitude = torch.fft.fftshift(torch.fft.fft2(imgs.float(), norm='ortho').abs(), dim=(2, 3))
     return (amplitude + 1e-6).log().mean(dim=1).flatten(1)
+
+
+def draw_spectrum(imgs: Tensor, like: Tensor) -> Tensor:
+    """[N, 3, S, S] -> log amplitudes as grays of that shape, low frequencies in the middle.
+
+    The darkest and brightest frequency of `like`, also [N, 3, S, S], become -2 and 2, about the range of normalised
+    colours.
+    """
+    low, high = log_amplitude(like).aminmax(dim=1, keepdim=True)
+    gray = (log_amplitude(imgs) - low) / (high - low) * 4 - 2
+    return gray.view(-1, 1, *imgs.shape[2:]).expand_as(imgs)
