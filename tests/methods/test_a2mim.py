@@ -103,6 +103,39 @@ def test_options_of_the_fourier_loss_reach_it():
     assert focal_frequency_loss(pred - imgs).item() != pytest.approx(expected.item(), rel=1e-2)
 
 
+VARIANTS = [  # what makes a difference to the loss, and around which other options
+    (dict(alpha=0.4), dict(loss='focal_l1')),
+    (dict(gamma=2.0), dict(loss='focal_l1')),
+    (dict(activate='tanh'), dict(loss='focal_mse')),
+    (dict(residual=True), dict(loss='focal_mse')),
+    (dict(unmask_weight=0.1), {}),
+    (dict(fft_weight=0.2), {}),
+    (dict(fft_focal=False), {}),
+    (dict(fft_unmask_weight=0.5), {}),
+    (dict(fft_reweight=True), dict(fft_focal=False)),
+    *[(dict(fft_unmask_replace=kind), {}) for kind in ('target', 'prediction', 'mean')],
+]
+
+
+@pytest.mark.parametrize(
+    ('variant', 'others'), VARIANTS, ids=lambda value: '-'.join(f'{key}={v}' for key, v in value.items())
+)
+def test_options_of_the_loss_reach_it(variant, others):
+    generator = torch.Generator().manual_seed(0)
+    imgs, pred = (torch.randn(2, 3, 32, 32, generator=generator) for _ in range(2))
+    hidden = torch.ones(2, 1, 32, 32).triu()
+    losses = [
+        models_a2mim.a2mim_vit_tiny(img_size=32, **others, **options).forward_loss(imgs, pred, hidden)[0].item()
+        for options in ({}, variant)
+    ]
+    assert losses[1] != pytest.approx(losses[0], rel=1e-4)
+
+
+def test_functions_are_called_like_their_models():
+    for name in models_a2mim.__all__:
+        assert getattr(models_a2mim, name).__name__ == name
+
+
 # --------------------------------------------------------------------------
 # the mask token's place
 
