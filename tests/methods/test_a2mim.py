@@ -11,8 +11,10 @@ from timm.layers import LayerNorm2d
 from training import draw_plan
 
 import models_a2mim
-from models_a2mim import create_classifier, focal_frequency_loss, param_rules
+from models_a2mim import create_classifier, param_rules
 from util import optim
+from util.nn.patches import patch_mask_to_pixels
+from util.nn.spectrum import focal_frequency_loss
 from util.weights.published import FAMILIES, into_a2mim, into_classifier
 
 OPTIM = golden('a2mim/optim_and_lr.json')['param_groups']
@@ -101,6 +103,39 @@ def test_options_of_the_fourier_loss_reach_it():
     assert focal_frequency_loss(pred - imgs).item() != pytest.approx(expected.item(), rel=1e-2)
 
 
+VARIANTS = [  # what makes a difference to the loss, and around which other options
+    (dict(alpha=0.4), dict(loss='focal_l1')),
+    (dict(gamma=2.0), dict(loss='focal_l1')),
+    (dict(activate='tanh'), dict(loss='focal_mse')),
+    (dict(residual=True), dict(loss='focal_mse')),
+    (dict(unmask_weight=0.1), {}),
+    (dict(fft_weight=0.2), {}),
+    (dict(fft_focal=False), {}),
+    (dict(fft_unmask_weight=0.5), {}),
+    (dict(fft_reweight=True), dict(fft_focal=False)),
+    *[(dict(fft_unmask_replace=kind), {}) for kind in ('target', 'prediction', 'mean')],
+]
+
+
+@pytest.mark.parametrize(
+    ('variant', 'others'), VARIANTS, ids=lambda value: '-'.join(f'{key}={v}' for key, v in value.items())
+)
+def test_options_of_the_loss_reach_it(variant, others):
+    generator = torch.Generator().manual_seed(0)
+    imgs, pred = (torch.randn(2, 3, 32, 32, generator=generator) for _ in range(2))
+    hidden = torch.ones(2, 1, 32, 32).triu()
+    losses = [
+        models_a2mim.a2mim_vit_tiny(img_size=32, **others, **options).forward_loss(imgs, pred, hidden)[0].item()
+        for options in ({}, variant)
+    ]
+    assert losses[1] != pytest.approx(losses[0], rel=1e-4)
+
+
+def test_functions_are_called_like_their_models():
+    for name in models_a2mim.__all__:
+        assert getattr(models_a2mim, name).__name__ == name
+
+
 # --------------------------------------------------------------------------
 # the mask token's place
 
@@ -113,7 +148,7 @@ def test_hidden_pixels_never_reach_the_encoder(name):
     torch.manual_seed(0)
     model = getattr(models_a2mim, name)(img_size=64).eval()
     imgs, plan = torch.randn(2, 3, 64, 64), cells(model)
-    hidden = models_a2mim.patch_mask_to_pixels(plan.mask, 64 // model.cells)
+    hidden = patch_mask_to_pixels(plan.mask, 64 // model.cells)
     other = torch.where(hidden > 0, imgs + torch.randn_like(imgs), imgs)
     shift = (other - imgs).sum(dim=(2, 3), keepdim=True) / hidden.sum(dim=(2, 3), keepdim=True)
     other = torch.where(hidden > 0, other - shift, other)
@@ -153,7 +188,7 @@ def test_any_encoder(name):
     size = 64
     model = models_a2mim.a2mim_timm(name=name, img_size=size, mask_token='zero', mask_init=1.0)
     site = model.site
-    assert (size // site.side, size // site.end[3]) in {(16, 32), (16, 16)}
+    assert (size // site.side, size // model.end.side) in {(16, 32), (16, 16)}
     imgs, plan = torch.randn(2, 3, size, size), cells(model)
     loss, _ = model(imgs, plan)
     loss.backward()
@@ -166,21 +201,14 @@ def test_any_encoder(name):
     with torch.no_grad():
         for _ in range(2):
             model.eval().forward_encoder(torch.randn(2, 3, size, size), plan.mask)
-    same = (to_grid(seen[0], site) == to_grid(seen[1], site)).all(dim=1, keepdim=True)
-    assert torch.equal(same.float(), models_a2mim.patch_mask_to_pixels(plan.mask, site.side // model.cells))
+    same = (site.to_map(seen[0]) == site.to_map(seen[1])).all(dim=1, keepdim=True)
+    assert torch.equal(same.float(), patch_mask_to_pixels(plan.mask, site.side // model.cells))
 
     stock = timm.create_model(name, num_classes=0, **({'img_size': size} if takes_img_size(name) else {}))
     stock.load_state_dict(model.encoder_state_dict(), strict=True)
     rules = param_rules(create_classifier('a2mim_timm', name=name, num_classes=5, img_size=size))
     assert min(rules.values())[0] == 0
     assert len({layer_id for layer_id, _, _ in rules.values()}) > 3
-
-
-def to_grid(features: torch.Tensor, site) -> torch.Tensor:
-    """-> [N, C, side, side]"""
-    if site.layout == 'NLC':
-        return features[:, site.prefix :].transpose(1, 2).unflatten(2, (site.side, site.side))
-    return features.permute(0, 3, 1, 2) if site.layout == 'NHWC' else features
 
 
 def takes_img_size(name: str) -> bool:
@@ -214,7 +242,7 @@ def test_what_has_no_place_for_the_token_is_refused(options, message):
 @pytest.mark.parametrize(
     ('make', 'options', 'message'),
     [
-        ('a2mim_resnet50', dict(img_size=100), 'img_size 100 is not a multiple of the 32 pixels'),
+        ('a2mim_resnet50', dict(img_size=100), 'img_size 100 is not a multiple of mask_patch_size 32'),
         ('a2mim_resnet50', dict(img_size=32), 'mask_ratio 0.6 hides 1 of 1 cells'),
         ('a2mim_resnet50', dict(mask_ratio=1.0), 'mask_ratio 1.0 hides 49 of 49 cells'),
         ('a2mim_resnet50', dict(mask_ratio=0.0), 'mask_ratio 0.0 hides 0 of 49 cells'),
@@ -225,7 +253,11 @@ def test_what_has_no_place_for_the_token_is_refused(options, message):
         ('a2mim_convnext_tiny', dict(loss='l3'), "loss 'l3' is not one of l1, mse"),
         ('a2mim_convnext_tiny', dict(mask_color='red'), "mask_color 'red' is not one of mean, none"),
         ('simmim_vit_small', dict(mask_init=0.1), 'mask_init 0.1 damps features that replace=True drops'),
-        ('simmim_swin_tiny', dict(img_size=208, mask_patch_size=16), 'img_size 208 is not a multiple of 32'),
+        (
+            'simmim_swin_tiny',
+            dict(img_size=208, mask_patch_size=16),
+            "img_size 208 is not a multiple of the last map's stride 32",
+        ),
     ],
 )
 def test_what_cannot_be(make, options, message):
@@ -243,11 +275,11 @@ def test_every_place(name, layer):
     plan = cells(model)
     seen = []
     module = model.encoder.get_submodule(site_name(model))
-    module.register_forward_hook(lambda module, args, output: seen.append(to_grid(output, model.site)))
+    module.register_forward_hook(lambda module, args, output: seen.append(model.site.to_map(output)))
     with torch.no_grad():
         for _ in range(2):
             model.forward_encoder(torch.randn(2, 3, 64, 64), plan.mask)
-    mask = models_a2mim.patch_mask_to_pixels(plan.mask, model.site.side // model.cells)
+    mask = patch_mask_to_pixels(plan.mask, model.site.side // model.cells)
     same = (seen[0] == seen[1]).all(dim=1, keepdim=True).float()
     assert torch.equal(same, mask)
 
@@ -287,8 +319,8 @@ def test_kinds_of_tokens(name, kind):
     module.register_forward_hook(lambda module, args, x: seen.append(x))
     with torch.no_grad():
         model.eval().forward_encoder(imgs, plan.mask)
-    before, after = (to_grid(x, model.site) for x in seen)
-    added = torch.where(models_a2mim.patch_mask_to_pixels(plan.mask, model.site.side // model.cells) > 0, 1.0, 0.0)
+    before, after = map(model.site.to_map, seen)
+    added = torch.where(patch_mask_to_pixels(plan.mask, model.site.side // model.cells) > 0, 1.0, 0.0)
     token = {
         'mean': before.mean(dim=(0, 2, 3), keepdim=True),
         'instance_mean': before.mean(dim=(2, 3), keepdim=True),
@@ -301,15 +333,27 @@ def test_damping_and_detaching():
     """replace=False: (1 - m) f + m (gamma f + t); `detach` stops gradients of hidden features alone."""
     model = models_a2mim.a2mim_resnet_tiny(img_size=64, mask_init=0.25, detach=True)
     plan = cells(model)
-    model.token_mask = plan.mask
     x = torch.randn(2, model.site.width, model.site.side, model.site.side, requires_grad=True)
-    y = model.insert_token(None, (), x)
-    model.token_mask = None
-    mask = models_a2mim.patch_mask_to_pixels(plan.mask, model.site.side // model.cells)
+    with model.token_at(plan.mask):
+        y = model.insert_token(None, (), x)
+    mask = patch_mask_to_pixels(plan.mask, model.site.side // model.cells)
     token = model.mask_token.view(-1, 1, 1)
     torch.testing.assert_close(y, x * (1 - mask) + mask * (0.25 * x + token))
     y.sum().backward()
     assert torch.equal(x.grad, (1 - mask).expand_as(x))
+
+
+def test_the_encoder_is_stock_outside_of_a_forward():
+    """After a forward that fails too: no token joins its features."""
+    model = models_a2mim.a2mim_vit_tiny(img_size=32).eval()
+    imgs, plan = torch.randn(2, 3, 32, 32), cells(model)
+    with torch.no_grad():
+        stock = model.encoder.forward_features(imgs)
+        with pytest.raises(AssertionError):
+            model.forward_encoder(torch.randn(2, 3, 16, 16), plan.mask)
+        assert torch.equal(model.encoder.forward_features(imgs), stock)
+        with model.token_at(plan.mask):
+            assert not torch.equal(model.encoder.forward_features(imgs), stock)
 
 
 @pytest.mark.parametrize(('name', 'agrees'), [('simmim_vit_small', True), ('a2mim_vit_small', False)])

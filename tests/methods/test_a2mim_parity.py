@@ -9,8 +9,9 @@ import torch
 from golden import filled_state, golden, relative, summary_difference
 
 import models_a2mim
-from models_a2mim import focal_frequency_loss, pixel_loss
+from util.nn.losses import pixel_loss
 from util.nn.patches import patch_mask_to_pixels
+from util.nn.spectrum import focal_frequency_loss
 from util.weights.published import load_published
 
 PRETRAINING = [
