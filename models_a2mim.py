@@ -136,12 +136,8 @@ class A2MIM(nn.Module):
         self.unmask_weight = unmask_weight
         self.fft_weight, self.fft_focal, self.fft_reweight = fft_weight, fft_focal, fft_reweight
         self.fft_unmask_weight, self.fft_unmask_replace = fft_unmask_weight, fft_unmask_replace
-        self.focal = dict(
-            alpha=fft_alpha,
-            ave_spectrum=fft_ave_spectrum,
-            log_matrix=fft_log_matrix,
-            batch_matrix=fft_batch_matrix,
-        )
+        self.focal = dict(alpha=fft_alpha, ave_spectrum=fft_ave_spectrum)
+        self.focal |= dict(log_matrix=fft_log_matrix, batch_matrix=fft_batch_matrix)
 
         self.encoder = backbone.make(img_size=img_size, drop_path_rate=drop_path_rate, **sizes)
         self.features = backbone.features
@@ -212,7 +208,7 @@ class A2MIM(nn.Module):
             self.token_mask = None
 
     def insert_token(self, module: nn.Module, args: tuple, features: Tensor) -> Tensor:
-        """The hook on the module whose output the token joins: features (1 - m) + (gamma * features + token) m."""
+        """The hook: features (1 - m) + (gamma * features + token) m, or with `replace` features (1 - m) + token m."""
         if self.token_mask is None or self.token_mode == 'none':
             return features
         mask = self.site.spread_mask(patch_mask_to_pixels(self.token_mask, self.site.side // self.cells))
@@ -366,7 +362,7 @@ def vit_site(encoder: nn.Module, mask_layer: int) -> str:
 
 
 def stage_site(modules: tuple[str, ...], encoder: nn.Module, mask_layer: int) -> str:
-    """k: the k-th of the modules."""
+    """k: after the k-th of the modules."""
     if not 0 <= mask_layer < len(modules):
         raise ValueError(f'mask_layer {mask_layer} of {len(modules)}')
     return modules[mask_layer]
@@ -404,15 +400,16 @@ ENCODERS: dict[str, dict] = {
     'swin_base': dict(SWIN_192, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     'timm': dict(backbone=ANY, name='resnet50'),
 }
-# what the published configurations set, alike for a family of encoders
+
+# what the published configurations set for all encoders of a family
 A2MIM_VIT = dict(drop_path_rate=0.1)
 A2MIM_CNN = dict(mask_init=1e-6, token_lr_scale=0.1, fft_unmask_weight=1e-3)
-A2MIM_CONVNEXT = dict(A2MIM_CNN, token_std=0.0)  # zero, since the initialiser that it is given to does nothing
+A2MIM_CONVNEXT = dict(A2MIM_CNN, token_std=0.0)  # the published code's initialiser does nothing
 SIMMIM = dict(mask_color='none', replace=True)
 SIMMIM_VIT = dict(SIMMIM, drop_path_rate=0.1)
 SIMMIM_CONVNEXT = dict(mask_color='none', token_std=0.0)
 
-# every `--model`: the method, and the encoder that is called so above
+# every `--model`; its name is the method's and, after the first '_', that of an encoder above
 # fmt: off
 MODELS: dict[str, dict] = {
     # for quick trials; not in the paper
@@ -444,7 +441,7 @@ __all__ = [*MODELS]
 
 
 def factory(name: str) -> Callable[..., A2MIM]:
-    """The function behind `--model NAME`; its keywords, which are A2MIM's, go before the tables."""
+    """The function behind `--model NAME`; its keywords are A2MIM's and override the tables."""
 
     def make(**kwargs) -> A2MIM:
         return A2MIM(**{**ENCODERS[name.partition('_')[2]], **MODELS[name], **kwargs})
@@ -480,8 +477,8 @@ def create_classifier(
     return backbone.make(**sizes, global_pool=pool or 'avg')
 
 
-# encoder parameters without weight decay; downsample.1.weight of ResNets (a BatchNorm's) is not among them, nor are
-# the LayerNorms of ConvNeXt in pretraining, and its stem's and down-sampling ones in fine-tuning
+# Encoder parameters without weight decay. The published patterns miss some norms, which decay: `downsample.1.weight` of
+# ResNets; all LayerNorms of ConvNeXt in pretraining, and in fine-tuning those of its stem and down-sampling.
 UNDECAYED = {
     Beit: 'bias|norm|gamma|pos_embed|cls_token',
     ResNet: r'bias|bn\d\.weight',
@@ -493,9 +490,9 @@ UNDECAYED = {
 def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dict[str, tuple[int, float, bool]]:
     """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as the published configurations group them.
 
-    The mask token never decays, and learns at `token_lr_scale` of the rate, a tenth for A2MIM's CNNs. `mask_gamma` is
-    treated alike, or, with `gamma_as_weight`, as any weight: it decays and learns at the full rate. The 300-epoch
-    configurations of ResNets have it so (they forget it), and it is the default for ResNets.
+    The mask token never decays. It learns at `token_lr_scale` times the rate, which is a tenth for A2MIM's CNNs.
+    `mask_gamma` follows the token, or with `gamma_as_weight` all other weights: it decays, and learns at the full rate.
+    This is the default for ResNets, because their 300-epoch configurations forget `mask_gamma`.
     """
     pretraining = isinstance(model, A2MIM)
     encoder = model.encoder if pretraining else model
@@ -525,16 +522,16 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
 
 
 def layer_ids(encoder: nn.Module) -> dict[str, int]:
-    """{name: layer id}, 0 at the image: timm's, or by stages where it has none; BEiT's for ConvNeXt.
+    """{name: layer id} of an encoder: timm's, by stages where timm has none, and BEiT's rule for ConvNeXt.
 
-    What has none comes last: the decoder, the token, and Beit's `norm`, which serves the class token's classifier.
+    Beit's `norm` has none: it serves the class token's classifier and counts as a part of the head.
     """
     if isinstance(encoder, ConvNeXt):
         return {name: convnext_layer(name, encoder) for name, _ in encoder.named_parameters()}
     if not hasattr(encoder, 'group_matcher'):
         return stage_layers(encoder)
     ids = group_parameters(encoder, encoder.group_matcher(), reverse=True)
-    if isinstance(encoder, Beit):  # timm has it with the last block
+    if isinstance(encoder, Beit):  # timm counts it with the last block
         ids = {name: layer_id for name, layer_id in ids.items() if not name.startswith('norm.')}
     return ids
 

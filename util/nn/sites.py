@@ -48,7 +48,7 @@ class Site(NamedTuple):
 
 
 def layout_of(shape: torch.Size, encoder: nn.Module, img_size: int) -> Site:
-    """The site that features of one image come from, by their shape. Raises ValueError for what is no square map."""
+    """How features of one image lie, by their shape. Raises ValueError for what is no square map."""
     if len(shape) == 4:
         nchw, nhwc = shape[2] == shape[3], shape[1] == shape[2]
         if nchw and nhwc:  # as many channels as positions a side
@@ -110,10 +110,10 @@ def stage_layers(encoder: nn.Module) -> dict[str, int]:
 
 
 def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) -> tuple[Site, Site, list[str]]:
-    """The features at the output of module `name`, the last map, and the parameters that this does not depend on.
+    """-> features after module `name`, the last map, and the names of parameters that the last map does not depend on.
 
-    An image is tried on a copy without storage; `features(encoder, imgs)` gives the last map. Raises ValueError where
-    the mask token cannot come after this module.
+    `features(encoder, imgs)` makes the last map; it is tried on a copy of the encoder without storage. Raises
+    ValueError where the mask token cannot come after this module.
     """
     shapes = {id(p): nn.Parameter(torch.empty_like(p, device='meta')) for p in encoder.parameters()}
     shapes |= {id(b): torch.empty_like(b, device='meta') for b in encoder.buffers()}
