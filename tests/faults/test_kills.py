@@ -102,7 +102,9 @@ def unloadable(folder: Path) -> list[str]:
     return bad
 
 
-def test_random_kills(server, data, tmp_path, promise, fault):
+@pytest.mark.promise(4)
+@pytest.mark.fault(15)
+def test_random_kills(server, data, tmp_path, measured):
     rng = random.Random(KILLS)
     kills = runs = resumes = torn = 0
     undisturbed, seconds = {}, {}
@@ -130,16 +132,15 @@ def test_random_kills(server, data, tmp_path, promise, fault):
         assert not list(chain.folder.glob('.*.tmp'))
         assert len(checkpoint.numbered(chain.folder)) == 2
     assert not processes_of(tmp_path)
-    figure = (
+    measured(
         f'{kills} random kills of {runs} runs: 0 checkpoints unloadable, 0 runs that did not resume, 0 final states '
         f'different; {torn} kills fell into the writing of a file, {kills - resumes} before the first checkpoint'
     )
-    promise(4, figure)
-    fault(15, f'{kills} random kills', 'removed 1 unfinished files of a run that was killed', 0, figure)
 
 
+@pytest.mark.promise(4)
 @pytest.mark.skipif(KILLS < 20, reason='ten kills are of single processes')
-def test_random_kills_of_ranks(data, tmp_path, promise):
+def test_random_kills_of_ranks(data, tmp_path, measured):
     """Under torchrun: rank 0, rank 1, or torchrun itself."""
     flags = [*COMMON, '--batch_size', '4', '--resume', 'auto', '--dist_timeout', '10']
     rng, kills = random.Random(2), 0
@@ -166,4 +167,4 @@ def test_random_kills_of_ranks(data, tmp_path, promise):
             assert not unloadable(folder)
         assert code == 0, folder.with_suffix('.log').read_text()[-3000:]
         assert all(same(load(folder)[key], load(tmp_path / 'whole')[key]) for key in ('model', 'optimizer', 'logger'))
-    promise(4, f'{kills} random kills of a rank or of torchrun: 0 unloadable, 0 not resumed, 0 different')
+    measured(f'{kills} random kills of a rank or of torchrun: 0 unloadable, 0 not resumed, 0 different')

@@ -44,8 +44,9 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize('method', METHODS)
-def test_killed_between_two_micro_steps(method, data, tmp_path, monkeypatch, promise):
+def test_killed_between_two_micro_steps(method, data, tmp_path, monkeypatch, measured):
     """Twice in a row, the second time right after the resume."""
     stage, flags = METHODS[method]
     flags = [*FLAGS, *flags, '--save_freq_steps', '1', '--resume', 'auto']
@@ -69,12 +70,13 @@ def test_killed_between_two_micro_steps(method, data, tmp_path, monkeypatch, pro
     resumed = train(stage, data, tmp_path / 'killed', *flags)
     parts = ('model', 'optimizer', 'ema', 'record', 'logger')
     difference = max(largest_difference(resumed.get(key), whole.get(key)) for key in parts)
-    promise(1, f'{method}: killed twice in mid-accumulation, largest difference of weights and optimiser {difference}')
+    measured(f'{method}: killed twice in mid-accumulation, largest difference of weights and optimiser {difference}')
     assert difference == 0.0
     assert all(same(resumed.get(key), whole.get(key)) for key in parts)
 
 
-def test_no_sample_lost_or_doubled(promise):
+@pytest.mark.promise(2)
+def test_no_sample_lost_or_doubled(measured):
     """Interrupted at 20 random steps, each time by another number of ranks and micro-steps, at one global batch."""
     rng, images, epochs = random.Random(0), 1003, 6
     splits = [(16, 4, 1), (16, 1, 4), (8, 4, 2), (32, 2, 1), (4, 2, 8)]  # batch size, accumulation, ranks
@@ -92,9 +94,7 @@ def test_no_sample_lost_or_doubled(promise):
     doubled = sum(count > 1 for count in seen.values())
     lost = epochs * steps * 64 - len(seen)
     assert all(len({i for epoch, i in seen if epoch == e}) == steps * 64 for e in range(epochs))
-    promise(
-        2, f'{len(seen)} samples of {epochs} epochs, interrupted at 20 random steps: {lost} lost, {doubled} doubled'
-    )
+    measured(f'{len(seen)} samples of {epochs} epochs, interrupted at 20 random steps: {lost} lost, {doubled} doubled')
     assert (lost, doubled) == (0, 0)
 
 
@@ -124,8 +124,9 @@ def read_log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
 
 
+@pytest.mark.promise(3, 14)
 @pytest.mark.timeout(110)
-def test_the_number_of_ranks_may_change(data, tmp_path, promise):
+def test_the_number_of_ranks_may_change(data, tmp_path, measured):
     """2 -> 1 -> 2 -> 1 ranks, each stopped in mid-epoch, against two ranks throughout; and what the logs show of it."""
     flags = ['--batch_size', '8', '--epochs', '3', '--warmup_epochs', '1', '--blr', '4e-3', '--save_freq_steps', '1']
     flags += ['--effective_batch_size', '16', '--resume', 'auto']
@@ -140,7 +141,7 @@ def test_the_number_of_ranks_may_change(data, tmp_path, promise):
     rate = max(abs(rates[step] - reference[step]) for step in reference)
     losses, reference = ([epoch['train_loss'] for epoch in read_log(folder)] for folder in (part, whole))
     loss = max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
-    promise(3, f'2 -> 1 -> 2 -> 1 ranks: learning rates differ by {rate}, losses by {loss:.1e} at most')
+    measured(f'2 -> 1 -> 2 -> 1 ranks: learning rates differ by {rate}, losses by {loss:.1e} at most')
     assert rate == 0
     assert loss < 1e-5
 
@@ -150,7 +151,5 @@ def test_the_number_of_ranks_may_change(data, tmp_path, promise):
         steps = [event.step for event in events.Scalars(name)]
         assert len(steps) == 12
         assert all(a < b for a, b in itertools.pairwise(steps)), (name, steps)
-    promise(
-        14, f'after 3 resumes: steps of all {len(events.Tags()["scalars"])} curves increase strictly, none is missing'
-    )
+    measured(f'after 3 resumes: steps of all {len(events.Tags()["scalars"])} curves increase strictly, none is missing')
     assert [epoch['epoch'] for epoch in read_log(part)] == [0, 1, 2]

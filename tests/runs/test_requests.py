@@ -59,29 +59,31 @@ def signal_at(patch, owner, name: str, call: int, *numbers: int) -> None:
     patch.setattr(owner, name, signalled)
 
 
-def stopped_at(data, folder, capfd) -> tuple[int, int, str]:
+def stopped_at(data, folder, capfd) -> tuple[int, int]:
     with pytest.raises(SystemExit) as caught:
         train('finetune', data, folder, *FLAGS, '--resume', 'auto')
     assert caught.value.code == 75
-    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith('stopped on request')]
     saved = load(folder)
     assert checkpoint.digests.agrees(folder / checkpoint.LAST)
     place = (saved['epoch'], saved['step'])
-    return *((place[0] + 1, 0) if place[1] == saved['steps'] and saved['closed'] else place), line
+    epoch, step = (place[0] + 1, 0) if place[1] == saved['steps'] and saved['closed'] else place
+    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith('stopped on request')]
+    assert line == f'stopped on request at epoch {epoch}, step {step} of 4; state saved: resume with --resume auto'
+    return epoch, step
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize('moment', MOMENTS)
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR2'])
-def test_a_request_at_any_moment(moment, name, data, whole, tmp_path, monkeypatch, capfd, fault):
+def test_a_request_at_any_moment(moment, name, data, whole, tmp_path, monkeypatch, capfd):
     owner, function, call, place = MOMENTS[moment]
     with monkeypatch.context() as patch:
         signal_at(patch, owner, function, call, getattr(signal, name))
-        *where, line = stopped_at(data, tmp_path, capfd)
-    assert tuple(where) == place
+        where = stopped_at(data, tmp_path, capfd)
+    assert where == place
     if name == 'SIGTERM' or moment == 'in a step':
         resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
         assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
-    fault(20, f'{name} {moment}', line, 75, f'epoch {place[0]}, step {place[1]}; resumed to the same bytes')
 
 
 def test_asked_twice_before_an_evaluation(data, whole, tmp_path, monkeypatch, capfd):
@@ -89,7 +91,7 @@ def test_asked_twice_before_an_evaluation(data, whole, tmp_path, monkeypatch, ca
     for owner, name in ((checkpoint, 'write'), (Run, 'announce')):
         with monkeypatch.context() as patch:
             signal_at(patch, owner, name, 1, signal.SIGTERM)
-            assert stopped_at(data, tmp_path, capfd)[:2] == (0, 4)
+            assert stopped_at(data, tmp_path, capfd) == (0, 4)
     resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
     assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
     assert len((tmp_path / 'log.txt').read_text().splitlines()) == 2
@@ -110,23 +112,23 @@ def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
     assert (status['state'], status['exit_code']) == ('failed', 5)
 
 
-def test_again_during_the_save(data, whole, tmp_path, monkeypatch, capfd, fault):
+@pytest.mark.fault(21)
+def test_again_during_the_save(data, whole, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         signal_at(patch, GuardedStep, 'backward', 3, signal.SIGTERM)
         signal_at(patch, checkpoint, 'write', 1, signal.SIGTERM, signal.SIGTERM)
-        *where, line = stopped_at(data, tmp_path, capfd)
-    assert tuple(where) == (0, 3)
+        where = stopped_at(data, tmp_path, capfd)
+    assert where == (0, 3)
     resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
     assert same(resumed['model'], whole['model'])
-    fault(21, 'SIGTERM in a step, twice more in the save', line, 75, 'the save was finished; resumed to the same bytes')
 
 
-def test_sigterm_while_sigusr2_is_obeyed(data, whole, tmp_path, monkeypatch, capfd, fault):
+@pytest.mark.fault(22)
+def test_sigterm_while_sigusr2_is_obeyed(data, whole, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         signal_at(patch, GuardedStep, 'backward', 3, signal.SIGUSR2)
         signal_at(patch, main_finetune.dist, 'barrier', 1, signal.SIGTERM)
-        *where, line = stopped_at(data, tmp_path, capfd)
-    assert tuple(where) == (0, 3)
+        where = stopped_at(data, tmp_path, capfd)
+    assert where == (0, 3)
     resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
     assert same(resumed['model'], whole['model'])
-    fault(22, 'SIGTERM while SIGUSR2 is being obeyed', line, 75, 'epoch 0, step 3; resumed to the same bytes')
