@@ -44,7 +44,7 @@ class RunFolder:
     def __init__(self, folder: Path, place: Place):
         self.folder, self.place = folder, place
         self.epoch = self.step = 0
-        # a name for this run, of rank 0, which holds the lock. The others get it when they meet, and write nothing till then
+        # which run this is, from rank 0, which holds the lock. Others get it when they meet, and write nothing till then
         self.run = f'{time.time_ns():x}' if place.rank == 0 else ''
         self.identity = {'host': socket.gethostname(), 'pid': os.getpid()}
         self.identity |= {'job': os.environ['SLURM_JOB_ID']} if 'SLURM_JOB_ID' in os.environ else {}
