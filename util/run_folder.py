@@ -44,7 +44,7 @@ class RunFolder:
     def __init__(self, folder: Path, place: Place):
         self.folder, self.place = folder, place
         self.epoch = self.step = 0
-        # which run this is, from rank 0, which holds the lock. Others get it when they meet, and write nothing till then
+        # which run this is: rank 0, which has the lock, tells the others when they meet. They write nothing before
         self.run = f'{time.time_ns():x}' if place.rank == 0 else ''
         self.identity = {'host': socket.gethostname(), 'pid': os.getpid()}
         self.identity |= {'job': os.environ['SLURM_JOB_ID']} if 'SLURM_JOB_ID' in os.environ else {}
@@ -170,7 +170,7 @@ class RunFolder:
         position = f'its last sign was after step {sign["step"]} of epoch {sign["epoch"]}'
         if self.has_died(sign):
             return f'{who} has died; {position}'
-        return f'{who} does not answer; {position}; if it is still there when the job has ended, kill it'
+        return f'{who} does not answer; {position}; kill it if the launcher does not'
 
 
 def alive(pid: int) -> bool:

@@ -377,7 +377,7 @@ def test_strange_names(case, tmp_path):
     line.encode()
     reader = Reader(listing=tmp_path / 'list.txt', max_share=0.5)
     for _ in range(2):
-        reader.leave_out(found, 'why', 2)
+        reader.skip(found, 'why', 2)
     assert len((tmp_path / 'list.txt').read_bytes().splitlines()) == 1
 
 
@@ -429,7 +429,7 @@ def data(tmp_path):
 def test_the_first_bad_image_ends_the_run(stage, workers_per_process, data, said):
     spoil(data, 'train/class1/7.png')
     code, line = said(stage, data, *SHORT, '--num_workers', workers_per_process)
-    why = 'not a file of JPEG, PNG, PPM, BMP, TIFF, WEBP; --bad_images skip leaves such images out'
+    why = 'not a file of JPEG, PNG, PPM, BMP, TIFF, WEBP; --bad_images skip skips such images'
     assert line.endswith(f'error: cannot read the image .../data/train/class1/7.png: {why}')
     assert code == 2
 
@@ -455,7 +455,7 @@ def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
         visualize.main(visualize.get_args_parser().parse(argv))
 
 
-def test_left_out_images_do_not_count_in_evaluation(data, said, tmp_path, capsys):
+def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys):
     """Accuracy and loss are those over the others."""
     train('finetune', data, tmp_path / 'run', *SHORT, '--epochs', '1')
     flags = ['--batch_size', '4', '--eval', '--resume', tmp_path / 'run/checkpoint-best.pth']
@@ -557,7 +557,7 @@ def test_replacements(data, tmp_path):
     assert any(not torch.equal(other[2, i][0], forward[i][0]) for i in range(22))
     copies = [other[1, 0, copy][1] for copy in range(3)]
     assert copies == [forward[0][1]] * 3
-    assert len(reader.left_out()) == 22
+    assert len(reader.skipped()) == 22
 
 
 @pytest.mark.promise(11)
