@@ -3,7 +3,6 @@
 SLURM, through submitit, sends SIGUSR2 before a time limit or a preemption: the job is to be queued again.
 """
 
-import atexit
 import ctypes
 import multiprocessing
 import os
@@ -22,13 +21,11 @@ before: dict[int, object] = {}  # the handlers that ours replace
 
 
 def install() -> None:
-    """From now on a signal is a request. When the process exits, it kills its loader processes."""
+    """From now on a signal is a request."""
     global asked
     asked = 0
     for number in MEANING:
         stand_in(number, note)
-    atexit.unregister(end_workers)
-    atexit.register(end_workers)
 
 
 def install_early() -> None:
@@ -85,10 +82,7 @@ def ignore(worker_id: int = 0) -> None:
 
 def end_workers() -> None:
     """Kill the loader processes: they ignore the SIGTERM of multiprocessing, which would wait for them without end."""
-    workers = multiprocessing.active_children()
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
-    for worker in workers:
+    for worker in multiprocessing.active_children():
         worker.kill()
         worker.join()
 
