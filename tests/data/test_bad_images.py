@@ -23,7 +23,7 @@ from torch.utils.data._utils import signal_handling
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from training import MAINS, ROOT, arguments, command, environment, load, make_images, run, same, train
 
-from util import signals
+from util import run_folder, signals
 from util.data import datasets, images
 from util.data.datasets import ImageFiles
 from util.data.images import Reader, decode
@@ -748,8 +748,9 @@ def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
     next(batches)
     [worker] = signals.multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    time.sleep(0.1)  # a handler of SIGCHLD would raise here
+    while run_folder.alive(worker.pid):  # here torch's handler would raise
+        time.sleep(0.01)
+    time.sleep(0.1)
     with pytest.raises(LostError, match=f'loader process {worker.pid} was killed by SIGKILL; loader worker 0 was to'):
         next(batches)
 
