@@ -1,21 +1,23 @@
-"""Shared by all tests: the repository on the path, one thread, and what tests want to be read at the end."""
-
-import sys
-from pathlib import Path
+"""Shared by all tests: one thread, a folder of images, and lines to read at the end."""
 
 import pytest
 import torch
+from training import make_images
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    """66 training images and 15 others of three classes. Tests that change files take a copy."""
+    return make_images(tmp_path_factory.mktemp('images'))
 
 
 @pytest.fixture
 def measured(request):
     """Call it with a line; all lines are printed after the test run, whichever process the test ran in."""
-    promises = ''.join(f'promise {mark.args[0]}: ' for mark in request.node.iter_markers('promise'))
-    return lambda line: request.node.user_properties.append(('measured', f'{promises}{line}'))
+    promises = [f'promise {", ".join(map(str, mark.args))}: ' for mark in request.node.iter_markers('promise')]
+    return lambda line: request.node.user_properties.append(('measured', ''.join([*promises, line])))
 
 
 def pytest_terminal_summary(terminalreporter, config):

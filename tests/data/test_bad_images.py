@@ -1,7 +1,6 @@
 """Images of every kind and damage, what becomes of those that cannot be read, and of loader processes that are lost."""
 
 import errno
-import importlib.util
 import io
 import json
 import math
@@ -21,15 +20,15 @@ import torch
 from PIL import Image
 from torch.utils.data._utils import signal_handling
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from training import MAINS, ROOT, arguments, command, environment, load, make_images, run, same, train
+from training import MAINS, SHORT, arguments, command, environment, equal_states, load, make_images, run, train
 
+from scripts import visualize
 from util import run_folder, signals
 from util.data import datasets, images
 from util.data.datasets import ImageFiles
 from util.data.images import Reader, decode
 from util.errors import LostError, StorageError, UserError, run_main
 
-SHORT = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '0', '--lr', '1e-3']
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
@@ -419,8 +418,9 @@ def spoil(data, *places: str) -> list[str]:
 
 
 @pytest.fixture
-def data(tmp_path):
-    return make_images(tmp_path / 'data')
+def data(images, tmp_path):
+    """A copy, to be changed."""
+    return shutil.copytree(images, tmp_path / 'data')
 
 
 @pytest.mark.fault(28)
@@ -435,7 +435,7 @@ def test_the_first_bad_image_ends_the_run(stage, workers_per_process, data, said
 
 
 def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
-    trained = [*SHORT, '--epochs', '1']
+    trained = [*SHORT, '--epochs', '1', '--warmup_epochs', '0']
     train('finetune', data, tmp_path / 'trained', *trained)
     train('pretrain', data, tmp_path / 'pretrained', *trained)
     spoil(data, 'val/class0/3.png', 'train/class0/0.png')
@@ -446,9 +446,6 @@ def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
     assert line.format('val/class0/3.png') in ends.stderr.replace(str(tmp_path), '...')
     code, found = said('pretrain', data, *SHORT, '--vis_freq', '1')
     assert (code, line.format('train/class0/0.png') in found) == (2, True), found
-    spec = importlib.util.spec_from_file_location('visualize', ROOT / 'scripts/visualize.py')
-    visualize = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(visualize)
     argv = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', str(data / 'val/class0/3.png')]
     argv += ['--checkpoint', str(tmp_path / 'pretrained/checkpoint-last.pth'), '--output', str(tmp_path / 'a.png')]
     with pytest.raises(UserError, match=r'cannot read the image \S+/val/class0/3\.png: not a file of [A-Z, ]+$'):
@@ -457,7 +454,7 @@ def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
 
 def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys):
     """Accuracy and loss are those over the others."""
-    train('finetune', data, tmp_path / 'run', *SHORT, '--epochs', '1')
+    train('finetune', data, tmp_path / 'run', *SHORT, '--epochs', '1', '--warmup_epochs', '0')
     flags = ['--batch_size', '4', '--eval', '--resume', tmp_path / 'run/checkpoint-best.pth']
 
     def lines(folder, *more) -> list[str]:
@@ -483,9 +480,6 @@ def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys)
     )
 
 
-STATE = ('model', 'optimizer', 'epoch', 'step', 'logger', 'record')
-
-
 @pytest.mark.promise(11)
 def test_skipping_depends_on_nothing_but_the_seed(data, tmp_path, measured):
     """Any number of workers, resumed or not: the same bytes. Counted once, on the list, in the logs."""
@@ -499,8 +493,8 @@ def test_skipping_depends_on_nothing_but_the_seed(data, tmp_path, measured):
         shutil.copy(tmp_path / 'whole' / name, tmp_path / 'resumed')
     resumed = train('pretrain', data, tmp_path / 'resumed', *flags, '--resume', 'auto')
     assert first['epoch'] == 0
-    for other in (helped, resumed):
-        assert all(same(other[key], whole[key]) for key in STATE)
+    assert equal_states(helped, whole)
+    assert equal_states(resumed, whole)
     for name in ('whole', 'helped', 'resumed'):
         listed = (tmp_path / name / 'bad_images.txt').read_text().splitlines()
         assert sorted(line.partition('\t')[0] for line in listed) == sorted(bad)
@@ -643,18 +637,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, line
 
 
-LONG = [
-    '--batch_size',
-    '8',
-    '--epochs',
-    '10000',
-    '--warmup_epochs',
-    '0',
-    '--save_freq_steps',
-    '1',
-    '--num_workers',
-    '2',
-]
+LONG = [*SHORT, '--epochs', '10000', '--save_freq_steps', '1', '--num_workers', '2']
 
 
 @pytest.mark.fault(35)

@@ -8,25 +8,20 @@ import random
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import load, make_images, run, same, train
+from training import MIXED, SHORT, load, run, same, train
 
 from util.data.datasets import EpochBatches
 from util.log import RunLog
 from util.optim import GuardedStep
 
-FLAGS = ['--batch_size', '8', '--accum_iter', '2', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 4 steps
+FLAGS = [*SHORT, '--accum_iter', '2']  # 4 steps
 METHODS = {  # a model of every method, and what else a state can have: BatchNorm, LAMB, averages, loader processes
     'MIRL': ('pretrain', ['--num_workers', '2']),
     'LocalMIM': ('pretrain', ['--model', 'localmim_vit_tiny']),
     'MixMAE': ('pretrain', ['--model', 'mixmae_tiny']),
     'A2MIM': ('pretrain', ['--model', 'a2mim_resnet_tiny', '--opt', 'lamb']),
-    'fine-tuning': ('finetune', ['--use_ema', '--mixup', '0.8', '--cutmix', '1', '--drop_path', '0.2']),
+    'fine-tuning': ('finetune', MIXED),
 }
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))  # 66 images
 
 
 def largest_difference(a, b) -> float:
@@ -46,11 +41,11 @@ class Killed(BaseException):
 
 @pytest.mark.promise(1)
 @pytest.mark.parametrize('method', METHODS)
-def test_killed_between_two_micro_steps(method, data, tmp_path, monkeypatch, measured):
+def test_killed_between_two_micro_steps(method, images, tmp_path, monkeypatch, measured):
     """Twice in a row, the second time right after the resume."""
     stage, flags = METHODS[method]
     flags = [*FLAGS, *flags, '--save_freq_steps', '1', '--resume', 'auto']
-    whole = train(stage, data, tmp_path / 'whole', *flags)
+    whole = train(stage, images, tmp_path / 'whole', *flags)
     for micro_steps in (11, 3):  # in the second micro-step of step 6, and then of the second step after it
         calls = 0
 
@@ -64,10 +59,10 @@ def test_killed_between_two_micro_steps(method, data, tmp_path, monkeypatch, mea
         with monkeypatch.context() as patch:
             patch.setattr(GuardedStep, 'backward', backward)
             with pytest.raises(Killed):
-                train(stage, data, tmp_path / 'killed', *flags)
+                train(stage, images, tmp_path / 'killed', *flags)
     killed = load(tmp_path / 'killed')
     assert (killed['epoch'], killed['step']) == (1, 2)
-    resumed = train(stage, data, tmp_path / 'killed', *flags)
+    resumed = train(stage, images, tmp_path / 'killed', *flags)
     parts = ('model', 'optimizer', 'ema', 'record', 'logger')
     difference = max(largest_difference(resumed.get(key), whole.get(key)) for key in parts)
     measured(f'{method}: killed twice in mid-accumulation, largest difference of weights and optimiser {difference}')
@@ -105,7 +100,7 @@ def scalars(folder, name: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
-def test_killed_between_the_log_and_the_checkpoint(stage, data, tmp_path, monkeypatch):
+def test_killed_between_the_log_and_the_checkpoint(stage, images, tmp_path, monkeypatch):
     """In the first epoch: its line is written once."""
 
     def killed(self, original=RunLog.epoch, **values):
@@ -115,8 +110,8 @@ def test_killed_between_the_log_and_the_checkpoint(stage, data, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, 'epoch', killed)
         with pytest.raises(Killed):
-            train(stage, data, tmp_path, *FLAGS)
-    train(stage, data, tmp_path, *FLAGS, '--resume', 'auto')
+            train(stage, images, tmp_path, *FLAGS)
+    train(stage, images, tmp_path, *FLAGS, '--resume', 'auto')
     assert [epoch['epoch'] for epoch in read_log(tmp_path)] == [0, 1]
 
 
@@ -126,16 +121,16 @@ def read_log(folder) -> list[dict]:
 
 @pytest.mark.promise(3, 14)
 @pytest.mark.timeout(110)
-def test_the_number_of_ranks_may_change(data, tmp_path, measured):
+def test_the_number_of_ranks_may_change(images, tmp_path, measured):
     """2 -> 1 -> 2 -> 1 ranks, each stopped in mid-epoch, against two ranks throughout; and what the logs show of it."""
     flags = ['--batch_size', '8', '--epochs', '3', '--warmup_epochs', '1', '--blr', '4e-3', '--save_freq_steps', '1']
     flags += ['--effective_batch_size', '16', '--resume', 'auto']
     whole, part = tmp_path / 'whole', tmp_path / 'part'
-    assert run('pretrain', data, whole, *flags, ranks=2).returncode == 0
-    assert run('pretrain', data, part, *flags, ranks=2, fault='exit:0:2').returncode == 1
-    assert run('pretrain', data, part, *flags, fault='exit:1:3').returncode == 9
-    assert run('pretrain', data, part, *flags, ranks=2, fault='exit:2:1').returncode == 1
-    train('pretrain', data, part, *flags)
+    assert run('pretrain', images, whole, *flags, ranks=2).returncode == 0
+    assert run('pretrain', images, part, *flags, ranks=2, fault='exit:0:2').returncode == 1
+    assert run('pretrain', images, part, *flags, fault='exit:1:3').returncode == 9
+    assert run('pretrain', images, part, *flags, ranks=2, fault='exit:2:1').returncode == 1
+    train('pretrain', images, part, *flags)
 
     rates, reference = scalars(part, 'lr'), scalars(whole, 'lr')
     rate = max(abs(rates[step] - reference[step]) for step in reference)

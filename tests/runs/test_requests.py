@@ -5,7 +5,7 @@ import json
 import signal
 
 import pytest
-from training import load, make_images, same, train
+from training import SHORT, equal_states, load, train
 
 import engine_finetune
 import main_finetune
@@ -15,7 +15,7 @@ from util.errors import StorageError
 from util.optim import GuardedStep
 from util.run import Run
 
-FLAGS = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 66 images: 4 steps an epoch
+FLAGS = [*SHORT, '--batch_size', '16']  # 4 steps an epoch
 MOMENTS = {  # what is running when the signal comes, and where the run is to stop: epoch and step
     'before the first step': (Run, 'announce', 1, (0, 0)),
     'while the loader starts': (datasets, 'loader', 1, (0, 0)),
@@ -26,13 +26,8 @@ MOMENTS = {  # what is running when the signal comes, and where the run is to st
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
-
-
-@pytest.fixture(scope='module')
-def whole(data, tmp_path_factory):
-    return train('finetune', data, tmp_path_factory.mktemp('whole'), *FLAGS)
+def whole(images, tmp_path_factory):
+    return train('finetune', images, tmp_path_factory.mktemp('whole'), *FLAGS)
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +54,9 @@ def signal_at(patch, owner, name: str, call: int, *numbers: int) -> None:
     patch.setattr(owner, name, signalled)
 
 
-def stopped_at(data, folder, capfd) -> tuple[int, int]:
+def stopped_at(images, folder, capfd) -> tuple[int, int]:
     with pytest.raises(SystemExit) as caught:
-        train('finetune', data, folder, *FLAGS, '--resume', 'auto')
+        train('finetune', images, folder, *FLAGS, '--resume', 'auto')
     assert caught.value.code == 75
     saved = load(folder)
     assert checkpoint.digests.agrees(folder / checkpoint.LAST)
@@ -75,29 +70,29 @@ def stopped_at(data, folder, capfd) -> tuple[int, int]:
 @pytest.mark.fault(20)
 @pytest.mark.parametrize('moment', MOMENTS)
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR2'])
-def test_a_request_at_any_moment(moment, name, data, whole, tmp_path, monkeypatch, capfd):
+def test_a_request_at_any_moment(moment, name, images, whole, tmp_path, monkeypatch, capfd):
     owner, function, call, place = MOMENTS[moment]
     with monkeypatch.context() as patch:
         signal_at(patch, owner, function, call, getattr(signal, name))
-        where = stopped_at(data, tmp_path, capfd)
+        where = stopped_at(images, tmp_path, capfd)
     assert where == place
     if name == 'SIGTERM' or moment == 'in a step':
-        resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-        assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
+        resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+        assert equal_states(resumed, whole)
 
 
-def test_asked_twice_before_an_evaluation(data, whole, tmp_path, monkeypatch, capfd):
+def test_asked_twice_before_an_evaluation(images, whole, tmp_path, monkeypatch, capfd):
     """The epoch is evaluated in the end: its line in log.txt, its record."""
     for owner, name in ((checkpoint, 'write'), (Run, 'announce')):
         with monkeypatch.context() as patch:
             signal_at(patch, owner, name, 1, signal.SIGTERM)
-            assert stopped_at(data, tmp_path, capfd) == (0, 4)
-    resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-    assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
+            assert stopped_at(images, tmp_path, capfd) == (0, 4)
+    resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+    assert equal_states(resumed, whole)
     assert len((tmp_path / 'log.txt').read_text().splitlines()) == 2
 
 
-def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
+def test_nothing_is_called_saved_before_it_is(images, tmp_path, monkeypatch):
     """The disk is full when the run is asked to stop."""
 
     def no_space(state, file):
@@ -107,28 +102,28 @@ def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
         signal_at(patch, GuardedStep, 'backward', 2, signal.SIGTERM)
         patch.setattr(checkpoint, 'write', no_space)
         with pytest.raises(StorageError):
-            train('finetune', data, tmp_path, *FLAGS)
+            train('finetune', images, tmp_path, *FLAGS)
     status = json.loads((tmp_path / 'status.json').read_text())
     assert (status['state'], status['exit_code']) == ('failed', 5)
 
 
 @pytest.mark.fault(21)
-def test_again_during_the_save(data, whole, tmp_path, monkeypatch, capfd):
+def test_again_during_the_save(images, whole, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         signal_at(patch, GuardedStep, 'backward', 3, signal.SIGTERM)
         signal_at(patch, checkpoint, 'write', 1, signal.SIGTERM, signal.SIGTERM)
-        where = stopped_at(data, tmp_path, capfd)
+        where = stopped_at(images, tmp_path, capfd)
     assert where == (0, 3)
-    resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-    assert same(resumed['model'], whole['model'])
+    resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+    assert equal_states(resumed, whole)
 
 
 @pytest.mark.fault(22)
-def test_sigterm_while_sigusr2_is_obeyed(data, whole, tmp_path, monkeypatch, capfd):
+def test_sigterm_while_sigusr2_is_obeyed(images, whole, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         signal_at(patch, GuardedStep, 'backward', 3, signal.SIGUSR2)
         signal_at(patch, main_finetune.dist, 'barrier', 1, signal.SIGTERM)
-        where = stopped_at(data, tmp_path, capfd)
+        where = stopped_at(images, tmp_path, capfd)
     assert where == (0, 3)
-    resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-    assert same(resumed['model'], whole['model'])
+    resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+    assert equal_states(resumed, whole)

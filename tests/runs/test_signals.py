@@ -1,7 +1,6 @@
 """Requests to stop, as one process, under torchrun and through the launcher; and what the launcher refuses."""
 
 import argparse
-import importlib.util
 import os
 import re
 import signal
@@ -14,32 +13,16 @@ from pathlib import Path
 
 import pytest
 from submitit.core.utils import UncompletedJobError
-from training import ROOT, arguments, command, environment, load, make_images, read_until, same, train
+from training import ROOT, SHORT, arguments, command, environment, equal_states, load, read_until, train
 
+from scripts import run_with_submitit as launcher
 from util import signals
 from util.errors import UserError, run_main
 
-spec = importlib.util.spec_from_file_location('run_with_submitit', ROOT / 'scripts' / 'run_with_submitit.py')
-launcher = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(launcher)
-
-FLAGS = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 66 images: 8 steps an epoch
-STATE = ('model', 'ema', 'optimizer', 'epoch', 'step', 'logger', 'record')
-
-
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
-
-
-@pytest.fixture(scope='module')
-def whole(data, tmp_path_factory):
+def whole(images, tmp_path_factory):
     """The last checkpoint of a run that nobody interrupts."""
-    return train('pretrain', data, tmp_path_factory.mktemp('whole'), *FLAGS)
-
-
-def equal_states(a: dict, b: dict) -> bool:
-    return all(same(a.get(key), b.get(key)) for key in STATE)
+    return train('pretrain', images, tmp_path_factory.mktemp('whole'), *SHORT)
 
 
 def start(line: list[str], **variables: str) -> subprocess.Popen:
@@ -105,13 +88,13 @@ def test_handlers_from_before_are_kept_and_put_back():
 
 
 @pytest.fixture(scope='module')
-def local_job(data, tmp_path_factory):
+def local_job(images, tmp_path_factory):
     """A job under `--local` that gets SIGUSR2 in its third step, in a thread: it mostly imports."""
     folder = tmp_path_factory.mktemp('local')
 
     def story() -> tuple[Path, int, int, str]:
         script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '1']
-        process = start([*script, '--job-dir', str(folder), *arguments('pretrain', data, folder, *FLAGS)])
+        process = start([*script, '--job-dir', str(folder), *arguments('pretrain', images, folder, *SHORT)])
         controller = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
         log = folder / f'{controller}_0_log.out'
         wait(lambda: log.exists() and '[3/8]' in log.read_text(), 'the third step')
@@ -124,9 +107,9 @@ def local_job(data, tmp_path_factory):
 
 
 @pytest.mark.usefixtures('local_job')  # begins here
-def test_sigterm_in_mid_epoch(data, whole, tmp_path):
+def test_sigterm_in_mid_epoch(images, whole, tmp_path):
     """With loader workers, which get the signal too, and a second one while the first is being obeyed."""
-    process = start([*command('pretrain', data, tmp_path, *FLAGS), '--num_workers', '2'])
+    process = start([*command('pretrain', images, tmp_path, *SHORT), '--num_workers', '2'])
     read_until(process, '[3/8]')
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
     for pid in (process.pid, *map(int, children), process.pid):
@@ -137,43 +120,43 @@ def test_sigterm_in_mid_epoch(data, whole, tmp_path):
     assert err == ''
     assert 'stopped on request at epoch 0, step ' in out.splitlines()[-1]
     assert 3 <= load(tmp_path)['step'] <= 5
-    assert equal_states(train('pretrain', data, tmp_path, *FLAGS, '--resume', 'auto'), whole)
+    assert equal_states(train('pretrain', images, tmp_path, *SHORT, '--resume', 'auto'), whole)
 
 
-def test_request_during_evaluation(data, tmp_path):
+def test_request_during_evaluation(images, tmp_path):
     """Right before it, the run stops there and evaluates when it is resumed; later, it evaluates first."""
-    flags = [*FLAGS, '--batch_size', '16', '--use_ema']
-    process = start(command('finetune', data, tmp_path / 'part', *flags))
+    flags = [*SHORT, '--batch_size', '16', '--use_ema']
+    process = start(command('finetune', images, tmp_path / 'part', *flags))
     read_until(process, '[4/4]')
     process.send_signal(signal.SIGUSR2)  # outside of submitit's jobs the same as SIGTERM
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
     assert re.match('stopped on request at epoch (0, step 4|1, step 0) of 4; state saved', out.splitlines()[-1])
-    resumed = train('finetune', data, tmp_path / 'part', *flags, '--resume', 'auto')
-    assert equal_states(resumed, train('finetune', data, tmp_path / 'whole', *flags))
+    resumed = train('finetune', images, tmp_path / 'part', *flags, '--resume', 'auto')
+    assert equal_states(resumed, train('finetune', images, tmp_path / 'whole', *flags))
     logs = [(tmp_path / name / 'log.txt').read_text() for name in ('part', 'whole')]
     assert logs[0] == logs[1]
 
 
-def test_sigterm_to_torchrun(data, whole, tmp_path):
+def test_sigterm_to_torchrun(images, whole, tmp_path):
     """Both ranks stop at one step. One process that makes two forwards of each step goes on from there."""
-    flags = [*FLAGS, '--batch_size', '4']
-    process = start(command('pretrain', data, tmp_path, *flags, ranks=2))
+    flags = [*SHORT, '--batch_size', '4']
+    process = start(command('pretrain', images, tmp_path, *flags, ranks=2))
     read_until(process, '[3/8]')
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=40)
     assert process.returncode == 1  # torchrun's, whatever the ranks return
     assert out.count('stopped on request at epoch 0, step') == 1
     assert 3 <= load(tmp_path)['step'] <= 6
-    resumed = train('pretrain', data, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
+    resumed = train('pretrain', images, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
     losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (resumed, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_no_rank_outlives_its_torchrun(data, tmp_path):
+def test_no_rank_outlives_its_torchrun(images, tmp_path):
     """SIGKILL leaves torchrun no time to end its ranks. Here a few words of Python stand in for it."""
     torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
-    line = [*torchrun, *command('pretrain', data, tmp_path, *FLAGS, '--epochs', '500')]
+    line = [*torchrun, *command('pretrain', images, tmp_path, *SHORT, '--epochs', '500')]
     process = start(line, TORCHELASTIC_RUN_ID='stand-in')
     read_until(process, '[3/8]')
     process.kill()
@@ -191,10 +174,10 @@ def test_local_job_is_requeued(local_job, whole):
     assert equal_states(load(folder), whole)
 
 
-def test_local_job_of_two_ranks_ends_well(data, tmp_path):
+def test_local_job_of_two_ranks_ends_well(images, tmp_path):
     """Both leave their results to submitit, without which the launcher would call the job failed."""
     script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '2']
-    flags = arguments('pretrain', data, tmp_path, *FLAGS, '--epochs', '1', '--warmup_epochs', '0')
+    flags = arguments('pretrain', images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')
     done = subprocess.run(
         [*script, '--job-dir', str(tmp_path), *flags], capture_output=True, text=True, timeout=100, env=environment()
     )

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import TWO_BY_TWO, Job, same_bytes
-from training import load, train
+from cluster import TWO_BY_TWO, Job
+from training import equal_states, load, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 STOPPED = 'stopped on request at'
@@ -47,7 +47,7 @@ def test_requeued_once_and_preempted_twice(slurm, undisturbed, measured):
         began = time.monotonic()
         job.wait_for(STOPPED, life)
         seconds.append(time.monotonic() - began)
-    assert same_bytes(job.result(), undisturbed.result())
+    assert equal_states(job.result(), undisturbed.result())
     log, places = job.log(), job.places()
     assert [place.partition(',')[0] for place in places] == ['epoch 0', 'epoch 1', 'epoch 2']
     assert log.count(f'Requeued job {job.id}') == 2
@@ -74,7 +74,7 @@ def test_some_ranks_are_asked_for_another_thing(slurm, undisturbed, measured):
     job.signal(signal.SIGCONT)
     job.wait_for(STOPPED, life=2)
     job.signal(signal.SIGTERM)
-    assert same_bytes(job.result(), undisturbed.result())
+    assert equal_states(job.result(), undisturbed.result())
     places = job.places()
     assert len(places) == 2
     assert job.log().count(f'Requeued job {job.id}') == 2
@@ -87,7 +87,7 @@ def test_requeued_by_the_administrator_while_it_queues_itself(slurm, undisturbed
     job.hold(epoch=1)
     job.signal(signal.SIGUSR2)
     job.requeue()
-    assert same_bytes(job.result(), undisturbed.result())
+    assert equal_states(job.result(), undisturbed.result())
     assert len(job.places()) == 1
     assert 'Traceback' not in job.log()
 
@@ -98,7 +98,7 @@ def test_time_limit(slurm, undisturbed, measured):
     job = slurm.submit('limit', *TWO_BY_TWO, '--timeout', '1', '--signal_delay_s', '5')
     job.hold(epoch=1)
     job.wait_for(STOPPED)
-    assert same_bytes(job.result(), undisturbed.result())
+    assert equal_states(job.result(), undisturbed.result())
     assert f'Requeued job {job.id} (999 remaining timeouts)' in job.log()
     [place] = job.places()
     measured(f'a real time limit on the same job: stopped at {place}, resumed there; the same bytes')
@@ -121,7 +121,7 @@ def test_out_of_requeues(slurm):
     go_on = line.partition('submit it with ')[2].split()
     again = slurm.submit('often-again', *go_on, *ONE_RANK)
     again.wait_for_state('COMPLETED')
-    assert same_bytes(load(job.folder), train('pretrain', slurm.data, slurm.folder / 'often-whole', *HERE))
+    assert equal_states(load(job.folder), train('pretrain', slurm.data, slurm.folder / 'often-whole', *HERE))
 
 
 def test_array_of_seeds_one_of_them_preempted(slurm, measured):
@@ -136,10 +136,10 @@ def test_array_of_seeds_one_of_them_preempted(slurm, measured):
     jobs[1].preempt()
     for seed, job in enumerate(jobs):
         whole = train('pretrain', slurm.data, slurm.folder / f'seed{seed}', *HERE, '--seed', seed)
-        assert same_bytes(job.result(), whole)
+        assert equal_states(job.result(), whole)
         assert job.field('Restarts') == str(seed)
         assert len(job.places()) == seed
-    assert not same_bytes(*(job.result() for job in jobs))
+    assert not equal_states(*(job.result() for job in jobs))
     measured(f'job {ids[1]} of an array preempted: stopped at {jobs[1].places()[0]}; both end with the same bytes')
 
 
@@ -154,7 +154,7 @@ def test_cancelled_then_submitted_again(slurm, undisturbed, measured):
     assert saved['epoch'] == 1
     assert 3 <= saved['step'] <= 5
     again = slurm.submit('cancelled', *TWO_BY_TWO, '--resume', 'auto')
-    assert same_bytes(again.result(), undisturbed.result())
+    assert equal_states(again.result(), undisturbed.result())
     assert f'at epoch 1, step {saved["step"]} of 12' in again.log()
     measured(f'cancelled: saved at step {saved["step"]} of epoch 1; submitted again; same bytes')
 
@@ -178,7 +178,7 @@ def test_killed_rank_ends_the_job(slurm, undisturbed, measured):
     check_last_words(job)
     assert saved['epoch'] == 1
     job.requeue()
-    assert same_bytes(job.result(), undisturbed.result())
+    assert equal_states(job.result(), undisturbed.result())
     assert f'checkpoint-last.pth at epoch 1, step {saved["step"]} of 12' in job.life(2)
     measured(f'rank 1 of 4 gets SIGKILL under SLURM: the job has failed after {seconds:.1f} s')
 
