@@ -77,6 +77,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def start(line: list[str], **variables: str) -> subprocess.Popen:
+    """Begin a command, whose output can be read while it runs."""
+    env = environment() | variables
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data._utils import signal_handling
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from training import MAINS, SHORT, arguments, command, environment, equal_states, load, make_images, run, train
+from training import MAINS, SHORT, arguments, command, equal_states, load, make_images, read_until, run, start, train
 
 from scripts import visualize
 from util import run_folder, signals
@@ -618,12 +618,9 @@ def test_an_empty_mount_point_is_gone(tmp_path):
 
 def started(stage: str, data, output, *flags) -> subprocess.Popen:
     """A run that has trained for a step."""
-    line = command(stage, data, output, *flags)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    for text in process.stdout:
-        if '[1/' in text:
-            return process
-    pytest.fail(process.stderr.read())
+    process = start(command(stage, data, output, *flags))
+    read_until(process, '[1/')
+    return process
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:

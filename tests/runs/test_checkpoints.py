@@ -183,9 +183,7 @@ def test_other_settings_are_told(images, trained, tmp_path, capfd):
     run = shutil.copytree(trained / 'run', tmp_path / 'run')
     (run / checkpoint.LAST).unlink()
     (run / 'checkpoint-1.pth').unlink()
-    train(
-        'pretrain', images, run, *FLAGS, '--resume', 'auto', '--lr', '2e-3', '--hflip', '0', '--epochs', '3'
-    )
+    train('pretrain', images, run, *FLAGS, '--resume', 'auto', '--lr', '2e-3', '--hflip', '0', '--epochs', '3')
     [line] = [line for line in capfd.readouterr().out.splitlines() if 'other settings' in line]
     assert line.endswith('from here on: --epochs 2 then, 3 now; --hflip 0.5 then, 0.0 now; --lr None then, 0.002 now')
     with pytest.raises(CheckpointError, match='effective_batch: 16 then, 8 now'):
@@ -206,6 +204,20 @@ def test_what_cannot_be_resumed(images, trained, tmp_path):
         with pytest.raises(CheckpointError, match=words) as caught:
             train('pretrain', images, tmp_path / 'out', *FLAGS, '--resume', tmp_path / name)
         assert caught.value.code == 2
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / 'checkpoint-last.pth', {'epoch': 1})
+
+    def torn(state, file):
+        file.write(b'half a checkp')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', torn)
+    with pytest.raises(StorageError, match=r'No space left on device; checkpoint-last\.pth of before is intact'):
+        checkpoint.save(tmp_path / 'checkpoint-last.pth', {'epoch': 2})
+    assert load(tmp_path) == {'epoch': 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint-last.pth', 'checkpoint-last.pth.sha256']
 
 
 # --------------------------------------------------------------------------
@@ -390,7 +402,9 @@ def test_disk_full(images, trained, tmp_path, tmpfs, measured):
         filler.unlink()
     resumed = train('pretrain', images, run, *FLAGS, '--resume', 'auto')
     assert same(resumed['model'], load(trained / 'run')['model'])
-    measured(f'{len(before) // 2} checkpoints bit for bit as before after a full disk and after too large a file; exit 5')
+    measured(
+        f'{len(before) // 2} checkpoints bit for bit as before after a full disk and after too large a file; exit 5'
+    )
 
 
 @pytest.mark.fault(14)

@@ -12,8 +12,8 @@ from training import arguments, load, run, train
 import main_finetune
 from engine_finetune import evaluate
 from models_mirl import MIRL
-from util.data import datasets
 from util import rng
+from util.data import datasets
 
 
 def closing_line(text: str) -> str:

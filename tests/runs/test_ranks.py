@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from training import SHORT, command, environment, free_port, load, processes_of, read_until, run, same, train
+from training import SHORT, command, environment, free_port, load, processes_of, read_until, run, same, start, train
 
 FLAGS = [*SHORT, '--batch_size', '4', '--save_freq_steps', '2', '--dist_timeout', '5']  # 8 steps of 2 ranks an epoch
 
@@ -23,10 +23,9 @@ def whole(images, tmp_path_factory):
     return load(folder)
 
 
-def start(images, folder, *flags: str, ranks: int = 2) -> subprocess.Popen:
+def start_ranks(images, folder, *flags: str, ranks: int = 2) -> subprocess.Popen:
     """Ranks under torchrun, in their sixth step."""
-    line = command('pretrain', images, folder, *FLAGS, *flags, ranks=ranks)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = start(command('pretrain', images, folder, *FLAGS, *flags, ranks=ranks))
     read_until(process, '[5/8]')
     return process
 
@@ -43,12 +42,15 @@ def error_lines(text: str) -> list[str]:
     ('number', 'words'),
     [
         (signal.SIGKILL, r'has died; its last sign was after step \d of epoch 0'),
-        (signal.SIGSTOP, r'does not answer; its last sign was after step \d of epoch 0; kill it if the launcher does not'),
+        (
+            signal.SIGSTOP,
+            r'does not answer; its last sign was after step \d of epoch 0; kill it if the launcher does not',
+        ),
     ],
 )
 @pytest.mark.timeout(100)
 def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp_path, measured):
-    process = start(images, tmp_path, '--epochs', '100')
+    process = start_ranks(images, tmp_path, '--epochs', '100')
     victim = json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid']
     began = time.monotonic()
     os.kill(victim, number)
@@ -57,9 +59,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
     seconds = time.monotonic() - began
     assert process.returncode == 1  # torchrun's, whatever its processes return
     [line] = error_lines(err)
-    assert re.fullmatch(
-        rf'rank 0: epoch 0, after \d of 8 steps: rank 1 \(host \S+, process {victim}\) {words}', line
-    )
+    assert re.fullmatch(rf'rank 0: epoch 0, after \d of 8 steps: rank 1 \(host \S+, process {victim}\) {words}', line)
     status = json.loads((tmp_path / 'status.json').read_text())
     assert (status['state'], status['exit_code']) == ('failed', 6)
     assert line == f'rank 0: {status["message"]}'
@@ -69,13 +69,15 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
         done = run('pretrain', images, tmp_path, *FLAGS, '--resume', 'auto', ranks=2)
         assert done.returncode == 0, done.stderr
         assert all(same(load(tmp_path)[key], whole[key]) for key in ('model', 'optimizer', 'logger'))
-    measured(f'torchrun, {number.name} of rank 1: job over after {seconds:.1f} s (--dist_timeout 5), rank and step named')
+    measured(
+        f'torchrun, {number.name} of rank 1: job over after {seconds:.1f} s (--dist_timeout 5), rank and step named'
+    )
 
 
 @pytest.mark.timeout(100)
 def test_only_the_lost_one_of_four_is_named(images, tmp_path):
     """A rank that waits for one that has noticed must notice, too."""
-    process = start(images, tmp_path, '--epochs', '100', '--batch_size', '2', ranks=4)
+    process = start_ranks(images, tmp_path, '--epochs', '100', '--batch_size', '2', ranks=4)
     os.kill(json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid'], signal.SIGKILL)
     _, err = process.communicate(timeout=5 + 30)
     lines = error_lines(err)
@@ -106,9 +108,7 @@ def test_an_exception_on_one_rank(images, tmp_path):
 @pytest.mark.timeout(60)
 def test_one_writer_per_folder(images, tmp_path, measured):
     flags = ['--batch_size', '8', '--warmup_epochs', '1', '--epochs', '100']
-    first = subprocess.Popen(
-        command('pretrain', images, tmp_path, *flags), stdout=subprocess.PIPE, text=True, env=environment()
-    )
+    first = start(command('pretrain', images, tmp_path, *flags))
     read_until(first, '[3/8]')
     second = run('pretrain', images, tmp_path, *flags, '--resume', 'auto')
     assert second.returncode == 2
@@ -119,7 +119,9 @@ def test_one_writer_per_folder(images, tmp_path, measured):
     first.communicate()
     status = json.loads((tmp_path / 'status.json').read_text())
     assert (status['state'], status['pid']) == ('running', first.pid)
-    train('pretrain', images, tmp_path, *flags, '--epochs', '3', '--resume', 'auto')  # the lock has died with its process
+    train(
+        'pretrain', images, tmp_path, *flags, '--epochs', '3', '--resume', 'auto'
+    )  # the lock has died with its process
     measured('two processes on one folder: 1 runs, 1 ends with exit code 2 and names the other')
 
 

@@ -1,15 +1,19 @@
-"""Requests to stop at any moment of a run: it saves, ends with exit code 75, and goes on to the same bytes."""
+"""Requests to stop (SIGTERM, SIGUSR2, Ctrl-C) at any moment: saved, exit code 75, and resumed to the same bytes."""
 
 import errno
 import json
+import os
+import re
 import signal
+import sys
+from pathlib import Path
 
 import pytest
-from training import SHORT, equal_states, load, train
+from training import SHORT, command, equal_states, load, read_until, start, train
 
 import engine_finetune
 import main_finetune
-from util import checkpoint
+from util import checkpoint, signals
 from util.data import datasets
 from util.errors import StorageError
 from util.optim import GuardedStep
@@ -127,3 +131,116 @@ def test_sigterm_while_sigusr2_is_obeyed(images, whole, tmp_path, monkeypatch, c
     assert where == (0, 3)
     resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
     assert equal_states(resumed, whole)
+
+
+# --------------------------------------------------------------------------
+# the flag
+
+
+@pytest.fixture
+def installed():
+    signals.install()
+    yield
+    signals.restore()
+
+
+def test_signals_only_set_a_flag(installed):
+    assert signals.requested() == 0
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.requested() == signals.STOP
+    signal.raise_signal(signal.SIGUSR2)
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.requested() == signals.REQUEUE
+
+
+def test_second_ctrl_c_does_not_wait(installed):
+    signal.raise_signal(signal.SIGINT)
+    assert signals.requested() == signals.STOP
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_from_before_are_kept_and_put_back():
+    def submitits(number, frame):
+        raise AssertionError('only Run calls it')
+
+    on_interrupt, before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGUSR2, submitits)
+    try:
+        signals.install()
+        signals.install()
+        signal.raise_signal(signal.SIGUSR2)
+        assert signals.requeue_handler() is submitits
+        signals.restore()
+        assert signal.getsignal(signal.SIGUSR2) is submitits
+        assert signal.getsignal(signal.SIGINT) is on_interrupt
+        assert signals.requeue_handler() is None
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+# --------------------------------------------------------------------------
+# processes, with loader processes and under torchrun
+
+
+@pytest.fixture(scope='module')
+def undisturbed(images, tmp_path_factory):
+    """The last checkpoint of a run that nobody interrupts."""
+    return train('pretrain', images, tmp_path_factory.mktemp('whole'), *SHORT)
+
+
+def test_sigterm_in_mid_epoch(images, undisturbed, tmp_path):
+    """With loader workers, which get the signal too, and a second one while the first is being obeyed."""
+    process = start([*command('pretrain', images, tmp_path, *SHORT), '--num_workers', '2'])
+    read_until(process, '[3/8]')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    for pid in (process.pid, *map(int, children), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert len(children) == 2
+    assert err == ''
+    assert 'stopped on request at epoch 0, step ' in out.splitlines()[-1]
+    assert 3 <= load(tmp_path)['step'] <= 5
+    assert equal_states(train('pretrain', images, tmp_path, *SHORT, '--resume', 'auto'), undisturbed)
+
+
+def test_request_during_evaluation(images, tmp_path):
+    """Right before it, the run stops there and evaluates when it is resumed; later, it evaluates first."""
+    flags = [*SHORT, '--batch_size', '16', '--use_ema']
+    process = start(command('finetune', images, tmp_path / 'part', *flags))
+    read_until(process, '[4/4]')
+    process.send_signal(signal.SIGUSR2)  # outside of submitit's jobs the same as SIGTERM
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert re.match('stopped on request at epoch (0, step 4|1, step 0) of 4; state saved', out.splitlines()[-1])
+    resumed = train('finetune', images, tmp_path / 'part', *flags, '--resume', 'auto')
+    assert equal_states(resumed, train('finetune', images, tmp_path / 'whole', *flags))
+    logs = [(tmp_path / name / 'log.txt').read_text() for name in ('part', 'whole')]
+    assert logs[0] == logs[1]
+
+
+def test_sigterm_to_torchrun(images, undisturbed, tmp_path):
+    """Both ranks stop at one step. One process that makes two forwards of each step goes on from there."""
+    flags = [*SHORT, '--batch_size', '4']
+    process = start(command('pretrain', images, tmp_path, *flags, ranks=2))
+    read_until(process, '[3/8]')
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=40)
+    assert process.returncode == 1  # torchrun's, whatever the ranks return
+    assert out.count('stopped on request at epoch 0, step') == 1
+    assert 3 <= load(tmp_path)['step'] <= 6
+    resumed = train('pretrain', images, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
+    losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (resumed, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_no_rank_outlives_its_torchrun(images, tmp_path):
+    """SIGKILL leaves torchrun no time to end its ranks. Here a few words of Python stand in for it."""
+    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
+    line = [*torchrun, *command('pretrain', images, tmp_path, *SHORT, '--epochs', '500')]
+    process = start(line, TORCHELASTIC_RUN_ID='stand-in')
+    read_until(process, '[3/8]')
+    process.kill()
+    out, _ = process.communicate(timeout=30)  # returns when the last process that holds the pipe has ended
+    assert 'stopped on request at epoch' in out

@@ -1,8 +1,7 @@
-"""Requests to stop, as one process, under torchrun and through the launcher; and what the launcher refuses."""
+"""The launcher: what it refuses, what it says of a new job, folders of jobs, and local jobs from start to end."""
 
 import argparse
 import os
-import re
 import signal
 import stat
 import subprocess
@@ -13,78 +12,12 @@ from pathlib import Path
 
 import pytest
 from submitit.core.utils import UncompletedJobError
-from training import ROOT, SHORT, arguments, command, environment, equal_states, load, read_until, train
+from training import ROOT, SHORT, arguments, environment, equal_states, load, start, train
 
 from scripts import run_with_submitit as launcher
-from util import signals
 from util.errors import UserError, run_main
 
-@pytest.fixture(scope='module')
-def whole(images, tmp_path_factory):
-    """The last checkpoint of a run that nobody interrupts."""
-    return train('pretrain', images, tmp_path_factory.mktemp('whole'), *SHORT)
-
-
-def start(line: list[str], **variables: str) -> subprocess.Popen:
-    env = environment() | variables
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def wait(condition, what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f'after {seconds:.0f} s still waiting for {what}'
-        time.sleep(0.02)
-
-
-# --------------------------------------------------------------------------
-# the flag
-
-
-@pytest.fixture
-def installed():
-    signals.install()
-    yield
-    signals.restore()
-
-
-def test_signals_only_set_a_flag(installed):
-    assert signals.requested() == 0
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
-    assert signals.requested() == signals.STOP
-    signal.raise_signal(signal.SIGUSR2)
-    signal.raise_signal(signal.SIGTERM)
-    assert signals.requested() == signals.REQUEUE
-
-
-def test_second_ctrl_c_does_not_wait(installed):
-    signal.raise_signal(signal.SIGINT)
-    assert signals.requested() == signals.STOP
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_handlers_from_before_are_kept_and_put_back():
-    def submitits(number, frame):
-        raise AssertionError('only Run calls it')
-
-    on_interrupt, before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGUSR2, submitits)
-    try:
-        signals.install()
-        signals.install()
-        signal.raise_signal(signal.SIGUSR2)
-        assert signals.requeue_handler() is submitits
-        signals.restore()
-        assert signal.getsignal(signal.SIGUSR2) is submitits
-        assert signal.getsignal(signal.SIGINT) is on_interrupt
-        assert signals.requeue_handler() is None
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-
-
-# --------------------------------------------------------------------------
-# processes
+LOCAL = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus']
 
 
 @pytest.fixture(scope='module')
@@ -93,11 +26,11 @@ def local_job(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp('local')
 
     def story() -> tuple[Path, int, int, str]:
-        script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '1']
-        process = start([*script, '--job-dir', str(folder), *arguments('pretrain', images, folder, *SHORT)])
+        process = start([*LOCAL, '1', '--job-dir', str(folder), *arguments('pretrain', images, folder, *SHORT)])
         controller = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
         log = folder / f'{controller}_0_log.out'
-        wait(lambda: log.exists() and '[3/8]' in log.read_text(), 'the third step')
+        while not (log.exists() and '[3/8]' in log.read_text()):
+            time.sleep(0.02)
         os.kill(int(Path(f'/proc/{controller}/task/{controller}/children').read_text()), signal.SIGUSR2)
         _, err = process.communicate(timeout=60)
         return folder, controller, process.returncode, err
@@ -106,89 +39,7 @@ def local_job(images, tmp_path_factory):
         yield thread.submit(story)
 
 
-@pytest.mark.usefixtures('local_job')  # begins here
-def test_sigterm_in_mid_epoch(images, whole, tmp_path):
-    """With loader workers, which get the signal too, and a second one while the first is being obeyed."""
-    process = start([*command('pretrain', images, tmp_path, *SHORT), '--num_workers', '2'])
-    read_until(process, '[3/8]')
-    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-    for pid in (process.pid, *map(int, children), process.pid):
-        os.kill(pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert len(children) == 2
-    assert err == ''
-    assert 'stopped on request at epoch 0, step ' in out.splitlines()[-1]
-    assert 3 <= load(tmp_path)['step'] <= 5
-    assert equal_states(train('pretrain', images, tmp_path, *SHORT, '--resume', 'auto'), whole)
-
-
-def test_request_during_evaluation(images, tmp_path):
-    """Right before it, the run stops there and evaluates when it is resumed; later, it evaluates first."""
-    flags = [*SHORT, '--batch_size', '16', '--use_ema']
-    process = start(command('finetune', images, tmp_path / 'part', *flags))
-    read_until(process, '[4/4]')
-    process.send_signal(signal.SIGUSR2)  # outside of submitit's jobs the same as SIGTERM
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 75, err
-    assert re.match('stopped on request at epoch (0, step 4|1, step 0) of 4; state saved', out.splitlines()[-1])
-    resumed = train('finetune', images, tmp_path / 'part', *flags, '--resume', 'auto')
-    assert equal_states(resumed, train('finetune', images, tmp_path / 'whole', *flags))
-    logs = [(tmp_path / name / 'log.txt').read_text() for name in ('part', 'whole')]
-    assert logs[0] == logs[1]
-
-
-def test_sigterm_to_torchrun(images, whole, tmp_path):
-    """Both ranks stop at one step. One process that makes two forwards of each step goes on from there."""
-    flags = [*SHORT, '--batch_size', '4']
-    process = start(command('pretrain', images, tmp_path, *flags, ranks=2))
-    read_until(process, '[3/8]')
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=40)
-    assert process.returncode == 1  # torchrun's, whatever the ranks return
-    assert out.count('stopped on request at epoch 0, step') == 1
-    assert 3 <= load(tmp_path)['step'] <= 6
-    resumed = train('pretrain', images, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
-    losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (resumed, whole)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_no_rank_outlives_its_torchrun(images, tmp_path):
-    """SIGKILL leaves torchrun no time to end its ranks. Here a few words of Python stand in for it."""
-    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
-    line = [*torchrun, *command('pretrain', images, tmp_path, *SHORT, '--epochs', '500')]
-    process = start(line, TORCHELASTIC_RUN_ID='stand-in')
-    read_until(process, '[3/8]')
-    process.kill()
-    out, _ = process.communicate(timeout=30)  # returns when the last process that holds the pipe has ended
-    assert 'stopped on request at epoch' in out
-
-
-def test_local_job_is_requeued(local_job, whole):
-    """SIGUSR2, as ahead of a time limit: submitit starts the job again, which resumes."""
-    folder, job, status, err = local_job.result()
-    assert (status, err) == (0, '')
-    log = (folder / f'{job}_0_log.out').read_text()
-    assert f'Requeued job {job} ' in log
-    assert 'checkpoint-last.pth at epoch 0, step ' in log
-    assert equal_states(load(folder), whole)
-
-
-def test_local_job_of_two_ranks_ends_well(images, tmp_path):
-    """Both leave their results to submitit, without which the launcher would call the job failed."""
-    script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '2']
-    flags = arguments('pretrain', images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')
-    done = subprocess.run(
-        [*script, '--job-dir', str(tmp_path), *flags], capture_output=True, text=True, timeout=100, env=environment()
-    )
-    assert (done.returncode, done.stderr) == (0, '')
-    assert len(list(tmp_path.glob('*_result.pkl'))) == 2
-
-
-# --------------------------------------------------------------------------
-# the launcher
-
-
+@pytest.mark.usefixtures('local_job')  # begins here, since it takes a while
 @pytest.mark.parametrize(
     ('line', 'words'),
     [
@@ -365,3 +216,31 @@ def test_a_requeued_job_resumes(tmp_path, monkeypatch):
     requeued_by_slurm = launcher.Job('pretrain', args, argparse.Namespace(local=False, max_requeues=1))
     monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
     assert requeued_by_slurm.arguments(tmp_path).resume == 'auto'
+
+
+# --------------------------------------------------------------------------
+# jobs that run here
+
+
+def test_local_job_is_requeued(local_job, images, tmp_path):
+    """SIGUSR2, as ahead of a time limit: submitit starts the job again, which resumes."""
+    folder, job, status, err = local_job.result()
+    assert (status, err) == (0, '')
+    log = (folder / f'{job}_0_log.out').read_text()
+    assert f'Requeued job {job} ' in log
+    assert 'checkpoint-last.pth at epoch 0, step ' in log
+    assert equal_states(load(folder), train('pretrain', images, tmp_path, *SHORT))
+
+
+def test_local_job_of_two_ranks_ends_well(images, tmp_path):
+    """Both leave their results to submitit, without which the launcher would call the job failed."""
+    flags = arguments('pretrain', images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')
+    done = subprocess.run(
+        [*LOCAL, '2', '--job-dir', str(tmp_path), *flags],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment(),
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    assert len(list(tmp_path.glob('*_result.pkl'))) == 2
