@@ -18,6 +18,9 @@ from util import rng
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', '--num_workers', '0', '--print_freq', '1']
+SHORT = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 8 steps of `images` an epoch
+MIXED = ['--mixup', '0.8', '--cutmix', '1', '--use_ema', '--drop_path', '0.2']  # what fine-tuning can have on top
+STATE = ('model', 'ema', 'optimizer', 'scaler', 'guard', 'record', 'epoch', 'step', 'logger')
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 
 
@@ -74,6 +77,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def start(line: list[str], **variables: str) -> subprocess.Popen:
+    """Begin a command, whose output can be read while it runs."""
+    env = environment() | variables
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))
@@ -112,3 +121,8 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def equal_states(a: dict, b: dict) -> bool:
+    """Whether two checkpoints hold the same state of training, to the bit."""
+    return all(same(a.get(key), b.get(key)) for key in STATE)

@@ -1,15 +1,13 @@
-"""The one door to `torch.distributed`: one process, torchrun, or SLURM; gloo on CPU, NCCL on GPU."""
+"""The one door to `torch.distributed`: one process, torchrun, or SLURM; gloo on CPU, NCCL on GPU.
 
-import atexit
+What only gloo's faults need stands apart, in util/dist_faults.py.
+"""
+
 import contextlib
-import ctypes
 import inspect
 import os
 import re
-import socket
-import stat
 import subprocess
-import sys
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -20,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from util import signals
-from util.errors import AT_THE_END, LostError, RunError, UserError
+from util import dist_faults, signals
+from util.errors import LostError, RunError, UserError
 
-HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts settle among themselves; None: the default group
-# how much longer NCCL waits than the hosts, which can say what was lost: its watchdog ends a process without a word
+HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts decide together; None: the default group
+# how much longer NCCL waits than the hosts, which can say which rank was lost: its watchdog ends a process silently
 WATCHDOG_S = 30
-# in what torch raises as a plain RuntimeError when a collective fails
+# words in the plain RuntimeError that torch raises when a collective fails
 LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore|pair closure|[Cc]onnection (closed|reset) by peer')
 
 
@@ -93,15 +91,15 @@ def no_meeting(error: RuntimeError, dist_url: str, here: Place) -> RunError:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an exception says that a collective has failed: the fault, then, is another process's."""
+    """Whether an exception says that a collective has failed: then the fault is another process's."""
     told = isinstance(error, torch_dist.DistError) or (isinstance(error, RuntimeError) and LOST.search(str(error)))
     return active() and bool(told)
 
 
 def own_device(device: str) -> torch.device:
-    """This process's device: among several, the GPU of its local rank, or the only one that it sees.
+    """This process's device: of several GPUs that of its local rank, of one GPU that one.
 
-    Raises UserError for what is no device, or is not there.
+    Raises UserError if `device` is not the name of a device, or if there is no such device.
     """
     try:
         named = torch.device(device)
@@ -121,13 +119,13 @@ def own_device(device: str) -> torch.device:
         error = UserError(
             f'--device {device}: process {here.local_rank} would take GPU {index}, but {count} are visible'
         )
-        error.rank = here.rank  # the first ones do not meet it
+        error.rank = here.rank  # the first ranks have a GPU
         raise error
     return torch.device('cuda', index)
 
 
 def slurm_url() -> str:
-    """The rendezvous of a plain `srun`: the job's first node, and a port that its number gives."""
+    """The rendezvous of a plain `srun`: the job's first node, and a port that follows from its id."""
     if 'SLURM_JOB_NODELIST' not in os.environ:
         raise UserError('several processes, but MASTER_ADDR and MASTER_PORT, where they meet, are not set')
     nodes = subprocess.run(
@@ -141,7 +139,7 @@ def active() -> bool:
 
 
 def rank() -> int:
-    """This process's; before the processes have met, the one that it will have."""
+    """This process's rank; before the processes have met, the one that it will have."""
     return torch_dist.get_rank() if active() else place().rank
 
 
@@ -154,7 +152,7 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process is here; the work that a GPU still has is not waited for."""
+    """Wait until every process is here, but not for the work of a GPU."""
     if active():
         torch_dist.barrier(HOST_GROUP)
 
@@ -172,7 +170,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def largest(number: int) -> int:
-    """The largest over the ranks of a number that hosts know. GPUs take no part, so hosts stay ahead of them."""
+    """The largest over the ranks of a number on the host. No GPU is waited for, so hosts stay ahead of them."""
     if not active():
         return number
     tensor = torch.tensor(number)
@@ -181,7 +179,7 @@ def largest(number: int) -> int:
 
 
 def gather(thing: Any) -> list:
-    """What each rank gives, on all of them: small plain data."""
+    """A list of what each rank gives, small plain data; on all ranks."""
     if not active():
         return [thing]
     things = [None] * world_size()
@@ -189,19 +187,8 @@ def gather(thing: Any) -> list:
     return things
 
 
-def hang_up() -> None:
-    """Break this process's connections: a rank that waits for it, not for the one that is lost, would not notice."""
-    for descriptor in map(int, os.listdir('/proc/self/fd')):
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                with socket.socket(fileno=os.dup(descriptor)) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6):
-                        connection.getpeername()  # or it listens, which gloo expects to go on
-                        connection.shutdown(socket.SHUT_RDWR)
-
-
 def wait_for_main_to_end() -> None:
-    """Return when rank 0's process is gone, for which it must not be waiting itself."""
+    """Return when rank 0's process has ended. Rank 0 must not wait for this one."""
     with contextlib.suppress(RuntimeError):  # its end breaks the connections that the barrier stands on
         barrier()
 
@@ -222,20 +209,9 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
             find_unused_parameters=to_the_bit and world_size() > 2,
             **{'forward_sync_buffers' if new_name else 'broadcast_buffers': False},
         )
-        # never freed: its end joins gloo's threads with Python's lock held, for which one of them may be waiting. Those
-        # threads in turn would abort a process that ends as usual
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
-        AT_THE_END.append(end_process)
+        if device.type == 'cpu':
+            dist_faults.outlive(model)
     return model
-
-
-def end_process(code: int) -> None:
-    """What Python does at its end, but for the freeing of what is left."""
-    atexit.unregister(end_process)  # which may be one of them
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def has_batchnorm(core: nn.Module) -> bool:
@@ -262,5 +238,5 @@ def sync_batchnorm(core: nn.Module, device: torch.device) -> nn.Module:
 
 
 def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Leave out the gradient reduction of all but the last micro-step."""
+    """Skip the gradient reduction of all but the last micro-step."""
     return contextlib.nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync()

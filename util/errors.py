@@ -1,4 +1,4 @@
-"""How a run ends other than well: one line, and an exit code that says what kind of end it was."""
+"""How a run fails: in one line, and with an exit code that says what kind of end it was."""
 
 import os
 import sys
@@ -20,10 +20,10 @@ MEANING = {
 
 
 class RunError(Exception):
-    """Whatever ends a run in one line: what is wrong, and what would be right. `code` is the exit code."""
+    """An end in one line: what is wrong, and what would be right. `code` is the exit code."""
 
     code = 1
-    rank: int | None = None  # of several, the only one that it has happened to, or the one whose words differ
+    rank: int | None = None  # set if only this rank fails like this, or if its message differs from the others'
 
 
 class UserError(RunError):
@@ -37,7 +37,7 @@ class CheckpointError(UserError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint file that is not what was written."""
+    """A checkpoint file whose content is not what was written."""
 
 
 class DivergedError(RunError):
@@ -47,7 +47,7 @@ class DivergedError(RunError):
 
 
 class NoCheckpointError(CheckpointError):
-    """A run has checkpoints, and none of them can be read."""
+    """A run has checkpoints, but none of them can be read."""
 
     code = 4
 
@@ -65,7 +65,7 @@ class LostError(RunError):
 
 
 def one_line(text: object) -> str:
-    """Fit for a line on a terminal: names of files may hold anything."""
+    """The text in one printable line: names of files may hold anything."""
     line = ' '.join(str(text).split())
     return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
@@ -84,7 +84,7 @@ def exit_code(error: BaseException | None) -> int:
     return 1
 
 
-AT_THE_END: list[Callable[[int], None]] = []  # called with the exit code, after everything else
+AT_THE_END: list[Callable[[int], None]] = []  # called with the exit code, after everything else (util/dist_faults.py)
 
 
 def run_main(main: Callable[[], None], returns: bool = False) -> None:

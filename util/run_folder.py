@@ -1,15 +1,14 @@
 """A run's hold on its output folder: one writer at a time, `status.json`, and a sign of life of every rank.
 
 `.lock` is held by rank 0 until the run ends, whatever ends it. `status.json` says how the run goes or ended, since
-launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is where a rank has got to: when one is lost, the
-others find there which it was, and what it was doing.
+launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is the position of a rank: when a rank is lost, the
+others read there which one, and at which step. They name it and end; to end a rank that hangs is the launcher's work.
 """
 
 import contextlib
 import fcntl
 import json
 import os
-import signal
 import socket
 import tempfile
 import time
@@ -17,14 +16,14 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from util import digests
-from util.dist import Place, hang_up
+from util import digests, dist_faults
+from util.dist import Place
 from util.errors import MEANING, STOPPED, StorageError, UserError
 from util.log import info
 
 SIGN_BYTES = 1024  # a sign of life is written in place, so all of them have one length
 BUSY = ('starting', 'running')
-PATIENCE_S = 5  # for other ranks to tell that they have noticed the loss of one
+PATIENCE_S = 5  # for other ranks to write that they have noticed a lost one
 
 
 def prepare(folder: Path) -> None:
@@ -45,7 +44,7 @@ class RunFolder:
     def __init__(self, folder: Path, place: Place):
         self.folder, self.place = folder, place
         self.epoch = self.step = 0
-        # which run this is, says rank 0, which holds the lock. Others hear it when they meet, and write nothing before
+        # which run this is: rank 0, which has the lock, tells the others when they meet. They write nothing before
         self.run = f'{time.time_ns():x}' if place.rank == 0 else ''
         self.identity = {'host': socket.gethostname(), 'pid': os.getpid()}
         self.identity |= {'job': os.environ['SLURM_JOB_ID']} if 'SLURM_JOB_ID' in os.environ else {}
@@ -59,7 +58,7 @@ class RunFolder:
     # one writer
 
     def take_lock(self):
-        """Raises UserError if another process has it. The system gives it free when that process ends."""
+        """Lock the folder; the system unlocks it when this process ends. Raises UserError if another process has it."""
         file = open(self.folder / '.lock', 'a+', encoding='utf-8')  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +68,7 @@ class RunFolder:
                 f'another run writes to {self.folder} ({file.read().strip()}); stop it, or take another --output_dir'
             ) from error
         except OSError as error:
-            info(f'{self.folder} cannot be locked ({error.strerror}): see to it that no other run writes there')
+            info(f'{self.folder} cannot be locked ({error.strerror}): make sure that no other run writes there')
         file.truncate(0)
         file.write(', '.join(f'{key} {value}' for key, value in self.identity.items()))
         file.flush()
@@ -79,7 +78,7 @@ class RunFolder:
     # status
 
     def write_status(self, state: str, code: int | None = None, message: str = '') -> None:
-        """`status.json`; if there is no room for a new one, over the old one."""
+        """Write `status.json`; if there is no room for a new file, into the old one."""
         status = {
             'run': self.run,
             'state': state,
@@ -102,14 +101,14 @@ class RunFolder:
                 file.write_bytes(content)
 
     def has_failed(self) -> bool:
-        """Whether a rank of this run has said so already: the first word is the cause."""
+        """Whether a rank of this run has written so already: the first one tells the cause."""
         status = read_json(self.folder / 'status.json')
         return status.get('state') == 'failed' and status.get('run') == self.run
 
     def close(self, code: int, message: str, noticed: bool = False) -> None:
-        """Say how it ended, unless another rank has said so first, and let the folder go.
+        """Write how the run ended, unless another rank has done so first, and unlock the folder.
 
-        `noticed`: it ends since another rank was lost.
+        `noticed`: it ends because another rank was lost.
         """
         if self.sign.closed:
             return
@@ -130,7 +129,7 @@ class RunFolder:
     def beat(
         self, epoch: int | None = None, step: int | None = None, state: str = 'running', message: str = ''
     ) -> None:
-        """This rank has done `step` steps of `epoch`. Costs one short write; what fails here fails nothing."""
+        """Write that this rank has done `step` steps of `epoch`. A short write; if it fails, nothing else does."""
         if epoch is not None:
             self.epoch, self.step = epoch, step
         sign = {'state': state, 'epoch': self.epoch, 'step': self.step, **self.identity, 'message': message[:150]}
@@ -140,44 +139,38 @@ class RunFolder:
                 os.fsync(self.sign.fileno())
 
     def lost(self, error: BaseException) -> str:
-        """Which ranks have failed, died or do not answer, after a collective has failed. Ends those that hang here.
+        """Which ranks have failed, died or do not answer, after a collective has failed.
 
-        Every rank that lives notices, too, and says so within seconds: one that does not is the one that is lost.
+        Every rank that lives notices, too, and writes so within seconds: one that does not is a lost rank.
         """
         self.beat(state='noticed')
-        hang_up()
+        dist_faults.hang_up()
         others = [rank for rank in range(self.place.world_size) if rank != self.place.rank]
         wait_until(lambda: not any(self.may_answer(self.read_sign(rank)) for rank in others), PATIENCE_S)
         signs = {rank: self.read_sign(rank) for rank in others}
-        if failed := [rank for rank in others if signs[rank].get('state') == 'failed']:
+        if failed := [rank for rank in others if signs[rank]['state'] == 'failed']:
             return f'rank {failed[0]} has failed: {signs[failed[0]]["message"]}'
-        silent = [rank for rank in others if signs[rank].get('state') in BUSY]
+        silent = [rank for rank in others if signs[rank]['state'] in BUSY]
         return '; '.join(self.describe(rank, signs[rank]) for rank in silent) or f'a connection broke: {error}'
 
     def read_sign(self, rank: int) -> dict:
-        return read_json(self.sign_of(rank)) or {
-            'state': 'starting',
-            'host': 'unknown',
-            'pid': 0,
-            'epoch': 0,
-            'step': 0,
-        }
+        unknown = {'state': 'starting', 'host': 'unknown', 'pid': 0, 'epoch': 0, 'step': 0}
+        return read_json(self.sign_of(rank)) or unknown
 
-    def is_here(self, sign: dict) -> bool:
-        return sign['host'] == self.identity['host']
+    def has_died(self, sign: dict) -> bool:
+        """Whether a rank's process is known to have ended; of other machines nothing is known."""
+        return sign['host'] == self.identity['host'] and not alive(sign['pid'])
 
     def may_answer(self, sign: dict) -> bool:
-        return sign['state'] in BUSY and (alive(sign['pid']) or not self.is_here(sign))
+        return sign['state'] in BUSY and not self.has_died(sign)
 
     def describe(self, rank: int, sign: dict) -> str:
-        """What is known of a rank that has not answered. A process that hangs on this machine is killed."""
-        end = 'has died or hangs'
-        if self.is_here(sign):
-            end = 'did not answer and was killed' if alive(sign['pid']) else 'has died'
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(sign['pid'], signal.SIGKILL)  # launchers would give it half a minute
-        did = f'its last sign was after step {sign["step"]} of epoch {sign["epoch"]}'
-        return f'rank {rank} (host {sign["host"]}, process {sign["pid"]}) {end}; {did}'
+        """What is known of a lost rank, and what to do if its process is still there."""
+        who = f'rank {rank} (host {sign["host"]}, process {sign["pid"]})'
+        position = f'its last sign was after step {sign["step"]} of epoch {sign["epoch"]}'
+        if self.has_died(sign):
+            return f'{who} has died; {position}'
+        return f'{who} does not answer; {position}; kill it if the launcher does not'
 
 
 def alive(pid: int) -> bool:

@@ -1,9 +1,8 @@
 """Requests to stop: SIGTERM, SIGUSR2 and Ctrl-C only set a flag, which the training loop reads between two steps.
 
-SIGUSR2 is what SLURM sends, through submitit, ahead of a time limit or a preemption: the job is to be queued again.
+SLURM, through submitit, sends SIGUSR2 before a time limit or a preemption: the job is to be queued again.
 """
 
-import atexit
 import ctypes
 import multiprocessing
 import os
@@ -13,26 +12,24 @@ from collections.abc import Callable
 
 from util.errors import STOPPED
 
-STOP, REQUEUE = 1, 2  # what is asked for, 0 is nothing; of several requests the largest holds
+STOP, REQUEUE = 1, 2  # what is asked for (0: nothing); of several requests the largest counts
 MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGUSR2: REQUEUE}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 asked = 0
-before: dict[int, object] = {}  # the handlers that ours stand in for
+before: dict[int, object] = {}  # the handlers that ours replace
 
 
 def install() -> None:
-    """From now on a signal is a request, and loader workers are ended when the process exits."""
+    """From now on a signal is a request."""
     global asked
     asked = 0
     for number in MEANING:
         stand_in(number, note)
-    atexit.unregister(end_workers)
-    atexit.register(end_workers)
 
 
 def install_early() -> None:
-    """Until `install`, when nothing is trained yet that could be saved, SIGTERM ends the process as stopped."""
+    """Until `install` there is nothing to save: SIGTERM ends the process at once, as stopped."""
     stand_in(signal.SIGTERM, stop_at_once)
 
 
@@ -42,7 +39,7 @@ def stand_in(number: int, handler: Callable[[int, object], None]) -> None:
 
 
 def restore() -> None:
-    """Put the handlers back that were there before, unless signals are ignored by now: the process ends."""
+    """Put the handlers from before back; not over `ignore`, after which the process ends."""
     while before:
         number, handler = before.popitem()
         if signal.getsignal(number) in (note, stop_at_once):
@@ -54,7 +51,7 @@ def stop_at_once(number: int, frame) -> None:
 
 
 def note(number: int, frame) -> None:
-    """The handler. Who presses Ctrl-C a second time does not want to wait for the step to end."""
+    """The handler. A second Ctrl-C does not wait for the step to end."""
     global asked
     if number == signal.SIGINT:
         if asked:
@@ -64,36 +61,33 @@ def note(number: int, frame) -> None:
 
 
 def requested() -> int:
-    """0, STOP or REQUEUE: what this process has been asked for since `install`."""
+    """0, STOP or REQUEUE: what was asked of this process since `install`."""
     return asked
 
 
 def requeue_handler() -> Callable[[int, object], None] | None:
-    """submitit's handler of SIGUSR2, which puts the job back into the queue; None outside of its jobs."""
+    """submitit's handler of SIGUSR2, which queues the job again; None outside of submitit's jobs."""
     handler = before.get(signal.SIGUSR2)
     return handler if callable(handler) else None
 
 
 def ignore(worker_id: int = 0) -> None:
-    """Be deaf to requests. For loader workers: launchers signal whole process groups, and batches are still needed.
+    """Ignore requests to stop. In loader processes: launchers signal whole groups, and batches are still needed.
 
-    And for a process that has saved and ends: Python's own shutdown would let a second signal kill it.
+    And in a process that has saved and ends: a second signal would kill it while Python shuts down.
     """
     for number in MEANING:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """Kill the loader workers; being deaf, they would outlast multiprocessing's own SIGTERM, and it waits for them."""
-    workers = multiprocessing.active_children()
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
-    for worker in workers:
+    """Kill the loader processes: they ignore the SIGTERM of multiprocessing, which would wait for them without end."""
+    for worker in multiprocessing.active_children():
         worker.kill()
         worker.join()
 
 
 def end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when its launcher is killed: nobody else would end it."""
+    """Have Linux send this process SIGTERM when its launcher is killed: nothing else would end it."""
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,7 +1,6 @@
 """Images of every kind and damage, what becomes of those that cannot be read, and of loader processes that are lost."""
 
 import errno
-import importlib.util
 import io
 import json
 import math
@@ -21,15 +20,15 @@ import torch
 from PIL import Image
 from torch.utils.data._utils import signal_handling
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from training import MAINS, ROOT, arguments, command, environment, make_images, run, same, train
+from training import MAINS, SHORT, arguments, command, equal_states, load, make_images, read_until, run, start, train
 
-from util import signals
-from util.data import augment, datasets, images, loader
+from scripts import visualize
+from util import run_folder, signals
+from util.data import augment, datasets, images
 from util.data.datasets import ImageFiles
 from util.data.images import Reader, decode
 from util.errors import LostError, StorageError, UserError, run_main
 
-SHORT = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '0', '--lr', '1e-3']
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
@@ -122,13 +121,13 @@ DAMAGED = {
 }
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize('case', DAMAGED)
-def test_damaged_files_are_named(case, write, fault):
+def test_damaged_files_are_named(case, write):
     content, why = DAMAGED[case]
     path = write(content, 'bad.jpg')
     line = message(path)
     assert re.match(rf'cannot read the image {re.escape(path)}: .*{why}', line), line
-    fault(28, case, line.replace(path, '.../bad.jpg'), UserError.code, 'the image alone is concerned')
 
 
 @pytest.mark.parametrize(
@@ -183,8 +182,9 @@ KINDS = {  # name: (content, what is to be seen in it)
 }
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize('case', KINDS)
-def test_kinds_of_images(case, write, fault):
+def test_kinds_of_images(case, write):
     content, expected = KINDS[case]
     path = write(content, 'image.jpg')
     decoded = decode(path, images.MAX_PIXELS)
@@ -198,7 +198,6 @@ def test_kinds_of_images(case, write, fault):
     ):
         sample, _ = ImageFiles([path], None, transform, 0)[0, 0]
         assert (sample.shape, sample.dtype) == ((3, 32, 32), torch.uint8)
-    fault(29, case, 'none: it is RGB, of the right size', 0, 'all')
 
 
 def test_cmyk_jpegs_as_in_imagenet(write):
@@ -214,20 +213,20 @@ def test_formats():
     assert {extensions[name] for name in IMG_EXTENSIONS} == set(images.FORMATS)
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize('kind', ['GIF', 'ICO', 'TGA', 'PDF', 'EPS'])
-def test_other_formats_are_refused(kind, write, fault):
+def test_other_formats_are_refused(kind, write):
     path = write(encoded(PICTURE, kind))
     line = message(path)
     assert 'not a file of JPEG, PNG, PPM, BMP, TIFF, WEBP' in line
-    fault(29, f'{kind} named .png', line.replace(path, '.../image.png'), UserError.code, 'the image alone')
 
 
-def test_an_extreme_shape_in_evaluation(write, fault):
+@pytest.mark.fault(29)
+def test_an_extreme_shape_in_evaluation(write):
     """224 pixels of 4000x2 would be cut out of 512000x256, which is not made."""
     path = write(KINDS['4000x2'][0])
-    with pytest.raises(UserError, match='4000 x 2 pixels, its shorter side resized to 256, are more than') as error:
+    with pytest.raises(UserError, match='4000 x 2 pixels, its shorter side resized to 256, are more than'):
         ImageFiles([path], None, augment.eval_transform(224, 0.875), 0)[0, 0]
-    fault(29, '4000x2, evaluated', str(error.value).replace(path, '.../image.png'), UserError.code, 'the image alone')
     just = augment.eval_transform(32, 1.0, 64000 * 32)
     assert ImageFiles([path], None, just, 0)[0, 0][0].shape == (3, 32, 32)
     assert 'more than --max_pixels 2047999' in message(path, max_pixels=64000 * 32 - 1)
@@ -243,6 +242,7 @@ def tiff(order: str, depth: int, data: bytes) -> bytes:
 GRADIENT = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     ('case', 'content'),
     [
@@ -257,13 +257,12 @@ GRADIENT = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
         ('PGM of 10 bits', b'P5 64 64 1023\n' + (GRADIENT >> 6).astype('>u2').tobytes()),
     ],
 )
-def test_sixteen_bits_are_not_clipped(case, content, write, fault):
+def test_sixteen_bits_are_not_clipped(case, content, write):
     path = write(content)
     if 'transparent' in case:
         assert Image.open(path).info['transparency'] == 7
     means = np.asarray(decode(path, 10**6), dtype=float).mean((0, 1))
     assert means == pytest.approx([GRADIENT.mean() / 257] * 3, abs=0.6)
-    fault(30, f'16-bit {case}', f'none: a gradient of mean 127.5 has {means[0]:.1f} in 8 bits', 0, 'all')
 
 
 def test_twelve_bits(write):
@@ -276,16 +275,17 @@ def test_twelve_bits(write):
     assert np.asarray(decode(path, 10**6), dtype=float).mean() == pytest.approx(127, abs=0.6)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(('dtype', 'words'), [(np.int32, 'signed or 32-bit integers'), (np.float32, 'floating-point')])
-def test_ranges_that_are_not_known_are_refused(dtype, words, write, fault):
+def test_ranges_that_are_not_known_are_refused(dtype, words, write):
     path = write(encoded(Image.fromarray(GRADIENT.astype(dtype) * 100), 'TIFF'))
     line = message(path)
     assert f'its pixels are {words}' in line
     assert 'whose black and white are not known' in line
-    fault(30, f'TIFF of {np.dtype(dtype)}', line.replace(path, '.../image.tiff'), UserError.code, 'the image alone')
 
 
-def test_exif(write, fault):
+@pytest.mark.fault(31)
+def test_exif(write):
     """Rotation is ignored, as in the papers; what is broken is nobody's loss."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -296,11 +296,10 @@ def test_exif(write, fault):
     for broken in (b'Exif\0\0' + RNG.bytes(60), b'Exif\0\0MM\0*\xff\xff\xff\xff', b'Exif\0\0'):
         path = write(encoded(PICTURE, 'JPEG', quality=95, exif=broken), 'b.jpg')
         assert np.array_equal(np.asarray(decode(path, 10**6)), plain)
-    fault(31, 'broken EXIF', 'none: its pixels are read', 0, 'all')
-    fault(31, 'EXIF rotation', 'none: it is ignored, as in the papers', 0, 'all')
 
 
-def test_bombs(write, fault, recwarn):
+@pytest.mark.fault(32)
+def test_bombs(write, recwarn):
     side = 10_000
     bomb = write(encoded(Image.new('1', (side, side)), 'PNG'))
     assert os.path.getsize(bomb) < 20_000
@@ -309,9 +308,6 @@ def test_bombs(write, fault, recwarn):
     seconds = time.perf_counter() - began
     assert '10000 x 10000 pixels are more than --max_pixels 50000000' in line
     assert seconds < 0.2  # decoding takes seconds
-    case = f'a {os.path.getsize(bomb) / 1000:.0f} KB PNG of 100 million pixels'
-    left = f'nothing was decoded: {1000 * seconds:.0f} ms'
-    fault(32, case, line.replace(bomb, '.../bomb.png'), UserError.code, left)
     assert decode(bomb, side**2).size == (side, side)
     assert not recwarn.list  # no limit but ours
 
@@ -320,33 +316,32 @@ def test_bombs(write, fault, recwarn):
 # folders
 
 
-def test_folders_that_cannot_train(said, tmp_path, fault):
+@pytest.mark.fault(33)
+def test_folders_that_cannot_train(said, tmp_path):
     data = make_images(tmp_path / 'data', per_class=4)
-    cases = []
 
-    def case(name: str, words: str, stage: str, folder, *flags) -> None:
+    def check(words: str, stage: str, folder, *flags) -> None:
         code, line = said(stage, folder, *flags)
         assert (code, bool(re.search(words, line))) == (2, True), line
-        cases.append((name, line))
+        assert not (tmp_path / 'out').exists()
 
     (tmp_path / 'empty').mkdir()
-    case('zero images', 'no images in', 'pretrain', tmp_path / 'empty')
+    check('no images in', 'pretrain', tmp_path / 'empty')
     make_images(tmp_path / 'one', 1, 1, 1)
     batch = ['--batch_size', '16']
     for stage in MAINS:
-        case(f'one image, {stage}', '1 training images in .* are fewer than one step', stage, tmp_path / 'one', *batch)
-        case(f'fewer images than a batch, {stage}', '12 training images in .* are fewer', stage, data, *batch)
+        check('1 training images in .* are fewer than one step', stage, tmp_path / 'one', *batch)
+        check('12 training images in .* are fewer', stage, data, *batch)
     shutil.copytree(data, tmp_path / 'other')
     (tmp_path / 'other/val/class1').rename(tmp_path / 'other/val/klass1')
-    case('class names differ', r"differ: \['class1', 'klass1'\]", 'finetune', tmp_path / 'other')
+    check(r"differ: \['class1', 'klass1'\]", 'finetune', tmp_path / 'other')
     shutil.rmtree(data / 'val/class2')
     (data / 'val/class2').mkdir()
-    case('an empty class folder', 'no images in .*val/class2', 'finetune', data)
-    for name, line in cases:
-        fault(33, name, line, 2, 'nothing was written' if not (tmp_path / 'out').exists() else 'an empty folder')
+    check('no images in .*val/class2', 'finetune', data)
 
 
-def test_links_in_a_circle(tmp_path, fault):
+@pytest.mark.fault(34)
+def test_links_in_a_circle(tmp_path):
     data = make_images(tmp_path / 'data', 2, 2, 1)
     before = datasets.list_images(data)
     (data / 'train/class0/up').symlink_to(data)
@@ -356,7 +351,6 @@ def test_links_in_a_circle(tmp_path, fault):
     elsewhere = make_images(tmp_path / 'elsewhere', 1, 1, 1)
     (data / 'more').symlink_to(elsewhere)
     assert len(datasets.list_images(data)) == len(before) + 2
-    fault(34, 'links in a circle', 'none: each folder is listed once', 0, 'all')
 
 
 STRANGE = {
@@ -367,8 +361,9 @@ STRANGE = {
 }
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize('case', STRANGE)
-def test_strange_names(case, tmp_path, fault):
+def test_strange_names(case, tmp_path):
     """They are read, and where they cannot be, are named in one line of UTF-8, on the list too."""
     path = os.path.join(os.fsencode(tmp_path), STRANGE[case])
     with open(path, 'wb') as file:
@@ -381,9 +376,8 @@ def test_strange_names(case, tmp_path, fault):
     line.encode()
     reader = Reader(listing=tmp_path / 'list.txt', max_share=0.5)
     for _ in range(2):
-        reader.leave_out(found, 'why', 2)
+        reader.skip(found, 'why', 2)
     assert len((tmp_path / 'list.txt').read_bytes().splitlines()) == 1
-    fault(34, f'a name with {case}', line.replace(str(tmp_path), '...'), UserError.code, 'the image alone')
 
 
 @pytest.fixture
@@ -397,7 +391,8 @@ def nobody():
         os.seteuid(0)
 
 
-def test_no_permission(tmp_path, request, fault):
+@pytest.mark.fault(34)
+def test_no_permission(tmp_path, request):
     data = make_images(tmp_path / 'data', 2, 2, 1)
     for folder in (tmp_path, *tmp_path.parents):
         if folder.name.startswith(('test_', 'pytest-', 'popen-')):
@@ -407,10 +402,8 @@ def test_no_permission(tmp_path, request, fault):
     request.getfixturevalue('nobody')
     line = message(str(data / 'train/class0/0.png'))
     assert 'Permission denied' in line
-    with pytest.raises(UserError, match=r'cannot list the folder \S+class1: Permission denied') as error:
+    with pytest.raises(UserError, match=r'cannot list the folder \S+class1: Permission denied'):
         datasets.list_images(data)
-    fault(34, 'an unreadable file', line.replace(str(tmp_path), '...'), 2, 'the image alone')
-    fault(34, 'an unreadable folder', str(error.value).replace(str(tmp_path), '...'), 2, 'nothing was started')
 
 
 # --------------------------------------------------------------------------
@@ -425,23 +418,24 @@ def spoil(data, *places: str) -> list[str]:
 
 
 @pytest.fixture
-def data(tmp_path):
-    return make_images(tmp_path / 'data')
+def data(images, tmp_path):
+    """A copy, to be changed."""
+    return shutil.copytree(images, tmp_path / 'data')
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize('workers_per_process', [0, 2])
 @pytest.mark.parametrize('stage', MAINS)
-def test_the_first_bad_image_ends_the_run(stage, workers_per_process, data, said, fault):
+def test_the_first_bad_image_ends_the_run(stage, workers_per_process, data, said):
     spoil(data, 'train/class1/7.png')
     code, line = said(stage, data, *SHORT, '--num_workers', workers_per_process)
-    why = 'not a file of JPEG, PNG, PPM, BMP, TIFF, WEBP; --bad_images skip leaves such images out'
+    why = 'not a file of JPEG, PNG, PPM, BMP, TIFF, WEBP; --bad_images skip skips such images'
     assert line.endswith(f'error: cannot read the image .../data/train/class1/7.png: {why}')
     assert code == 2
-    fault(28, f'{stage}, {workers_per_process} loader processes', line, code, 'what was saved before')
 
 
 def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
-    trained = [*SHORT, '--epochs', '1']
+    trained = [*SHORT, '--epochs', '1', '--warmup_epochs', '0']
     train('finetune', data, tmp_path / 'trained', *trained)
     train('pretrain', data, tmp_path / 'pretrained', *trained)
     spoil(data, 'val/class0/3.png', 'train/class0/0.png')
@@ -452,18 +446,15 @@ def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
     assert line.format('val/class0/3.png') in ends.stderr.replace(str(tmp_path), '...')
     code, found = said('pretrain', data, *SHORT, '--vis_freq', '1')
     assert (code, line.format('train/class0/0.png') in found) == (2, True), found
-    spec = importlib.util.spec_from_file_location('visualize', ROOT / 'scripts/visualize.py')
-    visualize = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(visualize)
     argv = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', str(data / 'val/class0/3.png')]
     argv += ['--checkpoint', str(tmp_path / 'pretrained/checkpoint-last.pth'), '--output', str(tmp_path / 'a.png')]
     with pytest.raises(UserError, match=r'cannot read the image \S+/val/class0/3\.png: not a file of [A-Z, ]+$'):
         visualize.main(visualize.get_args_parser().parse(argv))
 
 
-def test_left_out_images_do_not_count_in_evaluation(data, said, tmp_path, capsys):
+def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys):
     """Accuracy and loss are those over the others."""
-    train('finetune', data, tmp_path / 'run', *SHORT, '--epochs', '1')
+    train('finetune', data, tmp_path / 'run', *SHORT, '--epochs', '1', '--warmup_epochs', '0')
     flags = ['--batch_size', '4', '--eval', '--resume', tmp_path / 'run/checkpoint-best.pth']
 
     def lines(folder, *more) -> list[str]:
@@ -489,10 +480,8 @@ def test_left_out_images_do_not_count_in_evaluation(data, said, tmp_path, capsys
     )
 
 
-STATE = ('model', 'optimizer', 'epoch', 'step', 'logger', 'record')
-
-
-def test_skipping_depends_on_nothing_but_the_seed(data, tmp_path, promise):
+@pytest.mark.promise(11)
+def test_skipping_depends_on_nothing_but_the_seed(data, tmp_path, measured):
     """Any number of workers, resumed or not: the same bytes. Counted once, on the list, in the logs."""
     bad = spoil(data, 'train/class1/7.png', 'train/class0/2.png', 'train/class2/2.png')
     flags = [*SHORT, '--save_freq', '1', '--vis_freq', '1', '--bad_images', 'skip', '--max_bad_images', '0.05']
@@ -504,21 +493,21 @@ def test_skipping_depends_on_nothing_but_the_seed(data, tmp_path, promise):
         shutil.copy(tmp_path / 'whole' / name, tmp_path / 'resumed')
     resumed = train('pretrain', data, tmp_path / 'resumed', *flags, '--resume', 'auto')
     assert first['epoch'] == 0
-    for other in (helped, resumed):
-        assert all(same(other[key], whole[key]) for key in STATE)
+    assert equal_states(helped, whole)
+    assert equal_states(resumed, whole)
     for name in ('whole', 'helped', 'resumed'):
         listed = (tmp_path / name / 'bad_images.txt').read_text().splitlines()
         assert sorted(line.partition('\t')[0] for line in listed) == sorted(bad)
         last = json.loads((tmp_path / name / 'log.txt').read_text().splitlines()[-1])
         assert last['bad_images'] == 3
-    promise(
-        11,
+    measured(
         f'{len(bad)} of 66 images cannot be read: replaced, listed once each; weights with 0 and 2 loader '
-        f'processes, and resumed, differ by 0',
+        f'processes, and resumed, differ by 0'
     )
 
 
-def test_more_than_the_share_end_the_run(data, said, tmp_path, promise):
+@pytest.mark.promise(11)
+def test_more_than_the_share_end_the_run(data, said, tmp_path, measured):
     spoil(data, *(f'train/class1/{i}.png' for i in range(5)))
     share = ['--bad_images', 'skip', '--max_bad_images', '0.05']
     code, line = said('pretrain', data, *SHORT, *share, '--num_workers', '2')
@@ -530,7 +519,7 @@ def test_more_than_the_share_end_the_run(data, said, tmp_path, promise):
     assert re.search(words + r'\.\.\./data/train/class1/\d\.png: not a file', line), line
     listed = (tmp_path / 'out/bad_images.txt').read_text().splitlines()
     assert len(set(listed)) == len(listed) >= 4
-    promise(11, f'more than the share: {line.partition("error: ")[2][:70]}..., exit code {code}')
+    measured(f'more than the share: {line.partition("error: ")[2][:70]}..., exit code {code}')
     # the count of a run that begins anew begins anew; that of one that goes on goes on
     (tmp_path / 'out/bad_images.txt').write_text(''.join(f'mended{i}.png\twhy\n' for i in range(9)))
     spoil(data, *(f'val/class1/{i}.png' for i in range(5)))
@@ -562,10 +551,11 @@ def test_replacements(data, tmp_path):
     assert any(not torch.equal(other[2, i][0], forward[i][0]) for i in range(22))
     copies = [other[1, 0, copy][1] for copy in range(3)]
     assert copies == [forward[0][1]] * 3
-    assert len(reader.left_out()) == 22
+    assert len(reader.skipped()) == 22
 
 
-def test_two_ranks_keep_one_list(data, tmp_path, promise):
+@pytest.mark.promise(11)
+def test_two_ranks_keep_one_list(data, tmp_path, measured):
     bad = spoil(data, *(f'train/class1/{i}.png' for i in range(6)))
     share = ['--bad_images', 'skip', '--max_bad_images', '0.2', '--num_workers', '2']
     done = run('finetune', data, tmp_path / 'out', *SHORT, *share, ranks=2, timeout=60)
@@ -573,7 +563,7 @@ def test_two_ranks_keep_one_list(data, tmp_path, promise):
     listed = (tmp_path / 'out/bad_images.txt').read_text().splitlines()
     assert sorted(line.partition('\t')[0] for line in listed) == sorted(bad)
     assert 'bad_images: 6' in done.stdout
-    promise(11, f'2 ranks x 2 loader processes, 2 epochs: {len(listed)} lines for {len(bad)} bad images')
+    measured(f'2 ranks x 2 loader processes, 2 epochs: {len(listed)} lines for {len(bad)} bad images')
 
 
 # --------------------------------------------------------------------------
@@ -628,12 +618,9 @@ def test_an_empty_mount_point_is_gone(tmp_path):
 
 def started(stage: str, data, output, *flags) -> subprocess.Popen:
     """A run that has trained for a step."""
-    line = command(stage, data, output, *flags)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    for text in process.stdout:
-        if '[1/' in text:
-            return process
-    pytest.fail(process.stderr.read())
+    process = start(command(stage, data, output, *flags))
+    read_until(process, '[1/')
+    return process
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
@@ -647,21 +634,11 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, line
 
 
-LONG = [
-    '--batch_size',
-    '8',
-    '--epochs',
-    '10000',
-    '--warmup_epochs',
-    '0',
-    '--save_freq_steps',
-    '1',
-    '--num_workers',
-    '2',
-]
+LONG = [*SHORT, '--epochs', '10000', '--save_freq_steps', '1', '--num_workers', '2']
 
 
-def test_data_that_vanish_in_a_run(data, tmp_path, fault):
+@pytest.mark.fault(35)
+def test_data_that_vanish_in_a_run(data, tmp_path):
     process = started('pretrain', data, tmp_path / 'out', *LONG, '--data_retries', '1')
     data.rename(tmp_path / 'away')
     code, line = ended(process)
@@ -670,8 +647,7 @@ def test_data_that_vanish_in_a_run(data, tmp_path, fault):
     assert re.search(
         r'error: \.\.\./data/train/\S+\.png is gone: 2 attempts over 0\.\d s; No such file or directory', line
     )
-    saved = torch.load(tmp_path / 'out/checkpoint-last.pth', weights_only=True)
-    fault(35, 'the data folder is moved away', line, code, f'the checkpoint of step {saved["step"]}, which loads')
+    assert load(tmp_path / 'out')['step'] >= 1
 
 
 # --------------------------------------------------------------------------
@@ -683,14 +659,15 @@ def children(process: subprocess.Popen) -> list[int]:
         return [int(pid) for pid in file.read().split()]
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ('number', 'words'),
     [
-        (signal.SIGKILL, r'DataLoader worker \(pid {pid}\) is killed by signal: Killed'),
+        (signal.SIGKILL, r'loader process {pid} was killed by SIGKILL'),
         (signal.SIGSTOP, r'no loader process has answered for 3\.6 seconds'),
     ],
 )
-def test_a_lost_loader_process_ends_the_run(number, words, data, tmp_path, fault):
+def test_a_lost_loader_process_ends_the_run(number, words, data, tmp_path):
     process = started('pretrain', data, tmp_path / 'out', *LONG, '--dist_timeout', '4')
     pids = children(process)
     os.kill(pids[0], number)
@@ -703,10 +680,7 @@ def test_a_lost_loader_process_ends_the_run(number, words, data, tmp_path, fault
     assert re.search(words.format(pid=pids[0]) + named, line), line
     assert seconds < 20
     assert not any(os.path.exists(f'/proc/{pid}') for pid in pids)
-    saved = torch.load(tmp_path / 'out/checkpoint-last.pth', weights_only=True)
-    fault(
-        23, f'a loader process gets {number.name}', line, code, f'the checkpoint of step {saved["step"]}, which loads'
-    )
+    assert load(tmp_path / 'out')['step'] >= 1
 
 
 class Faulty(ImageFiles):
@@ -722,13 +696,14 @@ class Faulty(ImageFiles):
         return super().image(index)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.timeout(30)
-def test_loader_processes_that_end_or_hang(data, workers, fault):
+def test_loader_processes_that_end_or_hang(data, workers):
     files = datasets.pretraining_files(data)
     transform = augment.eval_transform(32, 1.0)
     plan = datasets.eval_batches(len(files), 4, 0, 1)
     for deed, words in (
-        (lambda: os._exit(0), r'(DataLoader worker \(pid\(s\) \d+\)|a loader process) exited unexpectedly'),
+        (lambda: os._exit(0), r'loader process \d+ exited with code 0'),
         (lambda: os.kill(os.getpid(), signal.SIGSTOP), r'no loader process has answered for 1\.8 seconds'),
     ):
         patience = 2 if 'answered' in words else 20
@@ -742,10 +717,6 @@ def test_loader_processes_that_end_or_hang(data, workers, fault):
         expected = ', '.join(files[4 * count : 4 * count + 3])
         worker = f'loader worker {count % 2} was to bring the next 4 images: {expected}, ...'
         assert re.match(f'{words}; {worker}', line), line
-        name = 'os._exit(0)' if 'exited' in line else 'SIGSTOP'
-        fault(
-            23, f'{name} in a loader process', line.replace(str(data), '...'), LostError.code, 'what was saved before'
-        )
 
 
 @pytest.mark.timeout(30)
@@ -757,9 +728,10 @@ def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
     next(batches)
     [worker] = signals.multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    while not loader.lost:
+    while run_folder.alive(worker.pid):  # here torch's handler would raise
         time.sleep(0.01)
-    with pytest.raises(LostError, match=rf'pid {worker.pid}\) is killed by signal: Killed; loader worker 0 was to'):
+    time.sleep(0.1)
+    with pytest.raises(LostError, match=f'loader process {worker.pid} was killed by SIGKILL; loader worker 0 was to'):
         next(batches)
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision import transforms
-from training import make_images
 
 import models_mirl
 from util import rng
@@ -105,11 +104,6 @@ def test_masks_belong_to_samples_not_to_ranks():
         assert torch.equal(masks(*split), whole)
     assert not torch.equal(masks(12, 1, 1, step=6), whole)
     assert len(whole.unique(dim=0)) == 12
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'), per_class=4)
 
 
 def test_batches_are_what_pil_gives(images):

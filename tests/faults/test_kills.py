@@ -17,30 +17,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import ROOT, arguments, command, environment, load, make_images, processes_of, same
+from training import MIXED, ROOT, SHORT, arguments, command, environment, equal_states, load, processes_of
 
 from util import checkpoint, digests
 from util.errors import run_main
 
 KILLS = int(os.environ.get('KILLS', '200'))
-COMMON = ['--batch_size', '8', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3', '--save_freq_steps', '1']
-COMMON += ['--save_freq', '1', '--keep_last', '2']
+COMMON = [*SHORT, '--epochs', '3', '--save_freq_steps', '1', '--save_freq', '1', '--keep_last', '2']
 # a model of every method, with and without BatchNorm; evaluation, averages and mixup; accumulation; loader processes
 CASES = {
     'MIRL': ('pretrain', ['--accum_iter', '2']),
     'MIRL, two loader processes': ('pretrain', ['--num_workers', '2']),
-    'MIRL fine-tuned': ('finetune', ['--mixup', '0.8', '--cutmix', '1', '--use_ema', '--drop_path', '0.2']),
+    'MIRL fine-tuned': ('finetune', MIXED),
     'MixMAE': ('pretrain', ['--model', 'mixmae_tiny']),
     'LocalMIM': ('pretrain', ['--model', 'localmim_vit_tiny']),
     'A2MIM, ResNet': ('pretrain', ['--model', 'a2mim_resnet_tiny', '--opt', 'lamb']),
 }
-KEPT = ('model', 'ema', 'optimizer', 'scaler', 'record', 'epoch', 'step', 'logger')
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(60 + 30 * KILLS)]
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))  # 66 images: 8 steps an epoch
 
 
 @pytest.fixture(scope='module')
@@ -71,9 +64,9 @@ def begin(stage: str, flags: list[str], log: Path) -> None:
 class Chain:
     """A run that is begun again and again in one folder."""
 
-    def __init__(self, server, stage: str, data: Path, folder: Path, flags: list[str]):
+    def __init__(self, server, stage: str, images: Path, folder: Path, flags: list[str]):
         self.server, self.stage, self.folder = server, stage, folder
-        self.flags = arguments(stage, data, folder, *flags, '--resume', 'auto')
+        self.flags = arguments(stage, images, folder, *flags, '--resume', 'auto')
         self.log = folder.with_suffix('.log')
 
     def go(self, seconds: float | None) -> int | None:
@@ -102,12 +95,14 @@ def unloadable(folder: Path) -> list[str]:
     return bad
 
 
-def test_random_kills(server, data, tmp_path, promise, fault):
+@pytest.mark.promise(4)
+@pytest.mark.fault(15)
+def test_random_kills(server, images, tmp_path, measured):
     rng = random.Random(KILLS)
     kills = runs = resumes = torn = 0
     undisturbed, seconds = {}, {}
     for name, (stage, flags) in CASES.items():
-        chain = Chain(server, stage, data, tmp_path / f'whole {name}', [*COMMON, *flags])
+        chain = Chain(server, stage, images, tmp_path / f'whole {name}', [*COMMON, *flags])
         began = time.monotonic()
         assert chain.go(100) == 0, chain.log.read_text()[-3000:]
         undisturbed[name], seconds[name] = load(chain.folder), time.monotonic() - began
@@ -116,7 +111,7 @@ def test_random_kills(server, data, tmp_path, promise, fault):
             break
         runs += 1
         stage, flags = CASES[name]
-        chain, code = Chain(server, stage, data, tmp_path / f'run {runs}', [*COMMON, *flags]), None
+        chain, code = Chain(server, stage, images, tmp_path / f'run {runs}', [*COMMON, *flags]), None
         while code is None:
             code = chain.go(rng.uniform(0, seconds[name]) if kills < KILLS else 100)
             if code is None:
@@ -125,27 +120,25 @@ def test_random_kills(server, data, tmp_path, promise, fault):
                 torn += bool(list(chain.folder.glob('.checkpoint-*.tmp')))
                 assert not unloadable(chain.folder)
         assert code == 0, chain.log.read_text()[-3000:]
-        last = load(chain.folder)
-        assert all(same(last.get(key), undisturbed[name].get(key)) for key in KEPT), f'{name}: other bytes'
+        assert equal_states(load(chain.folder), undisturbed[name]), f'{name}: other bytes'
         assert not list(chain.folder.glob('.*.tmp'))
         assert len(checkpoint.numbered(chain.folder)) == 2
     assert not processes_of(tmp_path)
-    figure = (
+    measured(
         f'{kills} random kills of {runs} runs: 0 checkpoints unloadable, 0 runs that did not resume, 0 final states '
         f'different; {torn} kills fell into the writing of a file, {kills - resumes} before the first checkpoint'
     )
-    promise(4, figure)
-    fault(15, f'{kills} random kills', 'removed 1 unfinished files of a run that was killed', 0, figure)
 
 
+@pytest.mark.promise(4)
 @pytest.mark.skipif(KILLS < 20, reason='ten kills are of single processes')
-def test_random_kills_of_ranks(data, tmp_path, promise):
+def test_random_kills_of_ranks(images, tmp_path, measured):
     """Under torchrun: rank 0, rank 1, or torchrun itself."""
     flags = [*COMMON, '--batch_size', '4', '--resume', 'auto', '--dist_timeout', '10']
     rng, kills = random.Random(2), 0
 
     def go(folder: Path, seconds: float | None) -> int | None:
-        line = command('pretrain', data, folder, *flags, ranks=2)
+        line = command('pretrain', images, folder, *flags, ranks=2)
         with open(folder.with_suffix('.log'), 'ab') as log:
             process = subprocess.Popen(line, stdout=log, stderr=log, env=environment(), start_new_session=True)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -165,5 +158,5 @@ def test_random_kills_of_ranks(data, tmp_path, promise):
             kills += code is None
             assert not unloadable(folder)
         assert code == 0, folder.with_suffix('.log').read_text()[-3000:]
-        assert all(same(load(folder)[key], load(tmp_path / 'whole')[key]) for key in ('model', 'optimizer', 'logger'))
-    promise(4, f'{kills} random kills of a rank or of torchrun: 0 unloadable, 0 not resumed, 0 different')
+        assert equal_states(load(folder), load(tmp_path / 'whole'))
+    measured(f'{kills} random kills of a rank or of torchrun: 0 unloadable, 0 not resumed, 0 different')

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -13,27 +12,19 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from training import MAINS, ROOT, load, make_images, run, same, train
+from training import MAINS, MIXED, SHORT, load, run, same, train
 
 import engine_finetune
 import engine_pretrain
+from scripts import replay_step
 from util import checkpoint, diagnosis, optim
 from util.data.datasets import EpochBatches
 from util.errors import DivergedError, UserError
 from util.log import MetricLogger
 
-sys.path.append(str(ROOT / 'scripts'))
-import replay_step
-
-FLAGS = ['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '0', '--lr', '1e-3']
-FINETUNE = ['--mixup', '0.8', '--cutmix', '1.0', '--use_ema', '--drop_path', '0.2']
+FLAGS = [*SHORT, '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '0']
 RESNET = ['--model', 'a2mim_resnet_tiny', '--opt', 'lamb']
 ENGINES = {'pretrain': engine_pretrain, 'finetune': engine_finetune}
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
 
 
 def spoil(monkeypatch, stage: str, steps, how=lambda training, loss: loss * math.nan) -> None:
@@ -51,10 +42,10 @@ def bad_gradient(training, loss):
     return loss + (next(training.core.parameters()) * 0).sum().sqrt()
 
 
-def diverge(stage, data, output, *flags) -> str:
+def diverge(stage, images, output, *flags) -> str:
     """Train until the run ends by itself; returns its line, with the folder's name left out."""
     with pytest.raises(DivergedError) as caught:
-        train(stage, data, output, *flags)
+        train(stage, images, output, *flags)
     assert caught.value.code == 3
     return str(caught.value).replace(f'{output}/', '')
 
@@ -80,8 +71,8 @@ def without_counters(state: dict) -> dict:
 # the streak, the stop, and what they leave
 
 
-@pytest.mark.parametrize(('stage', 'more'), [('pretrain', []), ('pretrain', RESNET), ('finetune', FINETUNE)])
-def test_a_streak_changes_nothing(stage, more, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('stage', 'more'), [('pretrain', []), ('pretrain', RESNET), ('finetune', MIXED)])
+def test_a_streak_changes_nothing(stage, more, images, tmp_path, monkeypatch):
     """Weights, moments, statistics and averages stay, however late it shows; no checkpoint is written any more."""
     states, save = [], checkpoint.save
 
@@ -92,7 +83,7 @@ def test_a_streak_changes_nothing(stage, more, data, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, 'save', save_and_keep)
     spoil(monkeypatch, stage, range(2, 100))
     flags = [*FLAGS, '--save_freq_steps', '2', '--print_freq', '100', '--max_bad_steps', '2', *more]
-    line = diverge(stage, data, tmp_path, *flags)
+    line = diverge(stage, images, tmp_path, *flags)
     assert line == (
         'epoch 1, step 1 of 4: loss or gradient was not finite in 3 steps in a row (--max_bad_steps 2); no such step '
         "changed a weight; rank 0's loss was not finite; "
@@ -139,32 +130,33 @@ def test_a_streak_changes_nothing(stage, more, data, tmp_path, monkeypatch):
     sampler.start(1)
     for items, step in zip(sampler, seen['micro_steps'], strict=False):
         assert [tuple(sample['item']) for sample in step['samples']] == items
-        assert all(sample['path'].startswith(str(data / 'train')) for sample in step['samples'])
+        assert all(sample['path'].startswith(str(images / 'train')) for sample in step['samples'])
 
 
-def test_a_streak_across_a_resume(data, tmp_path, monkeypatch):
+def test_a_streak_across_a_resume(images, tmp_path, monkeypatch):
     """The resumed run ends where the uninterrupted one does; of older checkpoints the count starts anew."""
     flags = [*FLAGS, '--save_freq_steps', '1']
     spoil(monkeypatch, 'pretrain', range(2, 100))
-    line = diverge('pretrain', data, tmp_path / 'whole', *flags)
+    line = diverge('pretrain', images, tmp_path / 'whole', *flags)
     assert line.startswith('epoch 1, step 2 of 4: ')
     state = load(tmp_path / 'whole')
     assert (state['epoch'], state['step'], state['guard']) == (1, 1, {'streak': 3, 'bad_steps': 3})
-    assert diverge('pretrain', data, tmp_path / 'whole', *flags, '--resume', 'auto') == line
+    assert diverge('pretrain', images, tmp_path / 'whole', *flags, '--resume', 'auto') == line
     assert record_of(tmp_path / 'whole')['bad_steps'] == 4
 
     del state['guard']
     (tmp_path / 'older').mkdir()
     checkpoint.save(tmp_path / 'older' / 'checkpoint-last.pth', state)
-    line = diverge('pretrain', data, tmp_path / 'older', *flags, '--resume', 'auto')
+    line = diverge('pretrain', images, tmp_path / 'older', *flags, '--resume', 'auto')
     assert line.startswith('epoch 2, step 1 of 4: ')  # four steps on
 
 
-def test_some_bad_steps_are_survived(data, tmp_path, monkeypatch, capsys, promise):
+@pytest.mark.promise(10)
+def test_some_bad_steps_are_survived(images, tmp_path, monkeypatch, capsys, measured):
     """As many as are allowed in a row, twice: counted in lines, log.txt and TensorBoard, and in no average."""
     bad = {1, 2, 3, 6, 7, 8}
     spoil(monkeypatch, 'pretrain', bad)
-    state = train('pretrain', data, tmp_path, *FLAGS)
+    state = train('pretrain', images, tmp_path, *FLAGS)
     assert state['guard'] == {'streak': 0, 'bad_steps': 6}
     assert {int(moments['step']) for moments in state['optimizer']['state'].values()} == {12 - 6}
     lines = re.findall(r'Epoch: .*', capsys.readouterr().out)
@@ -177,21 +169,22 @@ def test_some_bad_steps_are_survived(data, tmp_path, monkeypatch, capsys, promis
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.value for event in events.Scalars('bad_steps')] == shown
-    promise(10, f'{len(bad)} bad steps of 12, at most 3 in a row: left out, the run goes on')
+    measured(f'{len(bad)} bad steps of 12, at most 3 in a row: left out, the run goes on')
 
 
-def test_after_a_stop(data, tmp_path, monkeypatch, promise):
+@pytest.mark.promise(10)
+def test_after_a_stop(images, tmp_path, monkeypatch, measured):
     """The last checkpoint is finite, and goes on to the end where the cause is gone."""
     with monkeypatch.context() as patch:
         spoil(patch, 'pretrain', range(5, 100))
-        diverge('pretrain', data, tmp_path, *FLAGS, '--save_freq_steps', '1')
+        diverge('pretrain', images, tmp_path, *FLAGS, '--save_freq_steps', '1')
     stopped = load(tmp_path)
     assert (stopped['epoch'], stopped['step']) == (1, 4)
     finite = [value.isfinite().all() for value in stopped['model'].values()]
     assert all(finite)
-    ended = train('pretrain', data, tmp_path, *FLAGS, '--resume', 'auto')
+    ended = train('pretrain', images, tmp_path, *FLAGS, '--resume', 'auto')
     assert (ended['epoch'], ended['step'], ended['guard']) == (2, 4, {'streak': 0, 'bad_steps': 3})
-    promise(10, f'after a stop: {sum(finite)} of {len(finite)} saved tensors finite, and the run resumes to its end')
+    measured(f'after a stop: {sum(finite)} of {len(finite)} saved tensors finite, and the run resumes to its end')
 
 
 def underflow(monkeypatch):
@@ -216,22 +209,21 @@ CASES = {
 }
 
 
+@pytest.mark.fault(26, 27)
 @pytest.mark.parametrize('case', CASES)
-def test_causes(case, data, tmp_path, monkeypatch, fault):
+def test_causes(case, images, tmp_path, monkeypatch):
     """Each ends with code 3 within the steps allowed, and what was saved before it can be loaded."""
     cause, flags, why = CASES[case]
     cause(monkeypatch)
-    line = diverge('pretrain', data, tmp_path, *FLAGS, *flags, '--save_freq_steps', '1')
+    line = diverge('pretrain', images, tmp_path, *FLAGS, *flags, '--save_freq_steps', '1')
     assert why in line
     state = load(tmp_path)
     record = record_of(tmp_path)
     assert state['guard']['streak'] == record['max_bad_steps']
     assert all(value.isfinite().all() for value in state['model'].values())
-    number = 27 if 'rate' in case else 26
-    fault(number, case, line, DivergedError.code, f'checkpoint of epoch {state["epoch"]}, step {state["step"]}; loads')
 
 
-def test_the_diagnosis_cannot_be_written(data, tmp_path, monkeypatch):
+def test_the_diagnosis_cannot_be_written(images, tmp_path, monkeypatch):
     """A full disk is told beside what matters more."""
     save = checkpoint.save
 
@@ -242,7 +234,7 @@ def test_the_diagnosis_cannot_be_written(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, 'save', full)
     spoil(monkeypatch, 'pretrain', range(100))
-    line = diverge('pretrain', data, tmp_path, *FLAGS)
+    line = diverge('pretrain', images, tmp_path, *FLAGS)
     assert line.endswith('diagnosis.json could not be written: [Errno 28] No space left on device')
 
 
@@ -266,12 +258,13 @@ def test_averages_are_over_what_is_finite():
 # two ranks
 
 
-def test_two_ranks_go_on_alike(data, tmp_path, promise):
+@pytest.mark.promise(10)
+def test_two_ranks_go_on_alike(images, tmp_path, measured):
     """Whichever rank's loss was bad: both have the same weights, and the same as if it had been the other's."""
     flags = ['--batch_size', '8', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-3']
     ends = []
     for rank in (0, 1):
-        done = run('pretrain', data, tmp_path / str(rank), *flags, ranks=2, fault=f'nan:{rank}:1-2')
+        done = run('pretrain', images, tmp_path / str(rank), *flags, ranks=2, fault=f'nan:{rank}:1-2')
         assert done.returncode == 0, done.stderr
         digests = re.findall(r'rank \d: weights (\w+)', done.stdout)
         assert len(digests) == 2
@@ -280,10 +273,12 @@ def test_two_ranks_go_on_alike(data, tmp_path, promise):
         assert ends[-1]['guard'] == {'streak': 0, 'bad_steps': 2}
         assert {int(moments['step']) for moments in ends[-1]['optimizer']['state'].values()} == {4 - 2}
     assert all(same(ends[0][key], ends[1][key]) for key in ('model', 'optimizer', 'guard'))
-    promise(10, 'NaN on one of two ranks in 2 steps: weights of both equal to the bit, whichever rank it was')
+    measured('NaN on one of two ranks in 2 steps: weights of both equal to the bit, whichever rank it was')
 
 
-def test_the_image_of_one_rank(tmp_path, capsys, fault, promise):
+@pytest.mark.promise(10)
+@pytest.mark.fault(26)
+def test_the_image_of_one_rank(tmp_path, capsys, measured):
     """Two ranks, one image that no float32 can hold: rank, image and module are named, on both ranks alike."""
     sampler = EpochBatches(33, 4, 1, 1, 2, seed=0)
     sampler.start(0, 2)
@@ -317,9 +312,7 @@ def test_the_image_of_one_rank(tmp_path, capsys, fault, promise):
     assert state['step'] == 2
     finite = all(value.isfinite().all() for value in state['model'].values())
     assert finite
-    line = line.replace(f'{tmp_path}/', '')
-    fault(26, 'an image that overflows, on rank 1 of 2', line, 3, f'checkpoint of step {state["step"]}; loads')
-    promise(10, f'NaN on rank 1 of 2: exit codes {", ".join(codes)} of the ranks; weights finite: {finite}; loads')
+    measured(f'NaN on rank 1 of 2: exit codes {", ".join(codes)} of the ranks; weights finite: {finite}; loads')
 
     shown = replay(folder, capsys)
     assert shown.splitlines()[1].startswith('rank 1, micro-step 0: loss nan')
@@ -336,15 +329,16 @@ def test_the_image_of_one_rank(tmp_path, capsys, fault, promise):
 # the replay
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize(
     ('stage', 'more', 'module'),
     [
         ('pretrain', [], 'blocks.2.mlp.fc1'),
         ('pretrain', ['--model', 'a2mim_resnet_tiny'], 'encoder.layer2.0.conv1'),
-        ('finetune', FINETUNE, 'blocks.1.attn.qkv'),
+        ('finetune', MIXED, 'blocks.1.attn.qkv'),
     ],
 )
-def test_a_poisoned_weight_is_found(stage, more, module, data, tmp_path, monkeypatch, capsys, promise):
+def test_a_poisoned_weight_is_found(stage, more, module, images, tmp_path, monkeypatch, capsys, measured):
     name = 'create_model' if stage == 'pretrain' else 'create_classifier'
 
     create = getattr(MAINS[stage], name)
@@ -356,19 +350,19 @@ def test_a_poisoned_weight_is_found(stage, more, module, data, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(MAINS[stage], name, poisoned)
-        diverge(stage, data, tmp_path, *FLAGS, *more, '--max_bad_steps', '0')
+        diverge(stage, images, tmp_path, *FLAGS, *more, '--max_bad_steps', '0')
     shown = replay(tmp_path, capsys)
     found = re.findall(r'first module whose output is not finite: (\S+) \(\w+\), whose weight itself is not; ', shown)
     assert found == [module] * 2  # of each micro-step
-    promise(10, f'replay of a weight set to inf in {module}: names {found[0]}')
+    measured(f'replay of a weight set to inf in {module}: names {found[0]}')
 
 
-@pytest.mark.parametrize(('stage', 'more'), [('pretrain', []), ('pretrain', RESNET), ('finetune', FINETUNE)])
-def test_the_replay_is_the_very_step(stage, more, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(('stage', 'more'), [('pretrain', []), ('pretrain', RESNET), ('finetune', MIXED)])
+def test_the_replay_is_the_very_step(stage, more, images, tmp_path, monkeypatch, capsys):
     """Images, augmentation, masks, mixup and drop path: the same loss, in the middle of an epoch and a resumed one."""
     flags = [*FLAGS, *more, '--reprob', '0.5'] if stage == 'finetune' else [*FLAGS, *more]
     spoil(monkeypatch, stage, range(6, 100), bad_gradient)
-    diverge(stage, data, tmp_path, *flags, '--max_bad_steps', '0')
+    diverge(stage, images, tmp_path, *flags, '--max_bad_steps', '0')
     [seen] = record_of(tmp_path)['ranks']
     shown = replay(tmp_path, capsys)
     for micro, step in enumerate(seen['micro_steps']):
@@ -378,7 +372,7 @@ def test_the_replay_is_the_very_step(stage, more, data, tmp_path, monkeypatch, c
     assert replay(tmp_path, capsys, '--amp_dtype', 'bf16') != shown
 
 
-def test_replay_refuses(data, tmp_path, monkeypatch, capsys):
+def test_replay_refuses(images, tmp_path, monkeypatch, capsys):
     """What is missing, foreign, or of another step, in one line."""
     with pytest.raises(UserError, match=r'cannot read .*diagnosis.json: No such file'):
         replay(tmp_path, capsys)
@@ -388,7 +382,7 @@ def test_replay_refuses(data, tmp_path, monkeypatch, capsys):
             replay(tmp_path, capsys)
     (tmp_path / 'diagnosis.json').unlink()
     spoil(monkeypatch, 'pretrain', range(100))
-    diverge('pretrain', data, tmp_path, *FLAGS)
+    diverge('pretrain', images, tmp_path, *FLAGS)
     with pytest.raises(UserError, match='--rank 1: the run had ranks 0 to 0'):
         replay(tmp_path, capsys, '--rank', '1')
     weights = load(tmp_path, 'diagnosis.pth')

@@ -7,46 +7,41 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models.vision_transformer import VisionTransformer
-from training import arguments, load, make_images, run, train
+from training import arguments, load, run, train
 
 import main_finetune
 from engine_finetune import evaluate
 from models_mirl import MIRL
-from util.data import augment, datasets
 from util import rng
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'), val_per_class=7)
+from util.data import augment, datasets
 
 
 def closing_line(text: str) -> str:
     return re.findall(r'^\* Acc@1 .*$', text, re.MULTILINE)[-1]
 
 
-def test_the_whole_way(data, tmp_path, capsys):
+def test_the_whole_way(images, tmp_path, capsys):
     """Pretrain, fine-tune with everything on, evaluate what was saved: the same figures over one or two ranks."""
     pretrained = tmp_path / 'pretrain'
     flags = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
-    train('pretrain', data, pretrained, *flags, '--vis_freq', '1')
+    train('pretrain', images, pretrained, *flags, '--vis_freq', '1')
     tuned = tmp_path / 'finetune'
     more = ['--finetune', pretrained / 'checkpoint-last.pth', '--mixup', '0.8', '--cutmix', '1', '--use_ema']
-    checkpoint = train('finetune', data, tuned, *flags, *more)
+    checkpoint = train('finetune', images, tuned, *flags, *more)
     line = closing_line(capsys.readouterr().out)
 
     for ranks in (0, 2):
         done = run(
-            'finetune', data, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-last.pth', ranks=ranks
+            'finetune', images, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-last.pth', ranks=ranks
         )
         assert done.returncode == 0, done.stderr
         assert closing_line(done.stdout) == line
-        assert 'Accuracy of the network on the 21 test images: ' in done.stdout
+        assert 'Accuracy of the network on the 15 test images: ' in done.stdout
 
     # the best weights, and the averaged ones
     best = load(tuned, 'checkpoint-best.pth')
     assert best['best_acc1'] == checkpoint['record']['best_acc1']
-    argv = arguments('finetune', data, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-best.pth')
+    argv = arguments('finetune', images, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-best.pth')
     main_finetune.main(main_finetune.get_args_parser().parse(argv))
     assert f'* Acc@1 {best["best_acc1"]:.3f}' in capsys.readouterr().out
 
@@ -64,11 +59,11 @@ def test_the_whole_way(data, tmp_path, capsys):
     assert json.loads((tuned / 'args.json').read_text())['mixup'] == 0.8
 
 
-def test_fine_tuning_starts_from_the_encoder(data, tmp_path):
+def test_fine_tuning_starts_from_the_encoder(images, tmp_path):
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0']
-    pretrained = train('pretrain', data, tmp_path / 'pretrain', *flags)
+    pretrained = train('pretrain', images, tmp_path / 'pretrain', *flags)
     source = ['--finetune', tmp_path / 'pretrain' / 'checkpoint-last.pth']
-    tuned = train('finetune', data, tmp_path / 'finetune', *flags, *source, '--lr', '1e-30', '--min_lr', '0')
+    tuned = train('finetune', images, tmp_path / 'finetune', *flags, *source, '--lr', '1e-30', '--min_lr', '0')
     kept = {k: v for k, v in pretrained['encoder'].items() if not k.startswith('norm.')}
     assert all(torch.allclose(tuned['model'][k], v, rtol=0, atol=1e-20) for k, v in kept.items())
     # the encoder shares the model's storage in the file
@@ -76,17 +71,17 @@ def test_fine_tuning_starts_from_the_encoder(data, tmp_path):
     assert all(pretrained['encoder'][n].data_ptr() == pretrained['model'][n].data_ptr() for n in names)
 
 
-def test_evaluate_is_the_plain_average(data):
-    files, labels, _ = datasets.labelled_files(data, 'val')
-    images = datasets.ImageFiles(files, labels, augment.eval_transform(32, 0.875), 0)
+def test_evaluate_is_the_plain_average(images):
+    files, labels, _ = datasets.labelled_files(images, 'val')
+    dataset = datasets.ImageFiles(files, labels, augment.eval_transform(32, 0.875), 0)
     core = main_finetune.find_method('mirl_vit_tiny').create_classifier('mirl_vit_tiny', num_classes=7, img_size=32)
     normalise = datasets.Normalisation.of((0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
-    stats = evaluate(core, datasets.loader(images, datasets.eval_batches(21, 4, 0, 1), 0, False), normalise, None)
+    stats = evaluate(core, datasets.loader(dataset, datasets.eval_batches(15, 4, 0, 1), 0, False), normalise, None)
     core.eval()
     with torch.no_grad():
-        logits = core(normalise(torch.stack([images[0, i][0] for i in range(21)])))
+        logits = core(normalise(torch.stack([dataset[0, i][0] for i in range(15)])))
     target = torch.tensor(labels)
-    assert stats['images'] == 21
+    assert stats['images'] == 15
     assert stats['acc1'] == pytest.approx(100 * (logits.argmax(1) == target).float().mean().item())
     assert stats['acc5'] == pytest.approx(
         100 * (logits.topk(5).indices == target[:, None]).any(1).float().mean().item()
@@ -95,9 +90,9 @@ def test_evaluate_is_the_plain_average(data):
 
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
-def test_mixed_precision(data, tmp_path, dtype):
+def test_mixed_precision(images, tmp_path, dtype):
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--lr', '1e-3', '--clip_grad', '1']
-    saved = train('pretrain', data, tmp_path, *flags, '--amp_dtype', dtype)
+    saved = train('pretrain', images, tmp_path, *flags, '--amp_dtype', dtype)
     assert all(value.isfinite().all() for value in saved['model'].values())
     assert bool(saved['scaler']) == (dtype == 'fp16')
 
@@ -120,11 +115,11 @@ def test_batch_augmentation():
     assert 0.05 < erased.float().mean() < 0.7  # boxes of noise, of at most a third, in most images and their partners
 
 
-def test_a_models_notice_is_printed_once(data, tmp_path, capsys, monkeypatch):
+def test_a_models_notice_is_printed_once(images, tmp_path, capsys, monkeypatch):
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0']
     for stage, network in (('pretrain', MIRL), ('finetune', VisionTransformer)):
         monkeypatch.setattr(network, 'notice', f'the {stage}ing network is another', raising=False)
-        train(stage, data, tmp_path / stage, *flags)
+        train(stage, images, tmp_path / stage, *flags)
         assert capsys.readouterr().out.count(f'the {stage}ing network is another\n') == 1
 
 
@@ -149,7 +144,7 @@ def test_criteria():
     assert loss(labels) == pytest.approx(-(smoothed * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-6)
 
 
-def test_flags_reach_the_network_and_its_optimiser(data, tmp_path, monkeypatch):
+def test_flags_reach_the_network_and_its_optimiser(images, tmp_path, monkeypatch):
     averages = []
 
     def average(core, *options, average=main_finetune.WeightAverage):
@@ -159,11 +154,11 @@ def test_flags_reach_the_network_and_its_optimiser(data, tmp_path, monkeypatch):
     monkeypatch.setattr(main_finetune, 'WeightAverage', average)
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.3', '--use_ema']
     flags += ['--ema_decay', '0.5', '--ema_warmup_epochs', '2.5', '--ema_warmup_ratio', '0.7']
-    args = main_finetune.get_args_parser().parse(arguments('finetune', data, tmp_path, *flags))
+    args = main_finetune.get_args_parser().parse(arguments('finetune', images, tmp_path, *flags))
     network = main_finetune.create_classifier(args, 3)
     rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in network.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    saved = train('finetune', data, tmp_path, *flags, '--layer_decay', '0.5', '--weight_decay', '0.2', '--lr', '0.1')
+    saved = train('finetune', images, tmp_path, *flags, '--layer_decay', '0.5', '--weight_decay', '0.2', '--lr', '0.1')
     assert averages == [(0.5, 10.0, 0.7)]  # 4 steps an epoch
     groups = saved['optimizer']['param_groups']
     assert {group['lr_scale'] for group in groups} == {0.5**k for k in range(6)}

@@ -1,21 +1,25 @@
-"""Requests to stop at any moment of a run: it saves, ends with exit code 75, and goes on to the same bytes."""
+"""Requests to stop (SIGTERM, SIGUSR2, Ctrl-C) at any moment: saved, exit code 75, and resumed to the same bytes."""
 
 import errno
 import json
+import os
+import re
 import signal
+import sys
+from pathlib import Path
 
 import pytest
-from training import load, make_images, same, train
+from training import SHORT, command, equal_states, load, read_until, start, train
 
 import engine_finetune
 import main_finetune
-from util import checkpoint
+from util import checkpoint, signals
 from util.data import datasets
 from util.errors import StorageError
 from util.optim import GuardedOptimizer
 from util.run import Run
 
-FLAGS = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 66 images: 4 steps an epoch
+FLAGS = [*SHORT, '--batch_size', '16']  # 4 steps an epoch
 MOMENTS = {  # what is running when the signal comes, and where the run is to stop: epoch and step
     'before the first step': (Run, 'announce', 1, (0, 0)),
     'while the loader starts': (datasets, 'loader', 1, (0, 0)),
@@ -26,13 +30,8 @@ MOMENTS = {  # what is running when the signal comes, and where the run is to st
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
-
-
-@pytest.fixture(scope='module')
-def whole(data, tmp_path_factory):
-    return train('finetune', data, tmp_path_factory.mktemp('whole'), *FLAGS)
+def whole(images, tmp_path_factory):
+    return train('finetune', images, tmp_path_factory.mktemp('whole'), *FLAGS)
 
 
 @pytest.fixture(autouse=True)
@@ -59,43 +58,45 @@ def signal_at(patch, owner, name: str, call: int, *numbers: int) -> None:
     patch.setattr(owner, name, signalled)
 
 
-def stopped_at(data, folder, capfd) -> tuple[int, int, str]:
+def stopped_at(images, folder, capfd) -> tuple[int, int]:
     with pytest.raises(SystemExit) as caught:
-        train('finetune', data, folder, *FLAGS, '--resume', 'auto')
+        train('finetune', images, folder, *FLAGS, '--resume', 'auto')
     assert caught.value.code == 75
-    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith('stopped on request')]
     saved = load(folder)
     assert checkpoint.digests.agrees(folder / checkpoint.LAST)
     place = (saved['epoch'], saved['step'])
-    return *((place[0] + 1, 0) if place[1] == saved['steps'] and saved['closed'] else place), line
+    epoch, step = (place[0] + 1, 0) if place[1] == saved['steps'] and saved['closed'] else place
+    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith('stopped on request')]
+    assert line == f'stopped on request at epoch {epoch}, step {step} of 4; state saved: resume with --resume auto'
+    return epoch, step
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize('moment', MOMENTS)
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR2'])
-def test_a_request_at_any_moment(moment, name, data, whole, tmp_path, monkeypatch, capfd, fault):
+def test_a_request_at_any_moment(moment, name, images, whole, tmp_path, monkeypatch, capfd):
     owner, function, call, place = MOMENTS[moment]
     with monkeypatch.context() as patch:
         signal_at(patch, owner, function, call, getattr(signal, name))
-        *where, line = stopped_at(data, tmp_path, capfd)
-    assert tuple(where) == place
+        where = stopped_at(images, tmp_path, capfd)
+    assert where == place
     if name == 'SIGTERM' or moment == 'in a step':
-        resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-        assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
-    fault(20, f'{name} {moment}', line, 75, f'epoch {place[0]}, step {place[1]}; resumed to the same bytes')
+        resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+        assert equal_states(resumed, whole)
 
 
-def test_asked_twice_before_an_evaluation(data, whole, tmp_path, monkeypatch, capfd):
+def test_asked_twice_before_an_evaluation(images, whole, tmp_path, monkeypatch, capfd):
     """The epoch is evaluated in the end: its line in log.txt, its record."""
     for owner, name in ((checkpoint, 'write'), (Run, 'announce')):
         with monkeypatch.context() as patch:
             signal_at(patch, owner, name, 1, signal.SIGTERM)
-            assert stopped_at(data, tmp_path, capfd)[:2] == (0, 4)
-    resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-    assert all(same(resumed[key], whole[key]) for key in ('model', 'optimizer', 'record'))
+            assert stopped_at(images, tmp_path, capfd) == (0, 4)
+    resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+    assert equal_states(resumed, whole)
     assert len((tmp_path / 'log.txt').read_text().splitlines()) == 2
 
 
-def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
+def test_nothing_is_called_saved_before_it_is(images, tmp_path, monkeypatch):
     """The disk is full when the run is asked to stop."""
 
     def no_space(state, file):
@@ -105,28 +106,141 @@ def test_nothing_is_called_saved_before_it_is(data, tmp_path, monkeypatch):
         signal_at(patch, GuardedOptimizer, 'backward', 2, signal.SIGTERM)
         patch.setattr(checkpoint, 'write', no_space)
         with pytest.raises(StorageError):
-            train('finetune', data, tmp_path, *FLAGS)
+            train('finetune', images, tmp_path, *FLAGS)
     status = json.loads((tmp_path / 'status.json').read_text())
     assert (status['state'], status['exit_code']) == ('failed', 5)
 
 
-def test_again_during_the_save(data, whole, tmp_path, monkeypatch, capfd, fault):
+@pytest.mark.fault(21)
+def test_again_during_the_save(images, whole, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         signal_at(patch, GuardedOptimizer, 'backward', 3, signal.SIGTERM)
         signal_at(patch, checkpoint, 'write', 1, signal.SIGTERM, signal.SIGTERM)
-        *where, line = stopped_at(data, tmp_path, capfd)
-    assert tuple(where) == (0, 3)
-    resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-    assert same(resumed['model'], whole['model'])
-    fault(21, 'SIGTERM in a step, twice more in the save', line, 75, 'the save was finished; resumed to the same bytes')
+        where = stopped_at(images, tmp_path, capfd)
+    assert where == (0, 3)
+    resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+    assert equal_states(resumed, whole)
 
 
-def test_sigterm_while_sigusr2_is_obeyed(data, whole, tmp_path, monkeypatch, capfd, fault):
+@pytest.mark.fault(22)
+def test_sigterm_while_sigusr2_is_obeyed(images, whole, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         signal_at(patch, GuardedOptimizer, 'backward', 3, signal.SIGUSR2)
         signal_at(patch, main_finetune.dist, 'barrier', 1, signal.SIGTERM)
-        *where, line = stopped_at(data, tmp_path, capfd)
-    assert tuple(where) == (0, 3)
-    resumed = train('finetune', data, tmp_path, *FLAGS, '--resume', 'auto')
-    assert same(resumed['model'], whole['model'])
-    fault(22, 'SIGTERM while SIGUSR2 is being obeyed', line, 75, 'epoch 0, step 3; resumed to the same bytes')
+        where = stopped_at(images, tmp_path, capfd)
+    assert where == (0, 3)
+    resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
+    assert equal_states(resumed, whole)
+
+
+# --------------------------------------------------------------------------
+# the flag
+
+
+@pytest.fixture
+def installed():
+    signals.install()
+    yield
+    signals.restore()
+
+
+def test_signals_only_set_a_flag(installed):
+    assert signals.requested() == 0
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.requested() == signals.STOP
+    signal.raise_signal(signal.SIGUSR2)
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.requested() == signals.REQUEUE
+
+
+def test_second_ctrl_c_does_not_wait(installed):
+    signal.raise_signal(signal.SIGINT)
+    assert signals.requested() == signals.STOP
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_from_before_are_kept_and_put_back():
+    def submitits(number, frame):
+        raise AssertionError('only Run calls it')
+
+    on_interrupt, before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGUSR2, submitits)
+    try:
+        signals.install()
+        signals.install()
+        signal.raise_signal(signal.SIGUSR2)
+        assert signals.requeue_handler() is submitits
+        signals.restore()
+        assert signal.getsignal(signal.SIGUSR2) is submitits
+        assert signal.getsignal(signal.SIGINT) is on_interrupt
+        assert signals.requeue_handler() is None
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+# --------------------------------------------------------------------------
+# processes, with loader processes and under torchrun
+
+
+@pytest.fixture(scope='module')
+def undisturbed(images, tmp_path_factory):
+    """The last checkpoint of a run that nobody interrupts."""
+    return train('pretrain', images, tmp_path_factory.mktemp('whole'), *SHORT)
+
+
+def test_sigterm_in_mid_epoch(images, undisturbed, tmp_path):
+    """With loader workers, which get the signal too, and a second one while the first is being obeyed."""
+    process = start([*command('pretrain', images, tmp_path, *SHORT), '--num_workers', '2'])
+    read_until(process, '[3/8]')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    for pid in (process.pid, *map(int, children), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert len(children) == 2
+    assert err == ''
+    assert 'stopped on request at epoch 0, step ' in out.splitlines()[-1]
+    assert 3 <= load(tmp_path)['step'] <= 5
+    assert equal_states(train('pretrain', images, tmp_path, *SHORT, '--resume', 'auto'), undisturbed)
+
+
+def test_request_during_evaluation(images, tmp_path):
+    """Right before it, the run stops there and evaluates when it is resumed; later, it evaluates first."""
+    flags = [*SHORT, '--batch_size', '16', '--use_ema']
+    process = start(command('finetune', images, tmp_path / 'part', *flags))
+    read_until(process, '[4/4]')
+    process.send_signal(signal.SIGUSR2)  # outside of submitit's jobs the same as SIGTERM
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert re.match('stopped on request at epoch (0, step 4|1, step 0) of 4; state saved', out.splitlines()[-1])
+    resumed = train('finetune', images, tmp_path / 'part', *flags, '--resume', 'auto')
+    assert equal_states(resumed, train('finetune', images, tmp_path / 'whole', *flags))
+    logs = [(tmp_path / name / 'log.txt').read_text() for name in ('part', 'whole')]
+    assert logs[0] == logs[1]
+
+
+def test_sigterm_to_torchrun(images, undisturbed, tmp_path):
+    """Both ranks stop at one step. One process that makes two forwards of each step goes on from there."""
+    flags = [*SHORT, '--batch_size', '4']
+    process = start(command('pretrain', images, tmp_path, *flags, ranks=2))
+    read_until(process, '[3/8]')
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=40)
+    assert process.returncode == 1  # torchrun's, whatever the ranks return
+    assert out.count('stopped on request at epoch 0, step') == 1
+    assert 3 <= load(tmp_path)['step'] <= 6
+    resumed = train('pretrain', images, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
+    losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (resumed, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_no_rank_outlives_its_torchrun(images, tmp_path):
+    """SIGKILL leaves torchrun no time to end its ranks. Here a few words of Python stand in for it."""
+    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
+    line = [*torchrun, *command('pretrain', images, tmp_path, *SHORT, '--epochs', '500')]
+    process = start(line, TORCHELASTIC_RUN_ID='stand-in')
+    read_until(process, '[3/8]')
+    process.kill()
+    out, _ = process.communicate(timeout=30)  # returns when the last process that holds the pipe has ended
+    assert 'stopped on request at epoch' in out

@@ -1,41 +1,44 @@
-"""A run that is stopped anywhere and resumed ends with the same bytes as one that was not; splits of a batch agree."""
+"""Resumed runs: the same bytes wherever they were stopped, on more or fewer ranks too, and logs without gaps."""
 
+import collections
 import contextlib
+import itertools
 import json
+import random
 import shutil
 import signal
-import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training import command, environment, load, make_images, run, same, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import MIXED, SHORT, command, equal_states, load, read_until, run, same, start, train
 
 from util import checkpoint, dist
-from util.errors import StorageError
+from util.data.datasets import EpochBatches
+from util.log import RunLog
+from util.optim import GuardedOptimizer
 from util.run import Run
 
-PRETRAIN = ['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3']
-FINETUNE = [
-    *['--batch_size', '8', '--accum_iter', '2', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3'],
-    *['--mixup', '0.8', '--cutmix', '1.0', '--use_ema', '--drop_path', '0.2'],
-]
-KEPT = ('model', 'ema', 'optimizer', 'scaler', 'guard', 'record', 'epoch', 'step')
+PRETRAIN = [*SHORT, '--accum_iter', '2']  # 4 steps an epoch
+FINETUNE = [*PRETRAIN, *MIXED]
+METHODS = {  # a model of every method, and what else a state can have: BatchNorm, LAMB, averages, loader processes
+    'MIRL': ('pretrain', ['--num_workers', '2']),
+    'LocalMIM': ('pretrain', ['--model', 'localmim_vit_tiny']),
+    'MixMAE': ('pretrain', ['--model', 'mixmae_tiny']),
+    'A2MIM': ('pretrain', ['--model', 'a2mim_resnet_tiny', '--opt', 'lamb']),
+    'fine-tuning': ('finetune', MIXED),
+}
 
 
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
-
-
-def equal_states(a: dict, b: dict) -> bool:
-    return all(same(a.get(key), b.get(key)) for key in KEPT)
+# --------------------------------------------------------------------------
+# the same bytes
 
 
 @pytest.mark.parametrize(('stage', 'flags'), [('pretrain', PRETRAIN), ('finetune', FINETUNE)])
-def test_resumed_equals_uninterrupted(stage, flags, data, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(stage, flags, images, tmp_path, monkeypatch):
     """Resume from every checkpoint of a run: inside an epoch, at its end, and twice in a row."""
-    flags = [*flags, '--save_freq_steps', '1', '--save_freq', '1']
+    flags = [*flags, '--epochs', '3', '--save_freq_steps', '1', '--save_freq', '1']
     moments = {}
 
     def save_and_copy(self, name, epoch, step, closed=True, save=Run.save):
@@ -45,13 +48,13 @@ def test_resumed_equals_uninterrupted(stage, flags, data, tmp_path, monkeypatch)
             shutil.copy(self.args.output_dir / name, moments[epoch.number, step, closed])
 
     monkeypatch.setattr(Run, 'save', save_and_copy)
-    whole = train(stage, data, tmp_path / 'whole', *flags)
+    whole = train(stage, images, tmp_path / 'whole', *flags)
     log = (tmp_path / 'whole' / 'log.txt').read_text()
     before_evaluations = 3 if stage == 'finetune' else 0
     assert len(moments) == 12 + before_evaluations  # 66 images, 16 a step: 4 steps an epoch, 3 epochs
     evaluating = [(1, 4, False)] if before_evaluations else []
     for moment in ((0, 1, True), (1, 2, True), (1, 4, True), *evaluating):
-        resumed = train(stage, data, tmp_path / moments[moment].stem, *flags, '--resume', moments[moment])
+        resumed = train(stage, images, tmp_path / moments[moment].stem, *flags, '--resume', moments[moment])
         assert equal_states(resumed, whole)
 
     folder = tmp_path / 'twice'
@@ -60,40 +63,118 @@ def test_resumed_equals_uninterrupted(stage, flags, data, tmp_path, monkeypatch)
         for file in folder.glob('checkpoint-*'):
             file.unlink()
         shutil.copy(moments[moment], folder / checkpoint.LAST)
-        resumed = train(stage, data, folder, *flags, '--resume', 'auto')
+        resumed = train(stage, images, folder, *flags, '--resume', 'auto')
     assert equal_states(resumed, whole)
 
     # over the finished run's own folder: epochs that are run again are logged once
     for file in (tmp_path / 'whole').glob('checkpoint-*'):
         file.unlink()
     shutil.copy(moments[1, 3, True], tmp_path / 'whole' / checkpoint.LAST)
-    train(stage, data, tmp_path / 'whole', *flags, '--resume', 'auto')
+    train(stage, images, tmp_path / 'whole', *flags, '--resume', 'auto')
     assert (tmp_path / 'whole' / 'log.txt').read_text() == log
 
 
-def test_workers_change_nothing(data, tmp_path):
-    alone = train('pretrain', data, tmp_path / 'a', *PRETRAIN, '--epochs', '2')
-    helped = train('pretrain', data, tmp_path / 'b', *PRETRAIN, '--epochs', '2', '--num_workers', '2')
+def test_workers_change_nothing(images, tmp_path):
+    alone = train('pretrain', images, tmp_path / 'a', *PRETRAIN)
+    helped = train('pretrain', images, tmp_path / 'b', *PRETRAIN, '--num_workers', '2')
     assert equal_states(alone, helped)
 
 
-def test_killed_in_mid_epoch(data, tmp_path):
+def test_killed_in_mid_epoch(images, tmp_path):
     """SIGKILL, `--resume auto`, and the same bytes."""
-    flags = [*PRETRAIN, '--batch_size', '4', '--save_freq_steps', '1', '--epochs', '2']  # 8 steps an epoch
-    whole = train('pretrain', data, tmp_path / 'whole', *flags)
-    line = command('pretrain', data, tmp_path / 'killed', *flags)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment())
-    for text in process.stdout:
-        if '[5/8]' in text:  # step 4 is on the disk, step 5 may be
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait(30)
-    process.stdout.close()
+    flags = [*PRETRAIN, '--batch_size', '4', '--save_freq_steps', '1']  # 8 steps an epoch
+    whole = train('pretrain', images, tmp_path / 'whole', *flags)
+    process = start(command('pretrain', images, tmp_path / 'killed', *flags))
+    read_until(process, '[5/8]')  # step 4 is on the disk, step 5 may be
+    process.kill()
+    process.communicate(timeout=30)
     assert process.returncode == -signal.SIGKILL
     killed = load(tmp_path / 'killed')
     assert killed['epoch'] == 0
     assert 4 <= killed['step'] <= 6
-    assert equal_states(train('pretrain', data, tmp_path / 'killed', *flags, '--resume', 'auto'), whole)
+    assert equal_states(train('pretrain', images, tmp_path / 'killed', *flags, '--resume', 'auto'), whole)
+
+
+class Killed(BaseException):
+    pass
+
+
+def largest_difference(a, b) -> float:
+    """Over all tensors of two nested states; infinite if anything else differs."""
+    if isinstance(a, torch.Tensor):
+        return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return max((largest_difference(a[key], b[key]) for key in a), default=0.0)
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        return max(map(largest_difference, a, b), default=0.0)
+    return 0.0 if a == b else float('inf')
+
+
+@pytest.mark.promise(1)
+@pytest.mark.parametrize('method', METHODS)
+def test_killed_between_two_micro_steps(method, images, tmp_path, monkeypatch, measured):
+    """Twice in a row, the second time right after the resume."""
+    stage, flags = METHODS[method]
+    flags = [*PRETRAIN, *flags, '--save_freq_steps', '1', '--resume', 'auto']
+    whole = train(stage, images, tmp_path / 'whole', *flags)
+    for micro_steps in (11, 3):  # in the second micro-step of step 6, and then of the second step after it
+        calls = 0
+
+        def backward(self, loss, original=GuardedOptimizer.backward, last=micro_steps):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Killed
+            original(self, loss)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GuardedOptimizer, 'backward', backward)
+            with pytest.raises(Killed):
+                train(stage, images, tmp_path / 'killed', *flags)
+    killed = load(tmp_path / 'killed')
+    assert (killed['epoch'], killed['step']) == (1, 2)
+    resumed = train(stage, images, tmp_path / 'killed', *flags)
+    parts = ('model', 'optimizer', 'ema', 'record', 'logger')
+    difference = max(largest_difference(resumed.get(key), whole.get(key)) for key in parts)
+    measured(f'{method}: killed twice in mid-accumulation, largest difference of weights and optimiser {difference}')
+    assert difference == 0.0
+    assert all(same(resumed.get(key), whole.get(key)) for key in parts)
+
+
+def test_settings_may_change_on_resume(images, tmp_path):
+    """Decay and precision are the resuming run's own; moments follow their parameters from group to group."""
+    first = train('finetune', images, tmp_path, *FINETUNE[:-3], '--save_freq', '1')
+    more = ['--epochs', '3', '--weight_decay', '0', '--layer_decay', '1', '--amp_dtype', 'fp16', '--resume', 'auto']
+    second = train('finetune', images, tmp_path, *FINETUNE[:-3], *more)
+    assert len(first['optimizer']['param_groups']) > len(second['optimizer']['param_groups']) == 1
+    assert all(state['step'] == 12 for state in second['optimizer']['state'].values())
+
+
+# --------------------------------------------------------------------------
+# other splits of the same batch, over ranks and micro-steps
+
+
+@pytest.mark.promise(2)
+def test_no_sample_lost_or_doubled(measured):
+    """Interrupted at 20 random steps, each time by another number of ranks and micro-steps, at one global batch."""
+    rng, images, epochs = random.Random(0), 1003, 6
+    splits = [(16, 4, 1), (16, 1, 4), (8, 4, 2), (32, 2, 1), (4, 2, 8)]  # batch size, accumulation, ranks
+    steps = images // 64
+    stops = [0, *sorted(rng.sample(range(1, epochs * steps), 20)), epochs * steps]
+    seen = collections.Counter()
+    for i, (begin, end) in enumerate(itertools.pairwise(stops)):
+        batch, accum_iter, ranks = splits[i % len(splits)]
+        for rank in range(ranks):
+            sampler = EpochBatches(images, batch, accum_iter, rank, ranks, seed=3)
+            for step in range(begin, end):
+                sampler.start(step // steps, step % steps)
+                for _, micro in zip(range(accum_iter), sampler, strict=False):
+                    seen.update(micro)
+    doubled = sum(count > 1 for count in seen.values())
+    lost = epochs * steps * 64 - len(seen)
+    assert all(len({i for epoch, i in seen if epoch == e}) == steps * 64 for e in range(epochs))
+    measured(f'{len(seen)} samples of {epochs} epochs, interrupted at 20 random steps: {lost} lost, {doubled} doubled')
+    assert (lost, doubled) == (0, 0)
 
 
 def losses(folder, name: str = 'train_loss') -> torch.Tensor:
@@ -101,12 +182,12 @@ def losses(folder, name: str = 'train_loss') -> torch.Tensor:
     return torch.tensor([json.loads(line)[name] for line in lines], dtype=torch.float64)
 
 
-def test_any_split_of_the_batch_agrees(data, tmp_path, measured):
+def test_any_split_of_the_batch_agrees(images, tmp_path, measured):
     """50 steps of 16 images: one forward, two, and two ranks of one forward each."""
     flags = ['--epochs', '13', '--warmup_epochs', '2', '--lr', '1e-3']  # 4 steps an epoch
-    train('pretrain', data, tmp_path / 'one', *flags, '--batch_size', '16')
-    train('pretrain', data, tmp_path / 'accum', *flags, '--batch_size', '8', '--accum_iter', '2')
-    done = run('pretrain', data, tmp_path / 'ranks', *flags, '--batch_size', '8', ranks=2)
+    train('pretrain', images, tmp_path / 'one', *flags, '--batch_size', '16')
+    train('pretrain', images, tmp_path / 'accum', *flags, '--batch_size', '8', '--accum_iter', '2')
+    done = run('pretrain', images, tmp_path / 'ranks', *flags, '--batch_size', '8', ranks=2)
     assert done.returncode == 0, done.stderr
     reference = losses(tmp_path / 'one')
     assert len(reference) * 4 >= 50
@@ -119,7 +200,7 @@ def test_any_split_of_the_batch_agrees(data, tmp_path, measured):
         assert torch.allclose(*norms, rtol=1e-4)
 
 
-def test_gradients_are_reduced_once_a_step(data, tmp_path, monkeypatch):
+def test_gradients_are_reduced_once_a_step(images, tmp_path, monkeypatch):
     """All micro-steps but the last leave out DDP's reduction."""
     lasts = []
 
@@ -128,31 +209,69 @@ def test_gradients_are_reduced_once_a_step(data, tmp_path, monkeypatch):
         return no_sync(model, last)
 
     monkeypatch.setattr(dist, 'no_sync', no_sync)
-    train('pretrain', data, tmp_path, *PRETRAIN, '--accum_iter', '4', '--epochs', '2')
+    train('pretrain', images, tmp_path, *PRETRAIN, '--accum_iter', '4')
     assert lasts == [False, False, False, True] * 4
     model = SimpleNamespace(no_sync=lambda: contextlib.nullcontext('left out'))
     with dist.no_sync(model, last=False) as inner, dist.no_sync(model, last=True) as outer:
         assert (inner, outer) == ('left out', None)
 
 
-def test_settings_may_change_on_resume(data, tmp_path):
-    """Decay and precision are the resuming run's own; moments follow their parameters from group to group."""
-    first = train('finetune', data, tmp_path, *FINETUNE[:-3], '--epochs', '2', '--save_freq', '1')
-    more = ['--epochs', '3', '--weight_decay', '0', '--layer_decay', '1', '--amp_dtype', 'fp16', '--resume', 'auto']
-    second = train('finetune', data, tmp_path, *FINETUNE[:-3], *more)
-    assert len(first['optimizer']['param_groups']) > len(second['optimizer']['param_groups']) == 1
-    assert all(state['step'] == 12 for state in second['optimizer']['state'].values())
+def scalars(folder, name: str) -> dict[int, float]:
+    events = EventAccumulator(str(folder), size_guidance={'scalars': 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path / 'checkpoint-last.pth', {'epoch': 1})
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
 
-    def torn(state, file):
-        file.write(b'half a checkp')
-        raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(torch, 'save', torn)
-    with pytest.raises(StorageError, match=r'No space left on device; checkpoint-last\.pth of before is intact'):
-        checkpoint.save(tmp_path / 'checkpoint-last.pth', {'epoch': 2})
-    assert load(tmp_path) == {'epoch': 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint-last.pth', 'checkpoint-last.pth.sha256']
+@pytest.mark.promise(3, 14)
+@pytest.mark.timeout(110)
+def test_the_number_of_ranks_may_change(images, tmp_path, measured):
+    """2 -> 1 -> 2 -> 1 ranks, each stopped in mid-epoch, against two ranks throughout; and what the logs show of it."""
+    flags = ['--batch_size', '8', '--epochs', '3', '--warmup_epochs', '1', '--blr', '4e-3', '--save_freq_steps', '1']
+    flags += ['--effective_batch_size', '16', '--resume', 'auto']
+    whole, part = tmp_path / 'whole', tmp_path / 'part'
+    assert run('pretrain', images, whole, *flags, ranks=2).returncode == 0
+    assert run('pretrain', images, part, *flags, ranks=2, fault='exit:0:2').returncode == 1
+    assert run('pretrain', images, part, *flags, fault='exit:1:3').returncode == 9
+    assert run('pretrain', images, part, *flags, ranks=2, fault='exit:2:1').returncode == 1
+    train('pretrain', images, part, *flags)
+
+    rates, reference = scalars(part, 'lr'), scalars(whole, 'lr')
+    rate = max(abs(rates[step] - reference[step]) for step in reference)
+    losses, reference = ([epoch['train_loss'] for epoch in read_log(folder)] for folder in (part, whole))
+    loss = max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
+    measured(f'2 -> 1 -> 2 -> 1 ranks: learning rates differ by {rate}, losses by {loss:.1e} at most')
+    assert rate == 0
+    assert loss < 1e-5
+
+    events = EventAccumulator(str(part), size_guidance={'scalars': 0})
+    events.Reload()
+    for name in events.Tags()['scalars']:
+        steps = [event.step for event in events.Scalars(name)]
+        assert len(steps) == 12
+        assert all(a < b for a, b in itertools.pairwise(steps)), (name, steps)
+    measured(f'after 3 resumes: steps of all {len(events.Tags()["scalars"])} curves increase strictly, none is missing')
+    assert [epoch['epoch'] for epoch in read_log(part)] == [0, 1, 2]
+
+
+# --------------------------------------------------------------------------
+# logs
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
+def test_killed_between_the_log_and_the_checkpoint(stage, images, tmp_path, monkeypatch):
+    """In the first epoch: its line is written once."""
+
+    def killed(self, original=RunLog.epoch, **values):
+        original(self, **values)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, 'epoch', killed)
+        with pytest.raises(Killed):
+            train(stage, images, tmp_path, *PRETRAIN)
+    train(stage, images, tmp_path, *PRETRAIN, '--resume', 'auto')
+    assert [epoch['epoch'] for epoch in read_log(tmp_path)] == [0, 1]

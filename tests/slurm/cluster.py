@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from training import ROOT, load, make_images, same
+from training import ROOT, load, make_images
 
 LAUNCHER = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain']
 SMALL = ['--nodes', '1', '--ngpus', '1', '--cpus-per-task', '1', '--timeout', '30']
@@ -115,11 +115,6 @@ class Job:
         """The last checkpoint, when the job has completed."""
         self.wait_for_state('COMPLETED')
         return load(self.folder)
-
-
-def same_bytes(a: dict, b: dict) -> bool:
-    """Whether all of the training state in two checkpoints is equal to the bit."""
-    return all(same(a[key], b[key]) for key in ('model', 'optimizer', 'epoch', 'step', 'logger'))
 
 
 def wait(condition, seconds: float, what, every: float = 0.05) -> None:

@@ -76,7 +76,7 @@ class ImageFiles(Dataset):
             except RunError:
                 raise
             except Exception as error:  # Pillow raises of every kind
-                self.reader.leave_out(self.name(index), reason(error), len(self))
+                self.reader.skip(self.name(index), reason(error), len(self))
             if not self.replace:
                 return self.transform(Image.new('RGB', (1, 1))), SKIPPED
             index = int(rng.generator(self.seed, rng.REPLACEMENT, epoch, item[1], attempt).integers(len(self)))

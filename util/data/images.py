@@ -1,8 +1,8 @@
-"""One image file to 8-bit RGB, and what becomes of files that cannot be read.
+"""One image file to 8-bit RGB, and what to do with a bad image: one that cannot be read.
 
-Taken are the formats of `FORMATS`, by their content, not by their name; of animations the first frame. Palettes, gray
-and CMYK become RGB and transparency is dropped, as Pillow does it; EXIF's rotation is ignored (TIFF's own orientation
-is not, it is part of the format). Of 16 bits the upper 8 are kept, in gray as in colour.
+The formats are those of `FORMATS`, by content, not by name. Of an animation the first frame is read. Palettes, gray and
+CMYK become RGB and transparency is dropped, as Pillow does it. EXIF's rotation is ignored, TIFF's own orientation is
+not: it is part of the format. Of 16 bits the upper 8 are kept, in gray as in colour.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from util.errors import StorageError, UserError
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
 MAX_PIXELS = 50_000_000
 BITS_PER_SAMPLE = 258  # a tag of TIFF
-# what a file system says that may be back in a moment
+# errors of a file system that may be there again in a moment
 TRANSIENT = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO),
     *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ESHUTDOWN),
@@ -30,12 +30,12 @@ TRANSIENT = {
 }
 PAUSE_S = 0.5  # before the second attempt; doubles with each
 
-Image.MAX_IMAGE_PIXELS = None  # a limit that warns, and refuses at twice of it; `decode` has one of its own
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a file would be filled up with gray, without a word
+Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at it, and refuses at twice as many; `decode` has a limit of its own
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # or Pillow fills up half a file with gray, and says nothing
 
 
 def decode(path: str, max_pixels: int) -> Image.Image:
-    """The image in RGB. Raises ValueError for what is not taken, and whatever Pillow raises for damaged files."""
+    """The image in RGB. Raises ValueError for other formats and too many pixels; for damage, what Pillow raises."""
     try:
         image = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
@@ -74,16 +74,16 @@ def printable(text: str) -> str:
 
 
 class Reader(NamedTuple):
-    """How image files are read, and what becomes of those that cannot be.
+    """How image files are read, and what to do with bad ones.
 
-    Without a `listing`, the first one ends the run. With one, they are left out and listed there, a line of
-    `path TAB reason` each, until they are more than `max_share` of all. The file is the count: of every worker of
-    every rank, and across resumes.
+    Without a `listing`, the first bad image ends the run. With one, bad images are skipped and listed there, each in a
+    line `path TAB reason`, until they are more than `max_share` of all. That file is the only count, for every loader
+    process of every rank, and for resumed runs.
     """
 
     max_pixels: int = MAX_PIXELS
     retries: int = 5  # of reading from storage that does not answer
-    root: Path | None = None  # of the data set: while it is missing or empty, no file is missing
+    root: Path | None = None  # of the data set: while it is missing or empty, the storage is gone, not a file
     listing: Path | None = None
     max_share: float = 0.0
     advice: str = ''
@@ -98,7 +98,7 @@ class Reader(NamedTuple):
             args.data_path,
             args.output_dir / listing if skip else None,
             args.max_bad_images,
-            advice='; --bad_images skip leaves such images out',
+            advice='; --bad_images skip skips such images',
         )
 
     def read(self, path: str) -> Image.Image:
@@ -119,26 +119,26 @@ class Reader(NamedTuple):
         raise StorageError(f'{printable(path)} is gone: {self.retries + 1} attempts over {waited:.1f} s; {why}')
 
     def may_come_back(self, error: OSError) -> bool:
-        """Whether an error is the storage's, not the file's."""
+        """Whether an error is the fault of the storage, not of the file."""
         if error.errno not in (errno.ENOENT, errno.ENOTDIR) or not self.root:
             return error.errno in TRANSIENT
         try:
             with os.scandir(self.root) as entries:
-                return next(entries, None) is None  # the place where a disk was mounted
+                return next(entries, None) is None  # a folder where a disk was mounted
         except OSError:
             return True
 
-    def leave_out(self, path: str, why: str, images: int) -> None:
-        """List an image, of so many in all. Raises UserError if that is one too many, or if none may be left out."""
+    def skip(self, path: str, why: str, images: int) -> None:
+        """List a bad image, of so many in all. Raises UserError if none may be skipped, or if it is one too many."""
         name = printable(path)
         if not self.listing:
             raise UserError(f'cannot read the image {name}: {why}{self.advice}')
         try:
-            if name not in self.left_out():
+            if name not in self.skipped():
                 self.listing.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.listing, 'ab', buffering=0) as file:
-                    file.write(f'{name}\t{why}\n'.encode())  # in one write, since other processes may be at it too
-            count = len(self.left_out())
+                    file.write(f'{name}\t{why}\n'.encode())  # in one write: other processes may write there too
+            count = len(self.skipped())
         except OSError as error:
             raise StorageError(f'cannot write the list of bad images {self.listing}: {error.strerror}') from error
         if count > self.max_share * images:
@@ -147,17 +147,17 @@ class Reader(NamedTuple):
                 f'they are listed in {self.listing}; the last: {name}: {why}'
             )
 
-    def left_out(self) -> set[str]:
-        """The images on the list."""
+    def skipped(self) -> set[str]:
+        """The bad images on the list."""
         if not self.listing or not self.listing.exists():
             return set()
         return {line.partition('\t')[0] for line in self.listing.read_text('utf-8').splitlines()}
 
     def counted(self) -> dict[str, int]:
-        """What a log shows of it: nothing if a bad image ends the run."""
-        return {'bad_images': len(self.left_out())} if self.listing else {}
+        """What a log shows: nothing where a bad image ends the run."""
+        return {'bad_images': len(self.skipped())} if self.listing else {}
 
     def start_anew(self) -> None:
-        """Forget the list of an earlier run: images may have been mended since."""
+        """Delete the list of an earlier run: the images may have been mended since."""
         if self.listing:
             self.listing.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
-"""Loader processes: what ails them is said in one line, be it a sample, a process that died, or one that is stuck."""
+"""Loader processes: a bad sample, a process that died or is stuck: each ends the run in one line that names images."""
 
 import atexit
 import contextlib
 import itertools
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import Process
 from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
@@ -16,17 +18,13 @@ from util.errors import LostError, RunError
 
 NAMED = 3  # files in a message
 
-torchs_handler = None  # of SIGCHLD
-waiting = False  # for a batch
-lost: LostError | None = None  # what that handler reported while nobody waited
-
 
 class Loader(DataLoader):
-    """A DataLoader whose iteration raises RunErrors as such, and LostError for a worker that died or does not answer.
+    """A DataLoader whose iteration raises RunErrors as such, and LostError for a process that died or does not answer.
 
     The data set's `__getitems__` gives samples, or the RunError that kept it from them: an exception, torch would raise
-    again with a traceback for its text. `name(index)` is what it calls an image. `patience_s` is how long workers may
-    take for a batch.
+    again with a traceback for its text. `name(index)` is what it calls an image. `patience_s` is how long loader
+    processes may take for a batch.
     """
 
     def __init__(self, *args, patience_s: float, **kwargs):
@@ -34,48 +32,54 @@ class Loader(DataLoader):
         self.patience = partial(deadline, patience_s) if self.num_workers else contextlib.nullcontext
 
     def __iter__(self) -> Iterator[Any]:
-        received = 0
+        received, batches = 0, None
         try:
-            with self.patience():  # it waits for the workers to begin an epoch
-                batches = super().__iter__()
-            watch_workers()
-            while (batch := self.wait_for(batches)) is not None:
+            batches = self.begin()
+            while (batch := self.receive(batches)) is not None:
                 received += 1
                 if isinstance(batch, RunError):
-                    raise batch
+                    raise of_this_rank(batch)
                 yield batch
-        except RunError as error:
-            own = self.lost(received, error) if isinstance(error, LostError) else error
-            own.rank = dist.rank() if dist.active() else None
-            raise own from None
-        except (RuntimeError, OSError, EOFError) as error:
-            if not self.num_workers or str(error).startswith('Caught '):  # raised by our own code, in a worker
+        except (LostError, RuntimeError, OSError, EOFError) as error:
+            dead = wait_for_dead(getattr(batches, '_workers', ()))
+            if not self.num_workers or (str(error).startswith('Caught ') and not dead):  # raised by our own code
                 raise
-            raise self.lost(received, error) from None
+            raise of_this_rank(self.lost(received, how_it_died(dead[0]) if dead else error)) from None
 
-    def wait_for(self, batches: Iterator) -> Any:
-        """The next batch, or None at the end. Raises LostError if a worker has died, or takes too long."""
-        global waiting, lost
-        waiting = True
+    def begin(self) -> Iterator:
+        """The batches of an epoch, without torch's handler of SIGCHLD: it raises wherever the main thread is just then.
+
+        It may be in a step or a save, which must be finished first. Where batches are waited for, torch looks itself.
+        """
+        if not self.num_workers:
+            return super().__iter__()
+        atexit.unregister(signals.end_workers)
+        atexit.register(signals.end_workers)  # or the process waits for them, who ignore requests to stop
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
-            if lost:
-                raise lost
-            with self.patience():
-                return next(batches, None)
+            with self.patience():  # it waits for the processes to begin
+                return super().__iter__()
         finally:
-            waiting, lost = False, None
+            signal.signal(signal.SIGCHLD, handler)
 
-    def lost(self, received: int, error: Exception) -> LostError:
-        """What to say when a worker is lost after so many batches. The others are ended, stuck ones too."""
+    def receive(self, batches: Iterator) -> Any:
+        """The next batch, or None at the end."""
+        with self.patience():
+            return next(batches, None)
+
+    def lost(self, received: int, why: object) -> LostError:
+        """What to say when a loader process is lost after so many batches. The others are ended, stuck ones too."""
         signals.end_workers()
-        why = error.__cause__ if isinstance(error.__cause__, LostError) else error
-        if isinstance(why, OSError | EOFError):  # a broken connection, which says nothing, or not what it was
-            why = 'a loader process exited unexpectedly'
         batch = next(itertools.islice(self.batch_sampler, received, None), [])
         files = ', '.join(printable(self.dataset.name(item[1])) for item in batch[:NAMED])
         worker = received % self.num_workers  # they take turns
         more = ', ...' if len(batch) > NAMED else ''
         return LostError(f'{why}; loader worker {worker} was to bring the next {len(batch)} images: {files}{more}')
+
+
+def of_this_rank(error: RunError) -> RunError:
+    error.rank = dist.rank() if dist.active() else None
+    return error
 
 
 def collate(samples: list | RunError) -> Any:
@@ -87,7 +91,7 @@ def deadline(seconds: float) -> Iterator[None]:
     """Raise LostError in what takes longer.
 
     By a signal, since torch's own timeout is only for the news of a batch. Then it fetches the batch's memory from the
-    worker, for which it waits without end.
+    loader process, for which it waits without end.
     """
 
     def expire(number, frame):
@@ -103,26 +107,15 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
-def watch_workers() -> None:
-    """Stand in for torch's handler of SIGCHLD, which would raise wherever the main thread is just then.
-
-    And have the workers killed when this process ends: it would wait for them, who are deaf to requests to stop.
-    """
-    global torchs_handler
-    atexit.unregister(signals.end_workers)
-    atexit.register(signals.end_workers)
-    handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler) and handler is not on_ended_child:
-        torchs_handler = handler
-        signal.signal(signal.SIGCHLD, on_ended_child)
+def wait_for_dead(workers: list[Process], seconds: float = 1) -> list[Process]:
+    """Those that have ended, each of which should live; one may end a moment after its connection has broken."""
+    end = time.monotonic() + seconds
+    while not (dead := [worker for worker in workers if not worker.is_alive()]) and time.monotonic() < end:
+        time.sleep(0.01)
+    return dead
 
 
-def on_ended_child(number: int, frame) -> None:
-    """Torch's handler raises for a worker that crashed. A step or a save that goes on is finished first."""
-    global lost
-    try:
-        torchs_handler(number, frame)
-    except RuntimeError as error:
-        lost = LostError(str(error).partition('. ')[0].rstrip('. '))
-        if waiting:
-            raise lost from None
+def how_it_died(worker: Process) -> str:
+    code = worker.exitcode
+    end = f'was killed by {signal.Signals(-code).name}' if code < 0 else f'exited with code {code}'
+    return f'loader process {worker.pid} {end}'

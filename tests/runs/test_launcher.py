@@ -1,9 +1,7 @@
-"""Requests to stop, as one process, under torchrun and through the launcher; and what the launcher refuses."""
+"""The launcher: what it refuses, what it says of a new job, folders of jobs, and local jobs from start to end."""
 
 import argparse
-import importlib.util
 import os
-import re
 import signal
 import stat
 import subprocess
@@ -14,107 +12,25 @@ from pathlib import Path
 
 import pytest
 from submitit.core.utils import UncompletedJobError
-from training import ROOT, arguments, command, environment, load, make_images, read_until, same, train
+from training import ROOT, SHORT, arguments, environment, equal_states, load, start, train
 
-from util import signals
+from scripts import run_with_submitit as launcher
 from util.errors import UserError, run_main
 
-spec = importlib.util.spec_from_file_location('run_with_submitit', ROOT / 'scripts' / 'run_with_submitit.py')
-launcher = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(launcher)
-
-FLAGS = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']  # 66 images: 8 steps an epoch
-STATE = ('model', 'ema', 'optimizer', 'epoch', 'step', 'logger', 'record')
+LOCAL = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus']
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
-
-
-@pytest.fixture(scope='module')
-def whole(data, tmp_path_factory):
-    """The last checkpoint of a run that nobody interrupts."""
-    return train('pretrain', data, tmp_path_factory.mktemp('whole'), *FLAGS)
-
-
-def equal_states(a: dict, b: dict) -> bool:
-    return all(same(a.get(key), b.get(key)) for key in STATE)
-
-
-def start(line: list[str], **variables: str) -> subprocess.Popen:
-    env = environment() | variables
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def wait(condition, what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f'after {seconds:.0f} s still waiting for {what}'
-        time.sleep(0.02)
-
-
-# --------------------------------------------------------------------------
-# the flag
-
-
-@pytest.fixture
-def installed():
-    signals.install()
-    yield
-    signals.restore()
-
-
-def test_signals_only_set_a_flag(installed):
-    assert signals.requested() == 0
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
-    assert signals.requested() == signals.STOP
-    signal.raise_signal(signal.SIGUSR2)
-    signal.raise_signal(signal.SIGTERM)
-    assert signals.requested() == signals.REQUEUE
-
-
-def test_second_ctrl_c_does_not_wait(installed):
-    signal.raise_signal(signal.SIGINT)
-    assert signals.requested() == signals.STOP
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_handlers_from_before_are_kept_and_put_back():
-    def submitits(number, frame):
-        raise AssertionError('only Run calls it')
-
-    on_interrupt, before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGUSR2, submitits)
-    try:
-        signals.install()
-        signals.install()
-        signal.raise_signal(signal.SIGUSR2)
-        assert signals.requeue_handler() is submitits
-        signals.restore()
-        assert signal.getsignal(signal.SIGUSR2) is submitits
-        assert signal.getsignal(signal.SIGINT) is on_interrupt
-        assert signals.requeue_handler() is None
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-
-
-# --------------------------------------------------------------------------
-# processes
-
-
-@pytest.fixture(scope='module')
-def local_job(data, tmp_path_factory):
+def local_job(images, tmp_path_factory):
     """A job under `--local` that gets SIGUSR2 in its third step, in a thread: it mostly imports."""
     folder = tmp_path_factory.mktemp('local')
 
     def story() -> tuple[Path, int, int, str]:
-        script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '1']
-        process = start([*script, '--job-dir', str(folder), *arguments('pretrain', data, folder, *FLAGS)])
+        process = start([*LOCAL, '1', '--job-dir', str(folder), *arguments('pretrain', images, folder, *SHORT)])
         controller = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
         log = folder / f'{controller}_0_log.out'
-        wait(lambda: log.exists() and '[3/8]' in log.read_text(), 'the third step')
+        while not (log.exists() and '[3/8]' in log.read_text()):
+            time.sleep(0.02)
         os.kill(int(Path(f'/proc/{controller}/task/{controller}/children').read_text()), signal.SIGUSR2)
         _, err = process.communicate(timeout=60)
         return folder, controller, process.returncode, err
@@ -123,89 +39,7 @@ def local_job(data, tmp_path_factory):
         yield thread.submit(story)
 
 
-@pytest.mark.usefixtures('local_job')  # begins here
-def test_sigterm_in_mid_epoch(data, whole, tmp_path):
-    """With loader workers, which get the signal too, and a second one while the first is being obeyed."""
-    process = start([*command('pretrain', data, tmp_path, *FLAGS), '--num_workers', '2'])
-    read_until(process, '[3/8]')
-    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-    for pid in (process.pid, *map(int, children), process.pid):
-        os.kill(pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert len(children) == 2
-    assert err == ''
-    assert 'stopped on request at epoch 0, step ' in out.splitlines()[-1]
-    assert 3 <= load(tmp_path)['step'] <= 5
-    assert equal_states(train('pretrain', data, tmp_path, *FLAGS, '--resume', 'auto'), whole)
-
-
-def test_request_during_evaluation(data, tmp_path):
-    """Right before it, the run stops there and evaluates when it is resumed; later, it evaluates first."""
-    flags = [*FLAGS, '--batch_size', '16', '--use_ema']
-    process = start(command('finetune', data, tmp_path / 'part', *flags))
-    read_until(process, '[4/4]')
-    process.send_signal(signal.SIGUSR2)  # outside of submitit's jobs the same as SIGTERM
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 75, err
-    assert re.match('stopped on request at epoch (0, step 4|1, step 0) of 4; state saved', out.splitlines()[-1])
-    resumed = train('finetune', data, tmp_path / 'part', *flags, '--resume', 'auto')
-    assert equal_states(resumed, train('finetune', data, tmp_path / 'whole', *flags))
-    logs = [(tmp_path / name / 'log.txt').read_text() for name in ('part', 'whole')]
-    assert logs[0] == logs[1]
-
-
-def test_sigterm_to_torchrun(data, whole, tmp_path):
-    """Both ranks stop at one step. One process that makes two forwards of each step goes on from there."""
-    flags = [*FLAGS, '--batch_size', '4']
-    process = start(command('pretrain', data, tmp_path, *flags, ranks=2))
-    read_until(process, '[3/8]')
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=40)
-    assert process.returncode == 1  # torchrun's, whatever the ranks return
-    assert out.count('stopped on request at epoch 0, step') == 1
-    assert 3 <= load(tmp_path)['step'] <= 6
-    resumed = train('pretrain', data, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
-    losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (resumed, whole)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_no_rank_outlives_its_torchrun(data, tmp_path):
-    """SIGKILL leaves torchrun no time to end its ranks. Here a few words of Python stand in for it."""
-    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
-    line = [*torchrun, *command('pretrain', data, tmp_path, *FLAGS, '--epochs', '500')]
-    process = start(line, TORCHELASTIC_RUN_ID='stand-in')
-    read_until(process, '[3/8]')
-    process.kill()
-    out, _ = process.communicate(timeout=30)  # returns when the last process that holds the pipe has ended
-    assert 'stopped on request at epoch' in out
-
-
-def test_local_job_is_requeued(local_job, whole):
-    """SIGUSR2, as ahead of a time limit: submitit starts the job again, which resumes."""
-    folder, job, status, err = local_job.result()
-    assert (status, err) == (0, '')
-    log = (folder / f'{job}_0_log.out').read_text()
-    assert f'Requeued job {job} ' in log
-    assert 'checkpoint-last.pth at epoch 0, step ' in log
-    assert equal_states(load(folder), whole)
-
-
-def test_local_job_of_two_ranks_ends_well(data, tmp_path):
-    """Both leave their results to submitit, without which the launcher would call the job failed."""
-    script = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretrain', '--local', '--ngpus', '2']
-    flags = arguments('pretrain', data, tmp_path, *FLAGS, '--epochs', '1', '--warmup_epochs', '0')
-    done = subprocess.run(
-        [*script, '--job-dir', str(tmp_path), *flags], capture_output=True, text=True, timeout=100, env=environment()
-    )
-    assert (done.returncode, done.stderr) == (0, '')
-    assert len(list(tmp_path.glob('*_result.pkl'))) == 2
-
-
-# --------------------------------------------------------------------------
-# the launcher
-
-
+@pytest.mark.usefixtures('local_job')  # begins here, since it takes a while
 @pytest.mark.parametrize(
     ('line', 'words'),
     [
@@ -240,14 +74,14 @@ def test_mistakes_end_before_anything_is_submitted(line, words):
     assert words in str(caught.value)
 
 
-def test_no_slurm_here(monkeypatch, capsys, fault):
+@pytest.mark.fault(36)
+def test_no_slurm_here(monkeypatch, capsys):
     monkeypatch.setenv('PATH', '')
     with pytest.raises(SystemExit) as caught:
         run_main(lambda: launcher.main(['pretrain', '--model', 'mirl_vit_tiny']))
     assert caught.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert 'error: no sbatch on PATH' in line
-    fault(36, 'no sbatch on PATH', line.partition('error: ')[2], 2, 'nothing was submitted')
 
 
 @pytest.mark.parametrize(
@@ -361,7 +195,8 @@ def test_jobs_of_an_array_have_folders_of_their_own(tmp_path):
     assert jobs['seed1'].output_dir is None  # the job's folder
 
 
-def test_a_requeued_job_resumes(tmp_path, monkeypatch, fault):
+@pytest.mark.fault(39)
+def test_a_requeued_job_resumes(tmp_path, monkeypatch):
     monkeypatch.delenv('SLURM_RESTART_COUNT', raising=False)
     args = argparse.Namespace(output_dir=None, resume='other.pth')
     job = launcher.Job('pretrain', args, argparse.Namespace(local=True, max_requeues=1))
@@ -373,7 +208,6 @@ def test_a_requeued_job_resumes(tmp_path, monkeypatch, fault):
     again = job.__submitit_checkpoint__()
     assert again.function is job
     assert not list(tmp_path.iterdir())
-    fault(39, 'a `*.save_tmp` left beside the submitted pickle', 'none: the hook removes it', 0, 'the new pickle')
     assert job.arguments(tmp_path).resume == 'other.pth'  # there is nothing to resume yet
     (tmp_path / 'checkpoint-last.pth').touch()
     assert job.arguments(tmp_path).resume == 'auto'
@@ -382,3 +216,31 @@ def test_a_requeued_job_resumes(tmp_path, monkeypatch, fault):
     requeued_by_slurm = launcher.Job('pretrain', args, argparse.Namespace(local=False, max_requeues=1))
     monkeypatch.setenv('SLURM_RESTART_COUNT', '1')
     assert requeued_by_slurm.arguments(tmp_path).resume == 'auto'
+
+
+# --------------------------------------------------------------------------
+# jobs that run here
+
+
+def test_local_job_is_requeued(local_job, images, tmp_path):
+    """SIGUSR2, as ahead of a time limit: submitit starts the job again, which resumes."""
+    folder, job, status, err = local_job.result()
+    assert (status, err) == (0, '')
+    log = (folder / f'{job}_0_log.out').read_text()
+    assert f'Requeued job {job} ' in log
+    assert 'checkpoint-last.pth at epoch 0, step ' in log
+    assert equal_states(load(folder), train('pretrain', images, tmp_path, *SHORT))
+
+
+def test_local_job_of_two_ranks_ends_well(images, tmp_path):
+    """Both leave their results to submitit, without which the launcher would call the job failed."""
+    flags = arguments('pretrain', images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')
+    done = subprocess.run(
+        [*LOCAL, '2', '--job-dir', str(tmp_path), *flags],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment(),
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    assert len(list(tmp_path.glob('*_result.pkl'))) == 2

@@ -1,0 +1,54 @@
+"""What gloo's faults force, on CPU alone: with NCCL nothing here runs. Each part can go when its fault is mended.
+
+Seen with torch 2.6, 2.11 and 2.15. To find out whether a newer torch still needs a part, empty it and run the test.
+
+1. A rank does not notice a lost one while it waits for a third: gloo's connections are pairs, and the one to the third
+   still stands. Of four ranks, two would name each other beside the lost one. `hang_up` breaks all connections.
+   Test: tests/runs/test_ranks.py, `test_only_the_lost_one_of_four_is_named`.
+2. The freeing of DistributedDataParallel joins gloo's threads with Python's lock held, for which one of them may be
+   waiting: the process may never end. `outlive` keeps the model for ever.
+3. The threads that are left then abort a process that ends as usual: SIGABRT after a good end. `end_process` does what
+   Python does at its end, and leaves at once.
+   Test of 2 and 3: tests/faults/test_kills.py, and every test with `ranks=2`, whose exit codes would differ.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import socket
+import stat
+import sys
+
+import torch.distributed as torch_dist
+from torch import nn
+
+from util.errors import AT_THE_END
+
+
+def hang_up() -> None:
+    """Break this process's connections, so that ranks that wait for it notice, and not only those of the lost one."""
+    if torch_dist.get_backend() != 'gloo':
+        return
+    for descriptor in map(int, os.listdir('/proc/self/fd')):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        connection.getpeername()  # fails for one that listens, which gloo needs to the end
+                        connection.shutdown(socket.SHUT_RDWR)
+
+
+def outlive(model: nn.Module) -> None:
+    """Never free this model, and end the process, whose `run_main` will call it, without the freeing of anything."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
+    AT_THE_END.append(end_process)
+
+
+def end_process(code: int) -> None:
+    """What Python does at its end, but for the freeing of what is left."""
+    atexit.unregister(end_process)  # which may be one of them
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
