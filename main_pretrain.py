@@ -9,6 +9,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import get_args, get_type_hints
 
@@ -24,6 +25,7 @@ import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
 from util import config, dist, rng
+from util.config import Switch, number
 from util.data import datasets
 from util.errors import UserError, run_main
 from util.log import info
@@ -119,15 +121,13 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
 
 def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
-    add = parser.add_argument
-    add('--mask_ratio', type=float, help="share of patches that is hidden; default: the model's")
-    normalise = dict(dest='norm_pix_loss', default=None)
-    add('--norm_pix_loss', action='store_true', help="per-patch normalised target; default: the model's", **normalise)
-    add('--no_norm_pix_loss', action='store_false', help='plain pixels as the target', **normalise)
+    add = partial(parser.add_argument, heading='Model', at_resume='same')
+    add('--mask_ratio', type=number(float, 0, 1), help="share of patches that is hidden; default: the model's")
+    add('--norm_pix_loss', action=Switch, default=None, help="per-patch normalised target; default: the model's")
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune')
+    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune', usage=config.USAGE)
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -139,10 +139,12 @@ def get_args_parser() -> config.Parser:
         betas=[0.9, 0.95],
     )
     add_target_args(parser)
-    add = parser.add_argument
-    add('--crop_scale', type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
+    add = partial(parser.add_argument, heading='Augmentation')
+    share = number(float, above=0, most=1)
+    add('--crop_scale', type=share, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
     add('--interpolation', choices=('bicubic', 'bilinear'), default='bicubic', help='how the crop is resized')
-    add('--vis_freq', type=int, default=0, help='epochs between pictures of the same images, in PNG and TensorBoard')
+    add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
+    add('--vis_freq', type=number(int, 0), default=0, help='epochs between pictures of the same images; 0: none')
     return parser
 
 
@@ -150,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
     """Pretrain as the arguments say."""
     method = find_method(args.model)
     files = datasets.pretraining_files(args.data_path)
-    with Run(args, 'pretrain', len(files)) as run:
+    with Run(args, 'pretrain', len(files), get_args_parser().roles) as run:
         core = create_model(args)
         check_step(core, args)
         run.start(core, param_rules(method, core, args.rule_kwargs))

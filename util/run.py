@@ -18,20 +18,10 @@ from util.errors import STOPPED, DivergedError, LostError, RunError, StorageErro
 from util.log import MetricLogger, RunLog, info
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
+from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.weights.files import read_checkpoint
 
-IDENTITY = [
-    'model',
-    'model_kwargs',
-    'dataset',
-    'input_size',
-    'mask_ratio',
-    'norm_pix_loss',
-    'repeated_aug',
-    'opt',
-    'seed',
-]
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
 
@@ -43,11 +33,11 @@ class Run:
     that a disk or another process has caused.
     """
 
-    def __init__(self, args: argparse.Namespace, stage: str, num_images: int):
+    def __init__(self, args: argparse.Namespace, stage: str, num_images: int, roles: dict[str, config.AtResume]):
         config.check_common_args(args)
         config.check_schedule(args)
         here = dist.place()
-        self.args, self.stage, self.num_images = args, stage, num_images
+        self.args, self.stage, self.num_images, self.roles = args, stage, num_images, roles
         self.reader = Reader.of(args)
         accum_iter = config.accumulation(args)
         self.lr, self.arithmetic = config.scaled_lr(args, accum_iter)
@@ -99,7 +89,7 @@ class Run:
             self.resumed_from, self.saved = self.find_saved()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
-                self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args))
+                self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args), self.roles)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -128,7 +118,7 @@ class Run:
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
         return {
-            **{name: getattr(self.args, name) for name in IDENTITY if hasattr(self.args, name)},
+            **{name: getattr(self.args, name) for name, role in self.roles.items() if role == 'same'},
             'stage': self.stage,
             'images': self.num_images,
             'effective_batch': self.sampler.global_batch,
@@ -208,7 +198,7 @@ class Run:
         info(f'{self.num_images} training images, {steps} steps an epoch; {left_out} images are left out of each epoch')
         if dist.has_batchnorm(self.core) and dist.world_size() > 1 and self.device.type == 'cpu':
             info("BatchNorm keeps its statistics per process on CPU; rank 0's are saved and evaluated")
-        if not args.config and (recipes := config.recipes_for(args.model, self.stage)):
+        if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
         if self.resumed_from:
             info(f'resumed from {self.resumed_from} at epoch {self.first_epoch}, step {self.first_step} of {steps}')
