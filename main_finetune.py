@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from engine_finetune import evaluate, train_one_epoch
 from main_pretrain import check_forward, construct, find_method, param_rules
 from util import checkpoint, config, dist, rng
-from util.config import Switch, number
+from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import datasets, named
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -47,9 +47,9 @@ def get_args_parser() -> config.Parser:
         betas=[0.9, 0.999],
     )
     add_augmentation_args(parser)
-    share = number(float, 0, 1)
+    below_1 = number(float, 0, below=1)
     add = partial(parser.add_argument, heading='Model')
-    add('--nb_classes', type=number(int, 1), help="number of classes; default: the data's")
+    add('--nb_classes', type=AT_LEAST_1, help="number of classes; default: the data's")
     add(
         '--global_pool',
         action=Switch,
@@ -57,31 +57,21 @@ def get_args_parser() -> config.Parser:
         off=['--cls_token'],
         help='classify the mean of the patch tokens, or the class token',
     )
-    add(
-        '--drop_path',
-        type=number(float, 0, below=1),
-        default=0.1,
-        help='stochastic depth of the last block; earlier ones in proportion',
-    )
+    add('--drop_path', type=below_1, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
 
     add = partial(parser.add_argument, heading='Optimiser')
-    add('--layer_decay', type=share, default=0.75, help='factor of the learning rate from each layer to the one below')
+    add('--layer_decay', type=SHARE, default=0.75, help='factor of the learning rate from each layer to the one below')
 
     add = partial(parser.add_argument, heading='Weight average')
-    add('--use_ema', action=Switch, help='keep and evaluate an average too; with --eval: prefer it')
-    add(
-        '--ema_decay',
-        type=share,
-        default=0.9998,
-        help='decay of the average, approached as (1 + t) / (10 + t) at step t',
-    )
+    add('--use_ema', action=Switch, help='also keep and evaluate an average of the weights; with --eval: prefer it')
+    add('--ema_decay', type=SHARE, default=0.9998, help='decay, approached as (1 + t) / (10 + t) at step t')
     add(
         '--ema_warmup_epochs',
         type=number(float, 0),
         default=0.0,
-        help='epochs in which the decay is approached linearly instead',
+        help='epochs of a linear warm-up of the decay instead',
     )
-    add('--ema_warmup_ratio', type=share, default=0.9, help='share of the decay that this starts from')
+    add('--ema_warmup_ratio', type=SHARE, default=0.9, help='share of the decay that this warm-up starts from')
 
     add = partial(parser.add_argument, heading='Data')
     add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
@@ -89,11 +79,11 @@ def get_args_parser() -> config.Parser:
 
     add = partial(parser.add_argument, heading='Loss')
     add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
-    add('--smoothing', type=number(float, 0, below=1), default=0.1, help='label smoothing')
+    add('--smoothing', type=below_1, default=0.1, help='label smoothing')
 
     add = partial(parser.add_argument, heading='Evaluation')
     add('--eval', action=Switch, help='only evaluate the checkpoint of --resume')
-    add('--eval_size', type=number(int, 1), help='image side in pixels; default: --input_size')
+    add('--eval_size', type=AT_LEAST_1, help='image side in pixels; default: --input_size')
     add(
         '--crop_pct',
         type=number(float, above=0, most=1),
@@ -102,12 +92,7 @@ def get_args_parser() -> config.Parser:
     )
 
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
-    add(
-        '--finetune',
-        default='',
-        metavar='PATH',
-        help='pretrained checkpoint: a path, or a URL#sha256=...; default: random weights',
-    )
+    add('--finetune', default='', metavar='PATH', help='pretrained weights, a path or URL#sha256=...; default: random')
     # MAE's scripts pass these: evaluation is always distributed, and --resplit has no effect there either
     add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
     add('--resplit', action=Switch, help=argparse.SUPPRESS)
@@ -115,26 +100,26 @@ def get_args_parser() -> config.Parser:
 
 
 def add_augmentation_args(parser: config.Parser) -> None:
-    share, chance = number(float, above=0, most=1), number(float, 0, 1)
+    some = number(float, above=0, most=1)
     add = partial(parser.add_argument, heading='Augmentation')
-    add('--crop_scale', type=share, nargs=2, default=[0.08, 1.0], help="smallest and largest share of the image's area")
+    add('--crop_scale', type=some, nargs=2, default=[0.08, 1.0], help="smallest and largest share of the image's area")
     add(
         '--repeated_aug',
-        type=number(int, 1),
+        type=AT_LEAST_1,
         default=1,
         at_resume='same',
-        help='augmented copies of an image, in a row; epochs stay as long',
+        help='copies of an image, in a row; epochs stay as long',
     )
     add('--color_jitter', type=number(float, 0), help='strength, used without --aa only; default: off')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augment policy, or 'none'")
     add('--reprob', type=number(float, 0, below=1), default=0.25, help='probability of random erasing')
     add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what erased pixels become')
-    add('--recount', type=number(int, 1), default=1, help='largest number of erased boxes')
+    add('--recount', type=AT_LEAST_1, default=1, help='largest number of erased boxes')
     add('--mixup', type=number(float, 0), default=0.0, help='mixup alpha; 0: off')
     add('--cutmix', type=number(float, 0), default=0.0, help='cutmix alpha; 0: off')
-    add('--cutmix_minmax', type=share, nargs=2, help='smallest and largest share of a side; replaces --cutmix')
-    add('--mixup_prob', type=chance, default=1.0, help='share of batches that are mixed')
-    add('--mixup_switch_prob', type=chance, default=0.5, help='share of cutmix where both are on')
+    add('--cutmix_minmax', type=some, nargs=2, help='smallest and largest share of a side; replaces --cutmix')
+    add('--mixup_prob', type=SHARE, default=1.0, help='share of batches that are mixed')
+    add('--mixup_switch_prob', type=SHARE, default=0.5, help='share of cutmix where both are on')
     add('--mixup_mode', choices=('batch', 'pair', 'elem'), default='batch', help='what shares one mixing ratio')
 
 

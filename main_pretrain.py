@@ -25,7 +25,7 @@ import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
 from util import config, dist, rng
-from util.config import Switch, number
+from util.config import AT_LEAST_0, SHARE, Switch, number
 from util.data import datasets
 from util.errors import UserError, run_main
 from util.log import info
@@ -122,7 +122,7 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
 def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
     add = partial(parser.add_argument, heading='Model', at_resume='same')
-    add('--mask_ratio', type=number(float, 0, 1), help="share of patches that is hidden; default: the model's")
+    add('--mask_ratio', type=SHARE, help="share of patches that is hidden; default: the model's")
     add('--norm_pix_loss', action=Switch, default=None, help="per-patch normalised target; default: the model's")
 
 
@@ -140,11 +140,11 @@ def get_args_parser() -> config.Parser:
     )
     add_target_args(parser)
     add = partial(parser.add_argument, heading='Augmentation')
-    share = number(float, above=0, most=1)
-    add('--crop_scale', type=share, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
+    some = number(float, above=0, most=1)
+    add('--crop_scale', type=some, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
     add('--interpolation', choices=('bicubic', 'bilinear'), default='bicubic', help='how the crop is resized')
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
-    add('--vis_freq', type=number(int, 0), default=0, help='epochs between pictures of the same images; 0: none')
+    add('--vis_freq', type=AT_LEAST_0, default=0, help='epochs between pictures of the same images; 0: none')
     return parser
 
 

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_finetune
 import main_pretrain
 from util import config
+from util.config import AT_LEAST_0, AT_LEAST_1
 from util.errors import STOPPED, UserError, run_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -54,37 +55,27 @@ def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0])
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
-    add('--nodes', type=config.number(int, 1), default=1, help='machines of a job')
-    add(
-        '--ngpus',
-        type=config.number(int, 1),
-        default=8,
-        help='GPUs, and tasks, of each machine; with --device cpu tasks only',
-    )
+    add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
+    add('--ngpus', type=AT_LEAST_1, default=8, help='GPUs, and tasks, of each machine; --device cpu: tasks only')
     add('--job_dir', default='jobs/%j', help='pickles, logs, and without --output_dir checkpoints; %j: job id')
     add('--array', nargs='+', default=[], metavar='RECIPE', help='a job for each recipe')
-    add('--seeds', nargs='+', type=config.number(int, 0), default=[], metavar='SEED', help='a job for each seed')
+    add('--seeds', nargs='+', type=AT_LEAST_0, default=[], metavar='SEED', help='a job for each seed')
     add('--local', action=config.Switch, help='run here, without SLURM, one job after the other')
 
     add = partial(parser.add_argument, heading='Time')
     add(
         '--timeout',
-        type=config.number(int, 1),
+        type=AT_LEAST_1,
         default=4320,
         help='minutes until a job is queued again; --local: at most six times',
     )
     add(
         '--signal_delay_s',
-        type=config.number(int, 1),
+        type=AT_LEAST_1,
         default=120,
-        help='seconds before that to save in; longer than an evaluation',
+        help='seconds before that to save in: longer than an evaluation',
     )
-    add(
-        '--max_requeues',
-        type=config.number(int, 0),
-        default=1000,
-        help='time limits after which a job is queued again; then it ends',
-    )
+    add('--max_requeues', type=AT_LEAST_0, default=1000, help='time limits after which a job is queued again')
 
     add = partial(parser.add_argument, heading='SLURM')
     add('--partition', help="SLURM's; default: the site's")
@@ -92,12 +83,7 @@ def get_args_parser() -> config.Parser:
     add('--qos', help="SLURM's")
     add('--constraint', help='features that machines must have')
     add('--mem_gb', type=config.number(float, above=0), help="memory of each machine; default: the site's")
-    add(
-        '--cpus_per_task',
-        type=config.number(int, 1),
-        default=10,
-        help='CPUs of each task; its loader processes need them',
-    )
+    add('--cpus_per_task', type=AT_LEAST_1, default=10, help='CPUs of each task; its loader processes need them')
     add('--comment', help='a line for the queue')
     add('--name', help='job name; default: the stage')
     return parser

@@ -33,7 +33,7 @@ def get_args_parser() -> config.Parser:
         help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
     add('--output', type=Path, default=Path('reconstruction.png'), help='the PNG to write')
-    add('--count', type=config.number(int, 1), default=6, help='most images to draw, taken evenly from all')
+    add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
     add('--config', default='', metavar='YAML', help="pretraining's recipe, for the model and its input")
     config.add_model_args(parser, model='mirl_vit_base_depth48')
     main_pretrain.add_target_args(parser)

@@ -81,7 +81,7 @@ def number(
         (below, operator.lt, 'less than'),
     )
     ends = [end for end in ends if end[0] is not None]
-    words = [f'{words} {limit}' for limit, _, words in ends]
+    words = [f'{words} {limit:g}' for limit, _, words in ends]
     if kind is float and most is None and below is None:
         words.append('finite')
 
@@ -97,6 +97,10 @@ def number(
 
     convert.__name__ = kind.__name__  # what --help shows
     return convert
+
+
+AT_LEAST_0, AT_LEAST_1 = number(int, 0), number(int, 1)
+ABOVE_0, SHARE = number(float, above=0), number(float, 0, 1)
 
 
 class Help(argparse.HelpFormatter):
@@ -119,8 +123,10 @@ def purpose_and_default(action: argparse.Action) -> tuple[str, str]:
 def in_words(default: Any) -> str:
     if isinstance(default, bool):
         return 'on' if default else 'off'
+    if isinstance(default, float):
+        return f'{default:g}'
     if isinstance(default, list):
-        return ' '.join(map(str, default))
+        return ' '.join(map(in_words, default))
     return '' if default in (None, '', {}, argparse.SUPPRESS) else str(default)
 
 
@@ -155,6 +161,7 @@ class Parser(argparse.ArgumentParser):
             self.headings[heading] = self.add_argument_group(heading)
         add = self.headings[heading].add_argument if heading else super().add_argument
         action = add(*names, **kwargs)
+        action.heading = heading
         self.flags |= dict.fromkeys(action.option_strings, action)
         self.roles[action.dest] = at_resume
         if instead_of:
@@ -270,12 +277,12 @@ def add_model_args(parser: Parser, model: str) -> None:
     add = partial(parser.add_argument, heading='Model', at_resume='same')
     add('--model', default=model, help='name of a function in a models_*.py')
     add('--model_kwargs', action=KeyValues, help='more of its arguments')
-    add('--input_size', type=number(int, 1), default=224, help='image side in pixels')
+    add('--input_size', type=AT_LEAST_1, default=224, help='image side in pixels')
 
     add = partial(parser.add_argument, heading='Data')
-    add('--max_pixels', type=number(int, 1), default=50_000_000, help='larger images are not decoded')
+    add('--max_pixels', type=AT_LEAST_1, default=50_000_000, help='larger images are not decoded')
     add('--mean', type=number(float), nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
-    add('--std', type=number(float, above=0), nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
+    add('--std', type=ABOVE_0, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
 
     add = partial(parser.add_argument, heading='Hardware and precision')
     gpu_or_cpu = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -285,61 +292,45 @@ def add_model_args(parser: Parser, model: str) -> None:
         at_resume='free',
         help='cuda, cuda:N or cpu; default: cuda if there is a GPU, else cpu',
     )
-    add('--seed', type=number(int, 0), default=0, at_resume='same', help='seed of everything random')
+    add('--seed', type=AT_LEAST_0, default=0, at_resume='same', help='seed of everything random')
 
 
 def add_batch_args(parser: Parser, batch_size: int) -> None:
-    add = partial(parser.add_argument, heading='Batch', at_resume='free')  # their product is in the checkpoint
-    add('--batch_size', type=number(int, 1), default=batch_size, help='images per process and forward')
+    add = partial(parser.add_argument, heading='Batch', at_resume='free')  # their product is checked
+    add('--batch_size', type=AT_LEAST_1, default=batch_size, help='images per process and forward')
     add(
         '--accum_iter',
-        type=number(int, 1),
+        type=AT_LEAST_1,
         default=1,
         instead_of='effective_batch_size',
         help='forwards per optimiser step',
     )
-    add('--effective_batch_size', type=number(int, 1), help='images per optimiser step; solves for accum_iter')
+    add('--effective_batch_size', type=AT_LEAST_1, help='images per optimiser step; solves for accum_iter')
 
 
 def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs: float, min_lr: float) -> None:
     add = partial(parser.add_argument, heading='Learning rate')
-    add('--epochs', type=number(int, 1), default=epochs, help='passes over the data')
-    add('--lr', type=number(float, above=0), help='learning rate; default: from --blr')
-    add(
-        '--blr',
-        type=number(float, above=0),
-        default=blr,
-        instead_of='lr',
-        help='base learning rate: lr = blr * images per step / 256',
-    )
+    add('--epochs', type=AT_LEAST_1, default=epochs, help='passes over the data')
+    add('--lr', type=ABOVE_0, help='learning rate; default: from --blr')
+    add('--blr', type=ABOVE_0, default=blr, instead_of='lr', help='base rate: lr = blr * images per step / 256')
     add('--min_lr', type=number(float, 0), default=min_lr, help='where the cosine ends')
-    add('--min_lr_absolute', action=Switch, help='--min_lr is for all parameters, not times their own scale')
-    add(
-        '--warmup_epochs',
-        type=number(float, 0),
-        default=warmup_epochs,
-        help='epochs of linear warm-up, by the iteration',
-    )
-    add(
-        '--warmup_lr_ratio',
-        type=number(float, 0, 1),
-        default=0.0,
-        help='share of the rate that the warm-up starts from',
-    )
+    add('--min_lr_absolute', action=Switch, help="--min_lr is every parameter's, not times its own scale")
+    add('--warmup_epochs', type=number(float, 0), default=warmup_epochs, help='epochs of linear warm-up')
+    add('--warmup_lr_ratio', type=SHARE, default=0.0, help='share of the rate that the warm-up starts from')
     add(
         '--warmup_shape',
         choices=('flat', 'scaled'),
         default='flat',
-        help='what the warm-up scales: the peak (MAE) or the scheduled rate (mmcv)',
+        help="the warm-up scales the peak (flat, MAE's) or the scheduled rate (scaled, mmcv's)",
     )
     add('--lr_sched', choices=('cosine', 'step'), default='cosine', help='schedule after the warm-up')
     add(
         '--cosine_start',
         choices=('warmup', 'zero'),
         default='warmup',
-        help="where the cosine begins: the warm-up's end, or 0",
+        help="the cosine starts at the warm-up's end, or at epoch 0",
     )
-    add('--lr_decay_epochs', type=number(int, 1), nargs='+', default=[], help='boundaries of --lr_sched step')
+    add('--lr_decay_epochs', type=AT_LEAST_1, nargs='+', default=[], help='boundaries of --lr_sched step')
     add('--lr_decay_rate', type=number(float, above=0, most=1), default=0.1, help='factor at each boundary')
     add('--sched_per_epoch', action=Switch, help='after the warm-up, change the rate at epochs only')
 
@@ -347,86 +338,62 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
 def add_optimiser_args(parser: Parser, betas: list[float]) -> None:
     add = partial(parser.add_argument, heading='Optimiser')
     add('--opt', choices=('adamw', 'lamb'), default='adamw', at_resume='same', help="optimiser; LAMB is timm's")
-    add('--opt_eps', type=number(float, above=0), help="the optimiser's epsilon; default: adamw 1e-8, lamb 1e-6")
+    add('--opt_eps', type=ABOVE_0, help="the optimiser's epsilon; default: adamw 1e-8, lamb 1e-6")
     add('--betas', type=number(float, 0, below=1), nargs=2, default=betas, help='decay of the two moments')
-    add('--weight_decay', type=number(float, 0), default=0.05, help='decoupled from the gradient')
+    add('--weight_decay', type=number(float, 0), default=0.05, help='weight decay, decoupled from the gradient')
     add('--rule_kwargs', action=KeyValues, help="options of the model's parameter rules")
     add('--clip_grad', type=number(float, 0), help='largest gradient norm; default: not clipped, as with 0')
-    add(
-        '--max_bad_steps',
-        type=number(int, 0),
-        at_resume='free',
-        help='most steps in a row that may be skipped; default: 3, fp16: 20',
-    )
+    add('--max_bad_steps', type=AT_LEAST_0, at_resume='free', help='most steps in a row to skip; default: 3, fp16: 20')
 
 
 def add_data_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Data')
     add('--data_path', type=Path, default=Path('data'), at_resume='free', help='folder with train/ and val/')
-    add('--num_workers', type=number(int, 0), default=10, at_resume='free', help='loader processes per process')
+    add('--num_workers', type=AT_LEAST_0, default=10, at_resume='free', help='loader processes per process')
     add('--pin_mem', action=Switch, default=True, at_resume='free', help='pinned batches, for faster copies to a GPU')
     add('--bad_images', choices=('raise', 'skip'), default='raise', help='what happens at an image that cannot be read')
-    add(
-        '--max_bad_images',
-        type=number(float, 0, below=1),
-        default=0.001,
-        help='largest share of images that may be skipped',
-    )
+    add('--max_bad_images', type=number(float, 0, below=1), default=0.001, help='largest share of images to skip')
     add(
         '--data_retries',
-        type=number(int, 0),
+        type=AT_LEAST_0,
         default=5,
         at_resume='free',
-        help='further attempts to read from storage that is gone',
+        help='how often reading is tried again if storage is gone',
     )
     augment = partial(parser.add_argument, heading='Augmentation')
-    augment('--hflip', type=number(float, 0, 1), default=0.5, help='probability of a horizontal flip')
+    augment('--hflip', type=SHARE, default=0.5, help='probability of a horizontal flip')
 
 
 def add_output_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
     add('--output_dir', type=Path, default=Path('output_dir'), help='checkpoints, log.txt, args.json')
     add('--log_dir', type=Path, help='TensorBoard events; default: --output_dir')
-    add('--print_freq', type=number(int, 1), default=20, help='optimiser steps between progress lines')
-    add('--save_freq', type=number(int, 1), default=20, help='epochs between numbered checkpoints')
+    add('--print_freq', type=AT_LEAST_1, default=20, help='optimiser steps between progress lines')
+    add('--save_freq', type=AT_LEAST_1, default=20, help='epochs between numbered checkpoints')
     add(
         '--save_freq_steps',
-        type=number(int, 0),
+        type=AT_LEAST_0,
         default=0,
-        help='optimiser steps between writes of checkpoint-last.pth; 0: at epochs only',
+        help='steps between writes of checkpoint-last.pth; 0: epochs only',
     )
-    add('--keep_last', type=number(int, 0), default=0, help='newest numbered checkpoints to keep; 0: all')
+    add('--keep_last', type=AT_LEAST_0, default=0, help='newest numbered checkpoints to keep; 0: all')
     add('--resume', default='', metavar='PATH', help="checkpoint to resume; 'auto': the newest of --output_dir, if any")
-    add('--start_epoch', type=number(int, 0), default=0, help='first epoch of a run that is not resumed')
+    add('--start_epoch', type=AT_LEAST_0, default=0, help='first epoch of a run that is not resumed')
 
 
 def add_hardware_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Hardware and precision')
-    add(
-        '--amp_dtype',
-        choices=('bf16', 'fp16', 'none'),
-        help='autocast type; default: bf16 if the GPU has it, else none',
-    )
+    add('--amp_dtype', choices=('bf16', 'fp16', 'none'), help='autocast; default: bf16 if the GPU has it, else none')
     add('--deterministic', action=Switch, help='deterministic kernels, for exact repeats on a GPU')
     add = partial(add, at_resume='free')
-    add(
-        '--channels_last',
-        action=Switch,
-        default=None,
-        help='NHWC in memory; default: on for networks that convolve',
-    )
+    add('--channels_last', action=Switch, default=None, help='NHWC in memory; default: on for networks that convolve')
     add('--grad_checkpoint', action=Switch, help='less memory: make activations again for the gradients')
     add('--compile', action=Switch, help='torch.compile the model')
 
     add = partial(parser.add_argument, heading='Distributed', at_resume='free')
     add('--dist_url', default='env://', help='rendezvous of the processes')
-    add(
-        '--dist_timeout',
-        type=number(float, above=0, most=1e9),
-        default=600,
-        help='seconds until a lost rank ends the run',
-    )
-    add('--world_size', type=number(int, 1), help='number of processes, checked against those launched')
+    add('--dist_timeout', type=number(float, above=0, most=1e9), default=600, help='seconds to wait for a lost rank')
+    add('--world_size', type=AT_LEAST_1, help='number of processes, checked against those launched')
     # old launch scripts pass these; ranks come from the environment
     add('--local_rank', type=int, help=argparse.SUPPRESS)
     add('--dist_on_itp', action=Switch, help=argparse.SUPPRESS)

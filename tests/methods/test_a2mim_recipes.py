@@ -15,6 +15,7 @@ import main_finetune
 import main_pretrain
 from util import config, optim
 from util.data import datasets
+from util.recipes import RECIPES, load_recipe
 from util.run import Run
 from util.weights.published import FAMILIES, into_a2mim, into_classifier
 
@@ -287,7 +288,7 @@ def drop_path_of(network: torch.nn.Module) -> float:
 
 
 def test_all_recipes_are_in_the_table():
-    files = {path.stem for method in ('a2mim', 'simmim') for path in config.RECIPES.glob(f'{method}_*.yaml')}
+    files = {path.stem for method in ('a2mim', 'simmim') for path in RECIPES.glob(f'{method}_*.yaml')}
     assert files == set(TABLE)
 
 
@@ -302,7 +303,7 @@ def test_resolved_values(name):
 
 @pytest.mark.parametrize('name', TABLE)
 def test_accuracy(name):
-    about, _ = config.load_recipe(config.RECIPES / f'{name}.yaml')
+    about, _ = load_recipe(RECIPES / f'{name}.yaml')
     if name in OTHER_ACCURACY:
         assert str(about['accuracy']) == OTHER_ACCURACY[name]
     else:
