@@ -29,8 +29,8 @@ HEADINGS = (  # of --help, in this order
 )
 USAGE = '%(prog)s [--FLAG VALUE ...]'  # of the mains, instead of a page of brackets
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# A resumed run must have the same; a change is told; or it is free to change: it only says where and how a run works,
-# or is held against the checkpoint in another way.
+# A resumed run must have the same value; a change is told; or it is free: the flag only says where and how a run works,
+# or is checked in another way.
 AtResume = Literal['same', 'told', 'free']
 
 
@@ -38,8 +38,8 @@ class Switch(argparse.BooleanOptionalAction):
     """`--flag` and `--no_flag`, spelled as all flags are; `off` are other names of the second."""
 
     def __init__(self, option_strings, dest, default=False, off=(), help='', **kwargs):
-        super().__init__(option_strings, dest, default, **kwargs)
-        self.on, self.help = option_strings, help  # to the second, argparse would add the default
+        super().__init__(option_strings, dest, default=default, **kwargs)
+        self.on, self.help = option_strings, help  # some versions of argparse add the default to a help that they get
         self.option_strings = [*option_strings, *(f'--no_{name[2:]}' for name in option_strings), *off]
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -111,7 +111,8 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         purpose, default = purpose_and_default(action)
-        return f'{purpose} (default: {default})'.replace('%', '%%') if default else purpose.replace('%', '%%')
+        text = f'{purpose} (default: {default})' if default else purpose
+        return text.replace('%', '%%')  # argparse's own templates are not used
 
 
 def purpose_and_default(action: argparse.Action) -> tuple[str, str]:
@@ -230,7 +231,7 @@ def converted(action: argparse.Action, name: str, value: Any, where: str) -> Any
         raise UserError(f'{where}: invalid value {value!r}')
     try:
         items = [(action.type or str)(str(item)) for item in items]
-    except argparse.ArgumentTypeError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f'{where} {error}') from error
     if action.choices and not set(items) <= set(action.choices):
         raise UserError(f'{where}: {value!r} is not one of {", ".join(map(str, action.choices))}')
@@ -395,7 +396,7 @@ def add_hardware_args(parser: Parser) -> None:
     add('--dist_timeout', type=number(float, above=0, most=1e9), default=600, help='seconds to wait for a lost rank')
     add('--world_size', type=AT_LEAST_1, help='number of processes, checked against those launched')
     # old launch scripts pass these; ranks come from the environment
-    add('--local_rank', type=int, help=argparse.SUPPRESS)
+    add('--local_rank', type=number(int, -1), help=argparse.SUPPRESS)
     add('--dist_on_itp', action=Switch, help=argparse.SUPPRESS)
 
 
