@@ -8,6 +8,7 @@ Examples:
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from engine_finetune import LossOf, evaluate, train_one_epoch
 from main_pretrain import find_method
 from util import build, checkpoint, config, dist, rng
+from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -22,14 +24,13 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import download
 from util.weights.intake import Origin
 from util.weights.published import load_published
 from util.weights.unpickle import printable
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain')
+    parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain', usage=config.USAGE)
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -40,49 +41,81 @@ def get_args_parser() -> config.Parser:
         min_lr=1e-6,
         betas=[0.9, 0.999],
     )
-    add = parser.add_argument
+    add_augmentation_args(parser)
+    below_1 = number(float, 0, below=1)
+    add = partial(parser.add_argument, heading='Model')
+    add('--nb_classes', type=AT_LEAST_1, help="number of classes; default: the data's")
     add(
-        '--finetune',
-        default='',
-        metavar='PATH',
-        help=f'pretrained checkpoint, own or published; default: random weights. A path, or {download.FORM}',
+        '--global_pool',
+        action=Switch,
+        default=True,
+        off=['--cls_token'],
+        help='classify the mean of the patch tokens, or the class token',
     )
-    add('--eval', action='store_true', help='only evaluate the checkpoint given by --resume')
-    add('--dataset', choices=named.SOURCES, default='folder', help='what --data_path holds, and in which layout')
-    add('--download', action='store_true', help='get what is missing there, where torchvision can')
-    add('--nb_classes', type=int, help="number of classes; default: the data's")
-    add('--global_pool', action='store_true', default=True, help='classify the average of the patch tokens')
-    add('--cls_token', action='store_false', dest='global_pool', help='classify the class token')
-    add('--drop_path', type=float, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
-    add('--layer_decay', type=float, default=0.75, help='factor of the learning rate from each layer to the one below')
-    add('--use_ema', action='store_true', help='also keep and evaluate an average of the weights; --eval: prefer it')
-    add('--ema_decay', type=float, default=0.9998, help='its decay, reached from below: (1 + t) / (10 + t) at step t')
-    add('--ema_warmup_epochs', type=float, default=0.0, help='epochs in which the decay is reached linearly instead')
-    add('--ema_warmup_ratio', type=float, default=0.9, help='share of the decay that such a warm-up starts from')
+    add('--drop_path', type=below_1, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
 
-    add('--crop_scale', type=float, nargs=2, default=[0.08, 1.0], help="smallest and largest share of the image's area")
-    add('--eval_size', type=int, help='evaluation: image side in pixels; default: --input_size')
-    add('--crop_pct', type=float, default=0.875, help='evaluation: the centre crop as a share of the resized side')
+    add = partial(parser.add_argument, heading='Optimiser')
+    add('--layer_decay', type=SHARE, default=0.75, help='factor of the learning rate from each layer to the one below')
+
+    add = partial(parser.add_argument, heading='Weight average')
+    add('--use_ema', action=Switch, help='also keep and evaluate an average of the weights; with --eval: prefer it')
+    add('--ema_decay', type=SHARE, default=0.9998, help='decay, approached as (1 + t) / (10 + t) at step t')
     add(
-        '--repeated_aug', type=int, default=1, help='copies of an image, augmented apart, in a row; epochs stay as long'
+        '--ema_warmup_epochs',
+        type=number(float, 0),
+        default=0.0,
+        help='epochs of a linear warm-up of the decay instead',
     )
-    add('--color_jitter', type=float, help='strength; used without --aa only')
-    add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augment policy, or 'none'")
+    add('--ema_warmup_ratio', type=SHARE, default=0.9, help='share of the decay that this warm-up starts from')
+
+    add = partial(parser.add_argument, heading='Data')
+    add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
+    add('--download', action=Switch, at_resume='free', help='get what is missing in --data_path, where torchvision can')
+
+    add = partial(parser.add_argument, heading='Loss')
     add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
-    add('--smoothing', type=float, default=0.1, help='label smoothing')
-    add('--reprob', type=float, default=0.25, help='probability of random erasing')
-    add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what erased pixels become')
-    add('--recount', type=int, default=1, help='largest number of erased boxes')
-    add('--mixup', type=float, default=0.0, help='alpha; 0: off')
-    add('--cutmix', type=float, default=0.0, help='alpha; 0: off')
-    add('--cutmix_minmax', type=float, nargs=2, help='smallest and largest share of a side; overrides --cutmix')
-    add('--mixup_prob', type=float, default=1.0, help='share of batches that are mixed')
-    add('--mixup_switch_prob', type=float, default=0.5, help='share of cutmix where both are on')
-    add('--mixup_mode', choices=('batch', 'pair', 'elem'), default='batch', help='what shares one mixing ratio')
+    add('--smoothing', type=below_1, default=0.1, help='label smoothing')
+
+    add = partial(parser.add_argument, heading='Evaluation')
+    add('--eval', action=Switch, help='only evaluate the checkpoint of --resume')
+    add('--eval_size', type=AT_LEAST_1, help='image side in pixels; default: --input_size')
+    add(
+        '--crop_pct',
+        type=number(float, above=0, most=1),
+        default=0.875,
+        help='centre crop, as a share of the resized side',
+    )
+
+    add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
+    add('--finetune', default='', metavar='PATH', help='pretrained weights, a path or URL#sha256=...; default: random')
     # MAE's scripts pass these: evaluation is always distributed, and --resplit has no effect there either
-    add('--dist_eval', action='store_true', help=argparse.SUPPRESS)
-    add('--resplit', action='store_true', help=argparse.SUPPRESS)
+    add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
+    add('--resplit', action=Switch, help=argparse.SUPPRESS)
     return parser
+
+
+def add_augmentation_args(parser: config.Parser) -> None:
+    some = number(float, above=0, most=1)
+    add = partial(parser.add_argument, heading='Augmentation')
+    add('--crop_scale', type=some, nargs=2, default=[0.08, 1.0], help="smallest and largest share of the image's area")
+    add(
+        '--repeated_aug',
+        type=AT_LEAST_1,
+        default=1,
+        at_resume='same',
+        help='copies of an image, in a row; epochs stay as long',
+    )
+    add('--color_jitter', type=number(float, 0), help='strength, used without --aa only; default: off')
+    add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augment policy, or 'none'")
+    add('--reprob', type=number(float, 0, below=1), default=0.25, help='probability of random erasing')
+    add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what erased pixels become')
+    add('--recount', type=AT_LEAST_1, default=1, help='largest number of erased boxes')
+    add('--mixup', type=number(float, 0), default=0.0, help='mixup alpha; 0: off')
+    add('--cutmix', type=number(float, 0), default=0.0, help='cutmix alpha; 0: off')
+    add('--cutmix_minmax', type=some, nargs=2, help='smallest and largest share of a side; replaces --cutmix')
+    add('--mixup_prob', type=SHARE, default=1.0, help='share of batches that are mixed')
+    add('--mixup_switch_prob', type=SHARE, default=0.5, help='share of cutmix where both are on')
+    add('--mixup_mode', choices=('batch', 'pair', 'elem'), default='batch', help='what shares one mixing ratio')
 
 
 def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -203,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
         args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
     )
     sampler = build.epoch_batches(args, len(train[0]))
-    with Run(args, 'finetune', sampler) as run:
+    with Run(args, 'finetune', sampler, get_args_parser().roles) as run:
         core = create_classifier(args, num_classes)
         check_steps(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --bat
 """
 
 import argparse
+from functools import partial
 from types import ModuleType
 
 from torch import nn
@@ -15,9 +16,10 @@ import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
 from util import build, config, dist, rng
+from util.config import AT_LEAST_0, SHARE, Switch, number
 from util.data import augment, datasets
 from util.data.images import Reader
-from util.errors import UserError, run_main
+from util.errors import UserError, closest, run_main
 from util.log import info
 from util.pictures import Pictures
 from util.run import Run
@@ -33,7 +35,7 @@ def find_method(name: str) -> ModuleType:
         if name in module.__all__:
             return module
     known = [n for module in METHODS for n in module.__all__]
-    raise UserError(f'unknown --model {name}{config.closest(name, known) or "; known: " + ", ".join(known)}')
+    raise UserError(f'unknown --model {name}{closest(name, known) or "; known: " + ", ".join(known)}')
 
 
 def check_step(core: nn.Module, args: argparse.Namespace) -> None:
@@ -54,15 +56,13 @@ def create_model(args: argparse.Namespace) -> nn.Module:
 
 def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
-    add = parser.add_argument
-    add('--mask_ratio', type=float, help="share of patches that is hidden; default: the model's")
-    normalise = dict(dest='norm_pix_loss', default=None)
-    add('--norm_pix_loss', action='store_true', help="per-patch normalised target; default: the model's", **normalise)
-    add('--no_norm_pix_loss', action='store_false', help='plain pixels as the target', **normalise)
+    add = partial(parser.add_argument, heading='Model', at_resume='same')
+    add('--mask_ratio', type=SHARE, help="share of patches that is hidden; default: the model's")
+    add('--norm_pix_loss', action=Switch, default=None, help="per-patch normalised target; default: the model's")
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune')
+    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune', usage=config.USAGE)
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -74,10 +74,12 @@ def get_args_parser() -> config.Parser:
         betas=[0.9, 0.95],
     )
     add_target_args(parser)
-    add = parser.add_argument
-    add('--crop_scale', type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
+    add = partial(parser.add_argument, heading='Augmentation')
+    some = number(float, above=0, most=1)
+    add('--crop_scale', type=some, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
     add('--interpolation', choices=('bicubic', 'bilinear'), default='bicubic', help='how the crop is resized')
-    add('--vis_freq', type=int, default=0, help='epochs between pictures of the same images, in PNG and TensorBoard')
+    add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
+    add('--vis_freq', type=AT_LEAST_0, default=0, help='epochs between pictures of the same images; 0: none')
     return parser
 
 
@@ -88,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     method = find_method(args.model)
     files = datasets.pretraining_files(args.data_path)
     sampler = build.epoch_batches(args, len(files))
-    with Run(args, 'pretrain', sampler) as run:
+    with Run(args, 'pretrain', sampler, get_args_parser().roles) as run:
         core = create_model(args)
         check_step(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)

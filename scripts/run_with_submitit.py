@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import submitit
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_finetune
 import main_pretrain
 from util import config
+from util.config import AT_LEAST_0, AT_LEAST_1
 from util.errors import STOPPED, UserError, run_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,25 +53,39 @@ FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
 
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0])
-    add = parser.add_argument
-    add('stage', choices=MAINS, help='which main')
-    add('--nodes', type=int, default=1, help='machines of a job')
-    add('--ngpus', type=int, default=8, help='GPUs, and tasks, of each machine; with --device cpu tasks only')
-    add('--timeout', type=int, default=4320, help='minutes until a job is queued again; with --local at most six times')
-    add('--signal_delay_s', type=int, default=120, help='seconds before that to save in; longer than an evaluation')
-    add('--max_requeues', type=int, default=1000, help='time limits after which a job is queued again; then it ends')
+    parser.add_argument('stage', choices=MAINS, help='which main')
+    add = partial(parser.add_argument, heading='Jobs')
+    add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
+    add('--ngpus', type=AT_LEAST_1, default=8, help='GPUs, and tasks, of each machine; --device cpu: tasks only')
+    add('--job_dir', default='jobs/%j', help='pickles, logs, and without --output_dir checkpoints; %j: job id')
+    add('--array', nargs='+', default=[], metavar='RECIPE', help='a job for each recipe')
+    add('--seeds', nargs='+', type=AT_LEAST_0, default=[], metavar='SEED', help='a job for each seed')
+    add('--local', action=config.Switch, help='run here, without SLURM, one job after the other')
+
+    add = partial(parser.add_argument, heading='Time')
+    add(
+        '--timeout',
+        type=AT_LEAST_1,
+        default=4320,
+        help='minutes until a job is queued again; --local: at most six times',
+    )
+    add(
+        '--signal_delay_s',
+        type=AT_LEAST_1,
+        default=120,
+        help='seconds before that to save in: longer than an evaluation',
+    )
+    add('--max_requeues', type=AT_LEAST_0, default=1000, help='time limits after which a job is queued again')
+
+    add = partial(parser.add_argument, heading='SLURM')
     add('--partition', help="SLURM's; default: the site's")
     add('--account', help="SLURM's")
     add('--qos', help="SLURM's")
-    add('--constraint', help="SLURM's: features that machines must have")
-    add('--mem_gb', type=float, help="memory of each machine; default: the site's")
-    add('--cpus_per_task', type=int, default=10, help='CPUs of each task; its loader processes need them')
+    add('--constraint', help='features that machines must have')
+    add('--mem_gb', type=config.number(float, above=0), help="memory of each machine; default: the site's")
+    add('--cpus_per_task', type=AT_LEAST_1, default=10, help='CPUs of each task; its loader processes need them')
     add('--comment', help='a line for the queue')
     add('--name', help='job name; default: the stage')
-    add('--job_dir', default='jobs/%j', help='pickles, logs, and without --output_dir checkpoints; %%j: job id')
-    add('--array', nargs='+', default=[], metavar='RECIPE', help='a job for each recipe')
-    add('--seeds', nargs='+', type=int, default=[], metavar='SEED', help='a job for each seed')
-    add('--local', action='store_true', help='run here, without SLURM, one job after the other')
     return parser
 
 
@@ -178,7 +194,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, argparse.Names
     options, rest = parser.parse_known_args([config.underscored(word) for word in argv])
     check_options(options)
     main_parser = MAINS[options.stage].get_args_parser()
-    known = {**parser._option_string_actions, **main_parser._option_string_actions}
+    known = parser.flags | main_parser.flags
     for word in rest:
         if word.startswith('--') and word.partition('=')[0] not in known:
             raise UserError(f'unknown argument {word}{config.closest(word, known)}')
@@ -194,13 +210,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, argparse.Names
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise UserError for what SLURM should not be asked."""
-    for name in ('nodes', 'ngpus', 'timeout', 'cpus_per_task', 'signal_delay_s'):
-        if getattr(options, name) < 1:
-            raise UserError(f'--{name} must be at least 1, got {getattr(options, name)}')
-    if options.max_requeues < 0:
-        raise UserError(f'--max_requeues must be at least 0, got {options.max_requeues}')
-    if options.mem_gb is not None and not options.mem_gb > 0:
-        raise UserError(f'--mem_gb must be positive, got {options.mem_gb:g}')
     if options.name is not None and not re.fullmatch(NAME, options.name):
         raise UserError(f'--name is made of letters, digits, and . _ - (100 at most), got {options.name!r}')
     for name in FREE_TEXT:

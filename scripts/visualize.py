@@ -19,26 +19,24 @@ from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.pictures import Pictures
-from util.weights import download
 from util.weights.published import load_published
 
 
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0], main=main_pretrain.get_args_parser())
-    parser.add_argument(
-        '--config', default='', metavar='YAML', help="pretraining's recipe, for the model and its input"
-    )
-    config.add_model_args(parser, model='mirl_vit_base_depth48')
-    main_pretrain.add_target_args(parser)
     add = parser.add_argument
     add('images', nargs='+', type=Path, help='image files, or folders of them')
     add(
         '--checkpoint',
         required=True,
-        help='own or published pretraining checkpoint, with its decoders: a path, or ' + download.FORM,
+        metavar='PATH',
+        help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
     add('--output', type=Path, default=Path('reconstruction.png'), help='the PNG to write')
-    add('--count', type=int, default=6, help='most images to draw, taken evenly from all')
+    add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
+    add('--config', default='', metavar='YAML', help="pretraining's recipe, for the model and its input")
+    config.add_model_args(parser, model='mirl_vit_base_depth48')
+    main_pretrain.add_target_args(parser)
     return parser
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from training import MAINS
 
 from util import config, optim
+from util.recipes import RECIPES, load_recipe
 
 
 def stage_of(name: str) -> str:
@@ -24,7 +25,7 @@ def resolve(name: str, *flags: str) -> argparse.Namespace:
 def resolved_values(name: str) -> dict:
     """The arguments, with the learning rate that they come to and the accuracy that the recipe states."""
     args = resolve(name)
-    about, _ = config.load_recipe(config.RECIPES / f'{name}.yaml')
+    about, _ = load_recipe(RECIPES / f'{name}.yaml')
     lr, _ = config.scaled_lr(args, config.accumulation(args))
     return vars(args) | {'lr': lr, 'accuracy': about['accuracy']}
 

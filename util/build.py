@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from util import config, dist, training
 from util.data import datasets
-from util.errors import UserError
+from util.errors import UserError, closest
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
 
@@ -37,7 +37,7 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
         result = get_type_hints(make)['return']
         classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
         known = {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
-        raise UserError(f'{name} has no option {unknown[1]}{config.closest(unknown[1], known)}') from error
+        raise UserError(f'{name} has no option {unknown[1]}{closest(unknown[1], known)}') from error
     except Exception as error:  # what networks raise that do not check their options
         if not model_kwargs:
             raise
@@ -93,7 +93,7 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
     """How the method groups a model's parameters; what it refuses of --rule_kwargs becomes a UserError."""
     known = list(inspect.signature(method.param_rules).parameters)[1:]
     if unknown := sorted(rule_kwargs.keys() - set(known)):
-        hint = config.closest(unknown[0], known) or f'; known: {", ".join(known) or "none"}'
+        hint = closest(unknown[0], known) or f'; known: {", ".join(known) or "none"}'
         raise UserError(f'--rule_kwargs: {method.__name__}.param_rules has no option {unknown[0]}{hint}')
     try:
         return method.param_rules(core, **rule_kwargs)

@@ -27,14 +27,6 @@ SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 DAMAGED, ABANDONED = '.damaged', '.abandoned'  # put behind the names of files that are kept, but not used any more
 
-# arguments that say where and how a run works, and do not change what it computes; or are held against `run` already
-ELSEWHERE = {
-    *('config', 'data_path', 'output_dir', 'log_dir', 'device', 'dist_url', 'dist_timeout', 'world_size', 'local_rank'),
-    *('num_workers', 'pin_mem', 'data_retries', 'print_freq', 'save_freq', 'save_freq_steps', 'keep_last', 'vis_freq'),
-    *('resume', 'finetune', 'download', 'start_epoch', 'batch_size', 'accum_iter', 'effective_batch_size', 'compile'),
-    *('grad_checkpoint', 'channels_last', 'max_bad_steps', 'dist_on_itp', 'dist_eval', 'resplit'),
-}
-
 known_sums: dict[tuple, str] = {}  # SHA-256 of files that this process has seen, by name, size and time; '' if damaged
 
 
@@ -221,10 +213,10 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}')
 
 
-def changed_settings(state: dict, current: dict) -> list[str]:
+def changed_settings(state: dict, current: dict, roles: dict[str, str]) -> list[str]:
     """What is told of a run that is resumed with settings that decide no sample and no mask, but matter."""
     saved = state.get('args', {})
-    known = saved.keys() & current.keys() - ELSEWHERE
+    known = [name for name in saved.keys() & current.keys() if roles.get(name) == 'told']
     differing = sorted(name for name in known if saved[name] != current[name])
     if not differing:
         return []

@@ -1,9 +1,10 @@
 """How a run fails: in one line, and with an exit code that says what kind of end it was."""
 
+import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
 MEANING = {
@@ -68,6 +69,12 @@ def one_line(text: object) -> str:
     """The text in one printable line: names of files may hold anything."""
     line = ' '.join(str(text).split())
     return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean --epochs?' or nothing."""
+    found = difflib.get_close_matches(word.partition('=')[0], list(known), n=3)
+    return f'; did you mean {" or ".join(found)}?' if found else ''
 
 
 def exit_code(error: BaseException | None) -> int:

@@ -22,21 +22,11 @@ from util.data.datasets import EpochBatches, ImageFiles
 from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
 from util.log import MetricLogger, RunLog, info
 from util.optim import WeightAverage
+from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
 from util.weights.files import read_checkpoint
 
-IDENTITY = [
-    'model',
-    'model_kwargs',
-    'dataset',
-    'input_size',
-    'mask_ratio',
-    'norm_pix_loss',
-    'repeated_aug',
-    'opt',
-    'seed',
-]
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
 
@@ -47,8 +37,8 @@ class Run:
     disk or another process has caused.
     """
 
-    def __init__(self, args: argparse.Namespace, stage: str, sampler: EpochBatches):
-        self.args, self.stage, self.sampler = args, stage, sampler
+    def __init__(self, args: argparse.Namespace, stage: str, sampler: EpochBatches, roles: dict[str, config.AtResume]):
+        self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
@@ -67,7 +57,7 @@ class Run:
             self.resumed_from, self.saved = self.find_saved()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
-                self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args))
+                self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args), self.roles)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -96,7 +86,7 @@ class Run:
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
         return {
-            **{name: getattr(self.args, name) for name in IDENTITY if hasattr(self.args, name)},
+            **{name: getattr(self.args, name) for name, role in self.roles.items() if role == 'same'},
             'stage': self.stage,
             'images': self.sampler.num_samples,
             'effective_batch': self.sampler.global_batch,
@@ -210,7 +200,7 @@ class Run:
         )
         if dist.has_batchnorm(training.core) and dist.world_size() > 1 and training.device.type == 'cpu':
             info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
-        if not args.config and (recipes := config.recipes_for(args.model, self.stage)):
+        if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
         if self.resumed_from:
             position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'

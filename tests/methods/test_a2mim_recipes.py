@@ -14,6 +14,7 @@ import main_finetune
 import main_pretrain
 from util import build, config, optim
 from util.data import augment
+from util.recipes import RECIPES, load_recipe
 from util.weights.published import FAMILIES, into_a2mim, into_classifier
 
 # What the published configurations say, written down a second time: a recipe that is edited must disagree with this.
@@ -285,7 +286,7 @@ def drop_path_of(network: torch.nn.Module) -> float:
 
 
 def test_all_recipes_are_in_the_table():
-    files = {path.stem for method in ('a2mim', 'simmim') for path in config.RECIPES.glob(f'{method}_*.yaml')}
+    files = {path.stem for method in ('a2mim', 'simmim') for path in RECIPES.glob(f'{method}_*.yaml')}
     assert files == set(TABLE)
 
 
@@ -300,7 +301,7 @@ def test_resolved_values(name):
 
 @pytest.mark.parametrize('name', TABLE)
 def test_accuracy(name):
-    about, _ = config.load_recipe(config.RECIPES / f'{name}.yaml')
+    about, _ = load_recipe(RECIPES / f'{name}.yaml')
     if name in OTHER_ACCURACY:
         assert str(about['accuracy']) == OTHER_ACCURACY[name]
     else:

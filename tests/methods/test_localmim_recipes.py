@@ -16,6 +16,7 @@ import main_finetune
 import main_pretrain
 from util import config
 from util.errors import UserError
+from util.recipes import RECIPES, load_recipe
 
 PRETRAIN = dict(
     effective_batch_size=2048,
@@ -141,16 +142,16 @@ def make(name: str) -> nn.Module:
 
 
 def read(name: str) -> str:
-    return (config.RECIPES / f'{name}.yaml').read_text()
+    return (RECIPES / f'{name}.yaml').read_text()
 
 
 def test_all_recipes_are_in_the_table():
-    assert {path.stem for path in config.RECIPES.glob('localmim_*.yaml')} == set(TABLE)
+    assert {path.stem for path in RECIPES.glob('localmim_*.yaml')} == set(TABLE)
 
 
 @pytest.mark.parametrize('name', TABLE)
 def test_resolved_values(name):
-    about, _ = config.load_recipe(config.RECIPES / f'{name}.yaml')
+    about, _ = load_recipe(RECIPES / f'{name}.yaml')
     got = resolved_values(name)
     expected = {key: value for key, value in TABLE[name].items() if key != 'gpu_hours'}
     assert {key: got[key] for key in expected} == expected | {'lr': pytest.approx(expected['lr'], rel=1e-12)}

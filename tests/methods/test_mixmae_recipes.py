@@ -7,7 +7,7 @@ from recipes import learning_rates, resolve, resolved_values, stage_of
 
 import main_finetune
 import main_pretrain
-from util import config
+from util.recipes import RECIPES, load_recipe
 
 PRETRAIN = dict(
     effective_batch_size=2048,
@@ -77,13 +77,13 @@ ASSUMED = {'mixmae_large_pretrain_600ep', 'mixmae_base_finetune_384', 'mixmae_la
 
 
 def test_all_recipes_are_in_the_table():
-    assert {path.stem for path in config.RECIPES.glob('mixmae_*.yaml')} == set(TABLE)
+    assert {path.stem for path in RECIPES.glob('mixmae_*.yaml')} == set(TABLE)
 
 
 @pytest.mark.parametrize('name', TABLE)
 def test_resolved_values(name):
-    path = config.RECIPES / f'{name}.yaml'
-    about, _ = config.load_recipe(path)
+    path = RECIPES / f'{name}.yaml'
+    about, _ = load_recipe(path)
     got, expected = resolved_values(name), TABLE[name]
     assert {key: got[key] for key in expected} == expected | {'lr': pytest.approx(expected['lr'], rel=1e-12)}
     assert ('assumed' in about['source'], '# Assumed' in path.read_text()) == (name in ASSUMED,) * 2

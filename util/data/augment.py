@@ -1,6 +1,7 @@
 """From an image to a uint8 crop, for pretraining, fine-tuning and evaluation; and what mixes the images of a batch."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from util.data.images import MAX_PIXELS
 from util.errors import UserError
 
 # --------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def finetune_transform(
 class ResizeShorter(transforms.Resize):
     """Resize the shorter side, bicubic. Raises ValueError if that makes an image of more than `max_pixels`."""
 
-    def __init__(self, size: int, max_pixels: int):
+    def __init__(self, size: int, max_pixels: float):
         super().__init__(size, InterpolationMode.BICUBIC)
         self.max_pixels = max_pixels
 
@@ -92,7 +92,7 @@ class ResizeShorter(transforms.Resize):
         return super().forward(image)
 
 
-def eval_transform(input_size: int, crop_pct: float, max_pixels: int = MAX_PIXELS) -> Callable:
+def eval_transform(input_size: int, crop_pct: float, max_pixels: float = math.inf) -> Callable:
     """Resize the shorter side to input_size / crop_pct, rounded down, bicubic, and crop the centre."""
     return transforms.Compose(
         [

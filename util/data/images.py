@@ -7,6 +7,7 @@ not: it is part of the format. Of 16 bits the upper 8 are kept, in gray as in co
 
 import argparse
 import errno
+import math
 import os
 import sys
 import time
@@ -19,7 +20,6 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from util.errors import StorageError, UserError
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
-MAX_PIXELS = 50_000_000
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 # errors of a file system that may be there again in a moment
 TRANSIENT = {
@@ -34,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at it, and refuses at twice a
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # or Pillow fills up half a file with gray, and says nothing
 
 
-def decode(path: str, max_pixels: int) -> Image.Image:
+def decode(path: str, max_pixels: float) -> Image.Image:
     """The image in RGB. Raises ValueError for other formats and too many pixels; for damage, what Pillow raises."""
     try:
         image = Image.open(path, formats=FORMATS)
@@ -81,7 +81,7 @@ class Reader(NamedTuple):
     process of every rank, and for resumed runs.
     """
 
-    max_pixels: int = MAX_PIXELS
+    max_pixels: float = math.inf
     retries: int = 5  # of reading from storage that does not answer
     root: Path | None = None  # of the data set: while it is missing or empty, the storage is gone, not a file
     listing: Path | None = None

@@ -1,0 +1,175 @@
+"""Flags: every old command line still works, ranges are checked wherever a value comes from, and roles at resume."""
+
+import argparse
+import pickle
+
+import pytest
+from training import MAINS
+
+from scripts import run_with_submitit, visualize
+from util import config
+from util.errors import UserError
+
+# What command lines were written with before: MAE's flags, and those that this project added; `=` has the value.
+MAE = """
+    batch_size=2 epochs=60 accum_iter=2 model=mirl_vit_tiny input_size=32 weight_decay=0.1 lr=1e-3 blr=1e-3 min_lr=0
+    warmup_epochs=1 data_path=data output_dir=out log_dir=logs device=cpu seed=1 resume=a.pth start_epoch=1
+    num_workers=0 pin_mem no_pin_mem world_size=1 local_rank=-1 dist_on_itp dist_url=env://
+"""
+MAE_PRETRAIN = 'mask_ratio=0.6 norm_pix_loss'
+MAE_FINETUNE = """
+    drop_path=0 clip_grad=1 layer_decay=0.5 color_jitter=0.4 aa=none smoothing=0 reprob=0 remode=const recount=2 resplit
+    mixup=0.8 cutmix=1 cutmix_minmax=0.2,0.8 mixup_prob=0.5 mixup_switch_prob=0.4 mixup_mode=elem finetune=a.pth
+    global_pool cls_token nb_classes=1000 eval dist_eval
+"""
+OURS = """
+    config=mirl_vit_base_STAGE model_kwargs=depth=2 max_pixels=100 mean=0,0,0 std=1,1,1 effective_batch_size=64
+    min_lr_absolute warmup_lr_ratio=0.1 warmup_shape=scaled lr_sched=step cosine_start=zero lr_decay_epochs=3,6
+    lr_decay_rate=0.5 sched_per_epoch opt=lamb opt_eps=1e-7 betas=0.9,0.9 rule_kwargs=a=1 clip_grad=0 max_bad_steps=2
+    hflip=0 bad_images=skip max_bad_images=0.1 data_retries=1 print_freq=5 save_freq=5 save_freq_steps=5 keep_last=1
+    amp_dtype=none channels_last no_channels_last grad_checkpoint compile deterministic dist_timeout=60 crop_scale=0.5,1
+"""
+OURS_PRETRAIN = 'no_norm_pix_loss interpolation=bilinear vis_freq=5'
+OURS_FINETUNE = """
+    dataset=cifar10 download use_ema no_use_ema ema_decay=0.9 ema_warmup_epochs=1 ema_warmup_ratio=0.5 eval_size=40
+    crop_pct=0.9 repeated_aug=2 criterion=bce
+"""
+OLD = [('pretrain', word) for word in f'{MAE} {MAE_PRETRAIN} {OURS} {OURS_PRETRAIN}'.split()]
+OLD += [('finetune', word) for word in f'{MAE} {MAE_FINETUNE} {OURS} {OURS_FINETUNE}'.split()]
+# where a flag without a value is not `flag: true`
+MEANING = {f'no_{name}': (name, False) for name in ('pin_mem', 'norm_pix_loss', 'channels_last', 'use_ema')}
+MEANING['cls_token'] = ('global_pool', False)
+
+
+@pytest.mark.parametrize('dashes', [False, True])
+@pytest.mark.parametrize(('stage', 'word'), OLD)
+def test_old_command_lines(stage, word, dashes):
+    name, _, text = word.replace('STAGE', {'pretrain': 'pretrain_300ep', 'finetune': 'finetune'}[stage]).partition('=')
+    flag = f'--{name.replace("_", "-") if dashes else name}'
+    args = vars(MAINS[stage].get_args_parser().parse([flag, *filter(None, text.split(','))], stage=stage))
+    if not text:
+        dest, value = MEANING.get(name, (name, True))
+        assert args[dest] is value
+    elif '=' not in text:  # as it was written, up to the type
+        found = args[name] if isinstance(args[name], list) else [args[name]]
+        assert [type(value)(part) for value, part in zip(found, text.split(','), strict=True)] == found
+    else:
+        assert args[name] == {text[0] if text[1] == '=' else 'depth': int(text[-1])}
+
+
+def test_switches_have_two_names_and_the_last_one_holds():
+    parser = MAINS['finetune'].get_args_parser()
+    switches = {name: action for name, action in parser.flags.items() if isinstance(action, config.Switch)}
+    assert len({action.dest for action in switches.values()}) > 10
+    for action in switches.values():
+        on, *off = action.option_strings
+        for name in off:
+            assert getattr(parser.parse([on, name]), action.dest) is False
+            assert getattr(parser.parse([name, on]), action.dest) is True
+
+
+# --------------------------------------------------------------------------
+# ranges
+
+
+def numbers(parser: config.Parser) -> dict[str, argparse.Action]:
+    return {
+        action.dest: action
+        for action in parser.flags.values()
+        if action.type and action.type.__module__ == 'util.config'
+    }
+
+
+@pytest.mark.parametrize('stage', MAINS)
+def test_no_number_is_nan_or_infinite(stage, tmp_path):
+    """From the command line or from a recipe; and every default is within its own range."""
+    parser = MAINS[stage].get_args_parser()
+    assert len(numbers(parser)) > 30
+    for name, action in numbers(parser).items():
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        for text in ('nan', 'inf', '1e999', 'x', ''):
+            with pytest.raises(UserError, match=f'^--{name} must be .*, got {text}$'):
+                parser.parse([f'--{name}', *[text] * count])
+            (tmp_path / 'a.yaml').write_text(f'{name}: {[text] * count if action.nargs else repr(text)}\n')
+            with pytest.raises(UserError, match=rf'a\.yaml: {name} must be .*, got {text}$'):
+                parser.parse(['--config', str(tmp_path / 'a.yaml')])
+        for value in action.default if isinstance(action.default, list) else [action.default]:
+            assert value is None or action.type(str(value)) == value, name
+
+
+@pytest.mark.parametrize(
+    ('kind', 'range', 'inside', 'outside', 'words'),
+    [
+        (int, dict(least=1), ['1', '9' * 400], ['0', '-1'], 'at least 1'),
+        (float, dict(least=0), ['0', '-0', '1e300'], ['-1e-9', 'nan', 'inf'], 'at least 0 and finite'),
+        (float, dict(above=0), ['5e-324'], ['0', 'nan', 'inf'], 'more than 0 and finite'),
+        (float, dict(least=0, most=1), ['0', '1'], ['1.0000000000000002', '-0.1', 'nan'], 'at least 0 and at most 1'),
+        (float, dict(least=0, below=1), ['0', '0.9999999999999999'], ['1', 'nan'], 'at least 0 and less than 1'),
+        (float, dict(above=0, most=1), ['5e-324', '1'], ['0', '1.1', 'nan'], 'more than 0 and at most 1'),
+        (float, {}, ['-1e300'], ['nan', 'inf', '-inf'], 'finite'),
+    ],
+)
+def test_ranges(kind, range, inside, outside, words):
+    convert = config.number(kind, **range)
+    assert [convert(text) for text in inside] == [kind(text) for text in inside]
+    for text in outside:
+        with pytest.raises(argparse.ArgumentTypeError, match=f'^must be {words}, got {text}$'):
+            convert(text)
+
+
+# --------------------------------------------------------------------------
+# what becomes of a flag when a run is resumed
+
+
+FREE = """
+    config data_path output_dir log_dir device dist_url dist_timeout world_size local_rank num_workers pin_mem
+    data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
+    batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
+    dist_eval resplit
+"""
+
+
+def roles(stage: str) -> dict[str, set[str]]:
+    found = MAINS[stage].get_args_parser().roles
+    return {role: {name for name, own in found.items() if own == role} for role in set(found.values())}
+
+
+def test_roles_at_resume():
+    """What decides which sample and which mask comes when must be the same; what decides numbers is told."""
+    both = {'model', 'model_kwargs', 'input_size', 'opt', 'seed'}
+    pretrain, finetune = roles('pretrain'), roles('finetune')
+    assert pretrain.keys() == finetune.keys() == {'same', 'told', 'free'}
+    assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
+    assert finetune['same'] == both | {'dataset', 'repeated_aug'}
+    assert pretrain['free'] | finetune['free'] == set(FREE.split())
+
+
+@pytest.mark.parametrize('stage', MAINS)
+def test_arguments_are_plain(stage):
+    """They are pickled by the launcher and kept in checkpoints; every one has its role."""
+    parser = MAINS[stage].get_args_parser()
+    args = parser.parse([])
+    assert pickle.loads(pickle.dumps(args)) == args
+    assert vars(args).keys() <= parser.roles.keys()
+    plain = str | int | float | bool | list | dict | None
+    assert all(isinstance(value, plain) for value in config.plain(args).values())
+
+
+# --------------------------------------------------------------------------
+# --help
+
+
+@pytest.mark.parametrize('module', [*MAINS.values(), visualize, run_with_submitit])
+def test_help(module):
+    """Every flag under a heading, with a purpose, and no default that says nothing."""
+    parser = module.get_args_parser()
+    text = parser.format_help()
+    assert max(map(len, text.splitlines())) < 120
+    for action in parser.flags.values():
+        assert action.help
+        assert (action.option_strings[0] in text) == (action.help != argparse.SUPPRESS)
+        assert action.heading or action.dest in ('help', 'config', 'checkpoint', 'output', 'count')
+    assert 'None' not in text
+    assert 'SUPPRESS' not in text
+    assert '[]' not in text
+    assert '{}' not in text

@@ -1,0 +1,62 @@
+"""Recipes: YAML files of flags, found by path or by name. They are trusted, as scripts are."""
+
+from pathlib import Path
+
+import yaml
+
+from util.errors import UserError, closest
+
+RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
+
+
+class RecipeLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # many times faster where it is in C
+    """YAML of plain data, in which no key is given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), ''):
+            raise yaml.constructor.ConstructorError(None, None, f'{twice} is given twice', node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def find_recipe(name: str) -> Path:
+    """The file at a path, or the one in scripts/recipes of that bare name. Raises UserError with the closest names."""
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    ours = {file.stem: file for file in sorted(RECIPES.glob('*.yaml'))}
+    stem = path.name.removesuffix('.yaml')
+    if stem in ours and path.parent == Path('.'):
+        return ours[stem]
+    raise UserError(f'there is no recipe {name}{closest(stem, ours) or f"; those in {RECIPES} go by their names"}')
+
+
+def read_recipe(path: Path, stage: str = '') -> dict:
+    """The flags of a recipe file, less its `recipe` entry of provenance. Raises UserError for what is not a recipe."""
+    about, flags = load_recipe(path)
+    if stage and about and about.get('stage') != stage:
+        raise UserError(f'{path} is a recipe for main_{about.get("stage")}.py, not for main_{stage}.py')
+    return flags
+
+
+def load_recipe(path: Path) -> tuple[dict, dict]:
+    """The `recipe` entry of a file, and the rest."""
+    try:
+        content = yaml.load(path.read_text(encoding='utf-8'), Loader=RecipeLoader)
+    except OSError as error:
+        raise UserError(f'cannot read the recipe {path}: {error.strerror}') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} cannot be read as a recipe: {error}') from error
+    if not isinstance(content, dict) or not isinstance(content.get('recipe', {}), dict):
+        raise UserError(f'{path} is not a recipe: it should hold flag: value lines, and recipe: its stage, source, ...')
+    return content.pop('recipe', {}), content
+
+
+def recipes_for(model: str, stage: str) -> list[str]:
+    """Paths of the recipes of a model, relative to the repository."""
+    found = []
+    for path in sorted(RECIPES.glob('*.yaml')):
+        about, flags = load_recipe(path)
+        if flags.get('model') == model and about.get('stage') == stage:
+            found.append(str(path.relative_to(RECIPES.parent.parent)))
+    return found
