@@ -27,10 +27,7 @@ from util.errors import UserError, run_main
 from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
-from util.weights import download
-from util.weights.intake import Origin
-from util.weights.published import load_published
-from util.weights.unpickle import printable
+from util.weights import Origin, download, load_published, printable
 
 
 def get_args_parser() -> config.Parser:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from util import checkpoint, config, digests, dist
 from util.errors import DivergedError, StorageError, UserError
 from util.log import MetricLogger
-from util.weights.files import read_checkpoint
+from util.weights import read_checkpoint
 
 if TYPE_CHECKING:
     from util.run import Run

@@ -19,7 +19,7 @@ from util.log import MetricLogger, RunLog, info
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedStep, Rules, learning_rate, load_optimizer_state, param_groups
 from util.run_folder import RunFolder, prepare
-from util.weights.files import read_checkpoint
+from util.weights import read_checkpoint
 
 IDENTITY = [
     'model',

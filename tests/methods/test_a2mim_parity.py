@@ -11,7 +11,7 @@ from golden import filled_state, golden, relative, summary_difference
 import models_a2mim
 from models_a2mim import focal_frequency_loss, pixel_loss
 from util.nn.patches import patch_mask_to_pixels
-from util.weights.published import load_published
+from util.weights import load_published
 
 PRETRAINING = [
     'tiny_vit',
