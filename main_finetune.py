@@ -24,9 +24,7 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights.intake import Origin
-from util.weights.published import load_published
-from util.weights.unpickle import printable
+from util.weights import Origin, load_published, printable
 
 
 def get_args_parser() -> config.Parser:

@@ -36,7 +36,7 @@ import main_finetune
 import main_pretrain
 from util import config
 from util.config import AT_LEAST_0, AT_LEAST_1
-from util.errors import STOPPED, UserError, run_main
+from util.errors import STOPPED, UserError, closest, run_main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
@@ -197,7 +197,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, argparse.Names
     known = parser.flags | main_parser.flags
     for word in rest:
         if word.startswith('--') and word.partition('=')[0] not in known:
-            raise UserError(f'unknown argument {word}{config.closest(word, known)}')
+            raise UserError(f'unknown argument {word}{closest(word, known)}')
     jobs = {}
     for label, flags in variants(options, rest).items():
         main_parser = MAINS[options.stage].get_args_parser()

@@ -19,7 +19,7 @@ from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.pictures import Pictures
-from util.weights.published import load_published
+from util.weights import load_published
 
 
 def get_args_parser() -> config.Parser:

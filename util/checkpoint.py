@@ -21,7 +21,7 @@ from torch import Tensor
 
 from util import digests
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError
-from util.weights.files import read_checkpoint
+from util.weights import read_checkpoint
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'

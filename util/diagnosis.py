@@ -15,7 +15,7 @@ from util import checkpoint, config, digests, dist
 from util.data.datasets import ImageFiles
 from util.errors import DivergedError, StorageError, UserError
 from util.training import Epoch, Training
-from util.weights.files import read_checkpoint
+from util.weights import read_checkpoint
 
 NAME, WEIGHTS = 'diagnosis.json', 'diagnosis.pth'
 POSITION = ('epoch', 'step')

@@ -5,6 +5,7 @@ the checkpoint is being replaced, the other one holds two sums, of the old conte
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -65,6 +66,15 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Processes of a machine that hold this lock file take turns. A process that dies lets go of it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # --------------------------------------------------------------------------

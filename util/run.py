@@ -25,7 +25,7 @@ from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights.files import read_checkpoint
+from util.weights import read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 

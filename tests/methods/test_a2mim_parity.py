@@ -12,7 +12,7 @@ import models_a2mim
 from util.nn.losses import pixel_loss
 from util.nn.patches import patch_mask_to_pixels
 from util.nn.spectrum import focal_frequency_loss
-from util.weights.published import load_published
+from util.weights import load_published
 
 PRETRAINING = [
     'tiny_vit',

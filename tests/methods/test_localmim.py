@@ -20,7 +20,7 @@ from util.errors import CheckpointError
 from util.nn.hog import draw_hog, hog
 from util.nn.patches import patch_mask_to_pixels
 from util.nn.swin import grid_windows, group_shape, group_slots, make_windows, window_ids
-from util.weights.published import load_published
+from util.weights import load_published
 
 TINY_SWIN = dict(embed_dim=8, depths=(2, 2, 2, 2), num_heads=(2, 2, 4, 4), decoder_dim=16)
 

@@ -11,7 +11,7 @@ from models_mixmae import MixPlan
 from util.errors import CheckpointError
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.nn.patches import patch_mask_to_pixels, patchify
-from util.weights.published import load_published
+from util.weights import load_published
 
 SMALL = dict(img_size=96, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(6, 6, 6, 3))
 DECODER = dict(decoder_dim=16, decoder_depth=1, decoder_num_heads=2)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models_mixmae
 from util import optim
 from util.nn import patches
-from util.weights.published import load_published
+from util.weights import load_published
 
 PRETRAINING = ['tiny_a', 'tiny_b', 'tiny_b_normpix']
 CLASSIFIERS = ['tiny_a_ft', 'tiny_b_ft', 'tiny_b_ft_interp']

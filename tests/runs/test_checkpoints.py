@@ -16,7 +16,7 @@ from training import load, same, train
 
 from util import checkpoint, digests
 from util.errors import CheckpointError, NoCheckpointError, StorageError, UserError
-from util.weights.files import read_checkpoint
+from util.weights import read_checkpoint
 
 FLAGS = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '0', '--save_freq_steps', '2']
 

@@ -21,7 +21,7 @@ import models_a2mim
 from models_a2mim import create_classifier
 from util import checkpoint
 from util.errors import CheckpointError
-from util.weights.published import load_published
+from util.weights import load_published
 
 Rows = list[tuple[str, str | None, tuple]]  # a name in the file, ours (None: nothing here has use for it), its shape
 

@@ -557,7 +557,13 @@ def test_mistaken_architectures(measured):
             'cls_token: file [1, 1, 16] torch.uint16, model [1, 1, 16]',
         ),
         'twice': (toy(), state | {'norm5.weight': torch.ones(16)}, ': two of its keys stand for norms.5.weight'),
-        'no place': (torch.nn.Linear(2, 2), tuned, ': no checkpoint format is known for a Linear'),
+        'own names': (
+            torch.nn.Linear(2, 2),
+            {'model': dict(list(tuned.items())[:2])},
+            ': own names of Linear, but of another architecture; differing keys (4): weight: file absent, '
+            'model [2, 2]; bias: file absent, model [2]; cls_token: file [1, 1, 16], model absent; '
+            'pos_embed: file [1, 5, 16], model absent',
+        ),
     }
     for kind, (model, source, expected) in cases.items():
         line = error(model, source)

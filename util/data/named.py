@@ -7,18 +7,18 @@ RuntimeError, which `labelled_images` completes to one line.
 
 import argparse
 import contextlib
-import fcntl
 import http.client
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from torchvision.datasets import CIFAR10, CIFAR100, INaturalist, Places365
 
+from util import digests
 from util.data.datasets import Images, labelled_files
 from util.errors import UserError
 
@@ -178,21 +178,13 @@ def labelled_images(name: str, folder: Path, split: str, download: bool = False)
     if download and not source.downloads:
         raise UserError(f'--dataset {name} cannot be had by --download into {needed}')
     try:
-        with one_at_a_time(folder) if download else contextlib.nullcontext():
+        # of the processes of a run, one downloads; each of the others then finds its files
+        with digests.alone(folder / '.download.lock') if download else contextlib.nullcontext():
             return source.load(folder, split, download)
     except FAULTS as error:
         wrong = str(error).partition(' You can')[0].rstrip('.')  # torchvision goes on with its own arguments
         hint = f' (--download gets {source.downloads})' if source.downloads and not download else ''
         raise UserError(f'--dataset {name}: {wrong}; looked in {needed}{hint}') from error
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Of the processes of a run, one goes on and downloads; each of the others then finds its files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / '.download.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:

@@ -1,5 +1,12 @@
-"""Checkpoint files of any origin: the one room that reads the files of others."""
+"""Checkpoint files of any origin: the one room that reads the files of others. This is its door.
 
-from util.weights.published import load_published
+`load_published` fills a model from a file, a URL or a state dict. `read_checkpoint` gives what a file holds.
+"""
 
-__all__ = ['load_published']
+from util.weights import download
+from util.weights.files import read_checkpoint
+from util.weights.intake import Origin
+from util.weights import load_published
+from util.weights.unpickle import printable
+
+__all__ = ['Origin', 'download', 'load_published', 'printable', 'read_checkpoint']

@@ -1,18 +1,16 @@
-"""Checkpoints that a URL with a hash names, `https://host/path/file.pth#sha256=...`: fetched once, and held against it.
+"""Checkpoints by URL and hash, `https://host/path/file.pth#sha256=...`: downloaded once, and checked before every use.
 
-They are kept in torch's cache, `$TORCH_HOME/hub/checkpoints`. Nothing there is used before its hash is right.
+They are kept in torch's cache, `$TORCH_HOME/hub/checkpoints`.
 """
 
-import contextlib
-import fcntl
-import http.client
 import os
 import re
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
+import shutil
+import ssl
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, build_opener
 
 import torch
 
@@ -22,99 +20,54 @@ from util.log import info
 from util.weights.unpickle import printable
 
 FORM = 'https://host/path/file.pth#sha256=<64 hexadecimal digits>'
-TIMEOUT_S, CHUNK = 60, 2**20
-
-
-def is_url(source: str | Path) -> bool:
-    return '://' in str(source)
+TIMEOUT_S = 60
+NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException, ValueError)
 
 
 def fetch(source: str | Path) -> Path:
-    """The local file of a checkpoint: a path as it is, and what a URL names from the cache, or else from its host.
+    """The local file of a checkpoint: a path as it is; for a URL, the file in the cache, downloaded if need be.
 
     Processes of one machine take turns, so one of them downloads. Raises CheckpointError for another form of URL, a
     host that does not answer well, and another hash; StorageError for a disk that cannot take the file.
     """
-    if not is_url(source):
+    if '://' not in str(source):
         return Path(source)
     # no user, password or query: the arguments of a run are printed and kept
-    wanted = re.fullmatch(r'(https://[\w.:\[\]-]+/[^\s?#@]*)#sha256=([0-9a-fA-F]{64})', source)
+    wanted = re.fullmatch(r'(https://[\w.:\[\]-]+/(?:[^\s?#@]*/)?([^\s?#@/]*))#sha256=([0-9a-fA-F]{64})', str(source))
     if not wanted:
         raise CheckpointError(f'{printable(source, 200)}: a checkpoint is a local path, or {FORM}')
-    url, sha256 = wanted[1], wanted[2].lower()
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / file_name(url, sha256)
-    with storage(path), alone(path):
-        if not (path.is_file() and digests.sum_of(path) == sha256):
-            download(url, path, sha256)
+    url, last, sha256 = wanted[1], wanted[2], wanted[3].lower()
+    name = f'{sha256}-{last}' if re.fullmatch('[A-Za-z0-9._-]{1,100}', last) else sha256
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    try:
+        with digests.alone(path.with_name(f'.{name}.lock')):
+            if not (path.is_file() and digests.sum_of(path) == sha256):
+                info(f'downloading {url} to {path}')
+                download(url, path, sha256)
+    except HTTPError as error:
+        raise CheckpointError(f'{url}: the server answers {error.code} {printable(error.reason)}') from error
+    except NETWORK as error:
+        why = getattr(error, 'reason', None) or str(error) or type(error).__name__
+        raise CheckpointError(f'{url} cannot be downloaded: {printable(why, 200)}') from error
+    except OSError as error:
+        raise StorageError(f'{path} cannot be written: {error.strerror or error}') from error
     return path
 
 
-def file_name(url: str, sha256: str) -> str:
-    """Made from the hash; the URL's last part is added if it is a plain name."""
-    last = urllib.parse.urlsplit(url).path.rpartition('/')[2]
-    return f'{sha256}-{last}' if re.fullmatch('[A-Za-z0-9._-]{1,100}', last) else sha256
-
-
 def download(url: str, path: Path, sha256: str) -> None:
-    """Write to a temporary file, and rename it if its hash is right; else nothing stays."""
-    info(f'downloading {url} to {path}')
-    part, size = path.with_name(f'.{path.name}.part'), 0
-    try:
-        with open(part, 'wb') as file, network(url), opener().open(url, timeout=TIMEOUT_S) as answer:
-            length = answer.headers.get('Content-Length')
-            while chunk := answer.read(CHUNK):
-                with storage(path):
-                    size += file.write(chunk)
-        if length and size != int(length):
-            raise CheckpointError(f'{url}: the connection was lost after {size} of {length} bytes')
+    """Raises CheckpointError for another hash; nothing stays then."""
+    with digests.temporary_for(path) as part:
+        with open(part, 'wb') as file, build_opener(HttpsOnly).open(url, timeout=TIMEOUT_S) as answer:
+            shutil.copyfileobj(answer, file)
         if (found := digests.sum_of(part)) != sha256:
-            raise CheckpointError(f'{url}: its SHA-256 is {found}, not {sha256}; what was downloaded is deleted')
+            raise CheckpointError(f'{url}: its SHA-256 is {found}, not {sha256}: cut short, or another file; deleted')
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
-class HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect to where the connection would be open to others."""
+class HttpsOnly(HTTPRedirectHandler):
+    """Follows no redirect to where others can read along."""
 
     def redirect_request(self, request, file, code, message, headers, url):
-        if urllib.parse.urlsplit(url).scheme != 'https':
+        if not url.startswith('https://'):
             raise CheckpointError(f'{request.full_url} redirects to {printable(url, 200)}, which is not https')
         return super().redirect_request(request, file, code, message, headers, url)
-
-
-def opener() -> urllib.request.OpenerDirector:
-    """Certificates are verified, with the system's authorities or `SSL_CERT_FILE`'s."""
-    return urllib.request.build_opener(HttpsOnly)
-
-
-# --------------------------------------------------------------------------
-# what may go wrong, in one line
-
-
-@contextlib.contextmanager
-def network(url: str) -> Iterator[None]:
-    try:
-        yield
-    except urllib.error.HTTPError as error:
-        raise CheckpointError(f'{url}: the server answers {error.code} {printable(error.reason)}') from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        why = getattr(error, 'reason', None) or str(error) or type(error).__name__
-        raise CheckpointError(f'{url} cannot be downloaded: {printable(why, 200)}') from error
-
-
-@contextlib.contextmanager
-def storage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f'{path} cannot be written: {error.strerror or error}') from error
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One process of a machine at a time; the lock of one that dies is free."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f'.{path.name}.lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

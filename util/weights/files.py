@@ -5,16 +5,14 @@ writes (its arrays stay numpy arrays), and safetensors.
 """
 
 import errno
-import mmap
 import os
 import re
 import zipfile
 from collections.abc import Callable
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -93,7 +91,7 @@ def read_zip(path: Path):
                     raise ValueError(f'{record.file_size} bytes for {numel} numbers')
                 storages[key] = torch.empty(record.file_size, dtype=torch.uint8)
                 with archive.open(record) as file:
-                    fill(file, memoryview(storages[key].numpy()))
+                    fill(file, storages[key])
             return storages[key].view(dtype)
 
         return run(BytesIO(archive.read(f'{roots[0]}/data.pkl')), find_storage)
@@ -101,35 +99,48 @@ def read_zip(path: Path):
 
 def read_pickle(path: Path):
     """One pickle, as Paddle writes it, or the series of pickles and storages that torch wrote before 1.6."""
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        state = run(data)
-        return read_legacy_torch(data) if state == LEGACY_MAGIC else state
+    with Bounded(path) as file:
+        state = run(file)
+        return read_legacy_torch(file) if state == LEGACY_MAGIC else state
 
 
-def read_legacy_torch(data: mmap.mmap):
+class Bounded(BufferedReader):
+    """A file that allocates no more for a read than it has bytes, whatever is asked of it.
+
+    Not a memory map: there, storage that fails ends the process by SIGBUS, where a read is an error in one line.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, count: int) -> bytes:
+        return super().read(min(count, self.size))
+
+
+def read_legacy_torch(file: Bounded):
     """What follows the magic number: version, system, object, the storages' keys, and of each its length and bytes."""
     storages: dict[str, Tensor] = {}
 
     def find_storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
         if key not in storages:
-            if numel * dtype.itemsize + sum(s.nbytes for s in storages.values()) > len(data):
-                raise ValueError(f'a storage of {numel} numbers in a file of {len(data)} bytes')
+            if numel * dtype.itemsize + sum(s.nbytes for s in storages.values()) > file.size:
+                raise ValueError(f'a storage of {numel} numbers in a file of {file.size} bytes')
             storages[key] = torch.empty(numel, dtype=dtype)
         return storages[key]
 
-    _version, _system, state, keys = run(data), run(data), run(data, find_storage), run(data)
+    _version, _system, state, keys = run(file), run(file), run(file, find_storage), run(file)
     if not all(isinstance(key, str) for key in keys) or set(keys) != storages.keys():
         raise ValueError('not its storages')
     for key in keys:
-        data.read(8)  # the length, which the object has told
-        storage = storages[key].view(torch.uint8).numpy()
-        storage[:] = np.frombuffer(data, np.uint8, storage.size, data.tell())
-        data.seek(storage.size, os.SEEK_CUR)
+        file.read(8)  # the length, which the object has told
+        fill(file, storages[key])
     return state
 
 
-def fill(file: BinaryIO, buffer: memoryview, chunk: int = 2**24) -> None:
-    """Read until the buffer is full."""
+def fill(file: BinaryIO, storage: Tensor, chunk: int = 2**24) -> None:
+    """Read the bytes of a flat tensor."""
+    buffer = memoryview(storage.view(torch.uint8).numpy())
     while buffer:
         count = file.readinto(buffer[:chunk])
         if not count:

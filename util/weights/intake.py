@@ -91,20 +91,28 @@ class Intake:
 
 
 COMMON_WRAPPERS = ('model', 'state_dict', 'module')
+# a classifier's last layer, as timm's networks call it
+HEADS = r'(heads?(_dist)?|classif(ier)?|fc|last_linear)\..*'
 
 # --------------------------------------------------------------------------
 # loading
 
 
-def load(model: nn.Module, container: dict, intake: Intake, label: str, ema: bool) -> Report:
-    """Fill the model from what the checkpoint `label` holds. Raises CheckpointError, and changes nothing then."""
+def load(model: nn.Module, container: dict, intake: Intake | None, label: str, ema: bool) -> Report:
+    """Fill the model from what the checkpoint `label` holds; without an intake, from our own checkpoint of it.
+
+    Raises CheckpointError, and changes nothing then.
+    """
     averaged = ema and isinstance(container.get('ema'), dict)
     if ema and not averaged and 'weights' not in container:  # checkpoint-best.pth holds the better of the two networks
         raise CheckpointError("no averaged weights in it: leave out --use_ema, or put off a recipe's by --no_use_ema")
-    wrappers = ('ema',) if averaged else (*intake.wrappers, *COMMON_WRAPPERS)
-    weights = join_parts(find_weights(container, wrappers))
+    own = () if hasattr(model, 'encoder_state_dict') else ('encoder',)
+    wrappers = ('ema',) if averaged else (*(intake.wrappers if intake else own), *COMMON_WRAPPERS)
+    found = find_weights(container, wrappers)
+    weights = join_parts(found)
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
     state = torch_state(weights)
+    intake = intake or own_names(model, state, found is container.get('encoder'))
     layout = recognise(state, intake.formats)
 
     name = layout.name + ' (Paddle)' * from_paddle + ', averaged weights' * averaged
@@ -114,12 +122,29 @@ def load(model: nn.Module, container: dict, intake: Intake, label: str, ema: boo
     renamed = unique((name, value) for key, value in state.items() if (name := layout.rename(key)))
     renamed, target = layout.adapt(renamed, model), model.state_dict()
     fit(renamed, target, intake, report)
+    if not renamed:
+        raise CheckpointError(f'none of its weights is for this model: its keys are {shortened(list(state))}')
     check(renamed, target, intake, report)
 
     model.load_state_dict(renamed, strict=False)
     report.loaded = sorted(renamed)
     report.missing = [name for name in target if name not in renamed]
     return report
+
+
+def own_names(model: nn.Module, state: State, is_encoder: bool) -> Intake:
+    """For a class that no table knows: our own checkpoints, in the names of the model.
+
+    All of them strictly. But a classifier gets its head, and whatever else it has that an encoder has nothing of, not
+    from an encoder; and a head for other classes is dropped and starts anew.
+    """
+    formats, target = (Format(f'own names of {type(model).__name__}', set()),), model.state_dict()
+    if hasattr(model, 'encoder_state_dict'):
+        return Intake((), formats)
+    heads = [name for name in target if name in state and re.fullmatch(HEADS, name)]
+    known = {name.partition('.')[0] for name in state}  # blocks.11 is no whole of its own: blocks is
+    lacking = [name for name in target if is_encoder and name.partition('.')[0] not in known]
+    return Intake((), formats, tuple(map(re.escape, heads + lacking)), tuple(map(re.escape, heads)))
 
 
 def find_weights(container: dict, wrappers: tuple[str, ...]) -> dict:

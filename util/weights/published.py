@@ -18,7 +18,7 @@ from util.errors import CheckpointError
 from util.nn.pos_embed import sincos_2d
 from util.weights import download
 from util.weights.files import read_checkpoint
-from util.weights.intake import Format, Intake, Report, State, find_origin, load, unique
+from util.weights.intake import HEADS, Format, Intake, Report, State, find_origin, load, unique
 
 # --------------------------------------------------------------------------
 # MIRL
@@ -440,30 +440,29 @@ INTAKES = {
         may_drop=(r'head\..*',),
     ),
 }
-# any other network is one of timm's: its own names, or our pretraining's around them
-TIMM_HEADS = r'(heads?(_dist)?|classif(ier)?|fc|last_linear)\..*'
+# any other network of timm's: its own names, or our pretraining's around them
 ANY_INTAKE = Intake(
     wrappers=('encoder',),
     formats=(OUR_A2MIM_ENCODER, Format("timm's names", set(), ignorable=COMPUTED)),
-    may_lack=(TIMM_HEADS, r'.*num_batches_tracked'),
-    may_drop=(TIMM_HEADS,),
+    may_lack=(HEADS, r'.*num_batches_tracked'),
+    may_drop=(HEADS,),
 )
 
 
 def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = False) -> Report:
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
-    `source` is a path, a URL with its hash (`util/download.py`), or a state dict in the paper's own names: torch
-    tensors in torch's layout, or numpy arrays in Paddle's. Positions for another image size or window are resized.
-    `ema` asks for the averaged weights of our own checkpoint. Raises CheckpointError when the source is not for this
-    model, naming the first five keys that differ with both shapes; the model is then unchanged.
+    `source` is a path, a URL with its hash (`download.py`), or a state dict in the paper's own names: torch tensors in
+    torch's layout, or numpy arrays in Paddle's. A class that INTAKES does not list takes our own checkpoints of it.
+    Positions for another image size or window are resized. `ema` asks for the averaged weights of our own checkpoint.
+    Raises CheckpointError when the source is not for this model, naming the first five keys that differ with both
+    shapes; the model is then unchanged.
     """
     label = 'state dict' if isinstance(source, dict) else str(source).partition('#')[0]
     container = source if isinstance(source, dict) else read_checkpoint(download.fetch(source))
-    intake = INTAKES.get(type(model).__name__, ANY_INTAKE if hasattr(model, 'pretrained_cfg') else None)
+    of_timm = type(model).__module__.startswith('timm.')
+    intake = INTAKES.get(type(model).__name__, ANY_INTAKE if of_timm else None)
     try:
-        if intake is None:
-            raise CheckpointError(f'no checkpoint format is known for a {type(model).__name__}')
         return load(model, container, intake, label, ema)
     except CheckpointError as error:
         origin = find_origin(container)

@@ -1,8 +1,12 @@
-"""Pickles of plain data, read without running anything in them.
+"""Pickles of plain data, read without running anything in them: those of Paddle, and those inside torch's files.
 
 A pickle is a program for a small machine, and its opcodes may call any Python function. `run` is that machine for the
-opcodes of plain data; all it can call is in `ALLOWED`, functions of ours that do nothing but build data. A size that a
+opcodes of plain data. All it can call is in `ALLOWED`: functions of ours that do nothing but build data. A size that a
 file declares is believed only as far as there are bytes for it.
+
+`torch.load(weights_only=True)` runs no foreign code either, but it does not do for files of others: it allocates the
+4 GB that a pickle of 100 bytes asks of `bytearray`, hashes a nested key of 60 tuples for ever, takes a tensor of a
+terabyte (stride 0), looks at no checksum, and does not know pickle protocol 4.
 """
 
 import math
@@ -112,90 +116,72 @@ def look_up(name: str):
 # --------------------------------------------------------------------------
 # the machine
 
-NUMBERS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT'}
-TEXTS = {'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8'}
-CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
+VALUES = {
+    *('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8'),
+    *('BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8'),
+}
+CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
 
 
 def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
     """The object that the pickle at the file's position builds.
 
     `find_storage(dtype, key, numel)` gives the tensor that a persistent id of torch stands for.
-    Raises Refused if it asks for anything that is not plain data, and whatever comes of it if it is malformed.
+    Raises Refused if the pickle asks for anything that is not plain data, and another error if it is malformed.
     """
     stack, marks, memo = [], [], {}
     for opcode, value, _ in pickletools.genops(file):
-        match opcode.name:
-            case 'PROTO' | 'FRAME':
+        takes, items = opcode.stack_before, []
+        if pickletools.markobject in takes:  # everything above the last mark, and what is named before it
+            takes = takes[: takes.index(pickletools.markobject)]
+            items, stack = stack, marks.pop()
+        items = [stack.pop() for _ in takes][::-1] + items
+        match opcode.name, items:
+            case 'STOP', [result]:
+                return result
+            case 'PROTO' | 'FRAME', []:
                 pass
-            case 'STOP':
-                return stack.pop()
-            case name if name in NUMBERS or name in TEXTS:
-                stack.append(value)
-            case name if name in CONSTANTS:
-                stack.append(CONSTANTS[name])
-            case 'EMPTY_DICT':
-                stack.append({})
-            case 'EMPTY_LIST':
-                stack.append([])
-            case 'MARK':
+            case 'MARK', []:
                 marks.append(stack)
                 stack = []
-            case 'TUPLE':
-                items, stack = stack, marks.pop()
+            case name, [] if name in VALUES:
+                stack.append(value)
+            case name, [] if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case 'EMPTY_DICT', []:
+                stack.append({})
+            case 'EMPTY_LIST', []:
+                stack.append([])
+            case 'EMPTY_TUPLE' | 'TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3', _:
                 stack.append(tuple(items))
-            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-                size = int(opcode.name[-1])
-                stack[-size:] = [tuple(stack[-size:])]
-            case 'APPEND':
-                item = stack.pop()
-                extend(stack[-1], [item])
-            case 'APPENDS':
-                items, stack = stack, marks.pop()
-                extend(stack[-1], items)
-            case 'SETITEM':
-                item, key = stack.pop(), stack.pop()
-                update(stack[-1], [key, item])
-            case 'SETITEMS':
-                items, stack = stack, marks.pop()
-                update(stack[-1], items)
-            case 'BINPUT' | 'LONG_BINPUT':
+            case 'APPEND' | 'APPENDS', [list() as target, *more]:
+                stack.append(target)
+                target.extend(more)
+            # plain keys alone: to hash a tuple of tuples of ... can take for ever
+            case 'SETITEM' | 'SETITEMS', [dict() as target, *more] if all(isinstance(k, str | int) for k in more[::2]):
+                stack.append(target)
+                target.update(zip(more[::2], more[1::2], strict=True))
+            case 'BINPUT' | 'LONG_BINPUT', []:
                 memo[value] = stack[-1]
-            case 'MEMOIZE':
-                memo[len(memo)] = stack[-1]
-            case 'BINGET' | 'LONG_BINGET':
+            case 'MEMOIZE', [item]:
+                stack.append(item)
+                memo[len(memo)] = item
+            case 'BINGET' | 'LONG_BINGET', []:
                 stack.append(memo[value])
-            case 'GLOBAL' | 'INST' if re.fullmatch(r'[\w.]+ [\w.]+', value):
+            case 'GLOBAL', [] if re.fullmatch(r'[\w.]+ [\w.]+', value):
                 stack.append(look_up(value.replace(' ', '.')))
-            case 'STACK_GLOBAL' if isinstance(stack[-1], str) and isinstance(stack[-2], str):
-                name, module = stack.pop(), stack.pop()
+            case 'STACK_GLOBAL', [str() as module, str() as name]:
                 stack.append(look_up(f'{module}.{name}'))
-            case 'REDUCE' | 'NEWOBJ' if isinstance(stack[-1], tuple):
-                args, function = stack.pop(), stack.pop()
+            case 'REDUCE' | 'NEWOBJ', [function, tuple() as args]:
                 stack.append(function(*args))  # nothing callable is on the stack but what look_up gave
-            case 'BUILD':
-                state = stack.pop()
-                build(stack[-1], state)
-            case 'BINPERSID':
-                kind, dtype, key, _location, numel, *view = stack.pop()
-                if kind != 'storage' or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or any(view):
-                    raise ValueError('not a storage')
+            case 'BUILD', [target, state]:
+                stack.append(target)
+                build(target, state)
+            case 'BINPERSID', [('storage', torch.dtype() as dtype, str() as key, _, numel, *view)] if not any(view):
                 stack.append(find_storage(dtype, key, numel))
-            case name:
-                raise ValueError(f'{name} is not for plain data')
+            case name, _:
+                raise ValueError(f'{name} is not for plain data, or not for what it is given')
     raise EOFError
-
-
-def extend(target: list, items: list) -> None:
-    if not isinstance(target, list):
-        raise TypeError(f'APPEND to a {type(target).__name__}')
-    target.extend(items)
-
-
-def update(target: dict, items: list) -> None:
-    if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in items[::2]):
-        raise TypeError('not a dict with plain keys')  # hashing a tuple of tuples of ... can take for ever
-    target.update(zip(items[::2], items[1::2], strict=True))
 
 
 def build(target, state) -> None:
