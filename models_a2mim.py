@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.losses import PIXEL_LOSSES, pixel_loss
+from util.nn.models import eval_mode, factory
 from util.nn.patches import patch_mask_to_pixels, random_plan
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
@@ -279,12 +280,10 @@ class A2MIM(nn.Module):
         `prediction` means something at hidden pixels only; `composite` has it there, and the image elsewhere. Spectra
         are log amplitudes averaged over colours, low frequencies in the middle, on the image's scale of grays.
         """
-        was_training = self.training
-        self.eval()
         hidden = patch_mask_to_pixels(plan.mask, self.cell_size)
         masked = self.fill(imgs, hidden)
-        pred = self.forward_decoder(self.forward_encoder(masked, plan.mask)).float()
-        self.train(was_training)
+        with eval_mode(self):
+            pred = self.forward_decoder(self.forward_encoder(masked, plan.mask)).float()
         composite = torch.where(hidden > 0, pred, imgs)
         return {
             'original': imgs,
@@ -440,17 +439,9 @@ MODELS: dict[str, dict] = {
 __all__ = [*MODELS]
 
 
-def factory(name: str) -> Callable[..., A2MIM]:
-    """The function behind `--model NAME`; its keywords are A2MIM's and override the tables."""
-
-    def make(**kwargs) -> A2MIM:
-        return A2MIM(**{**ENCODERS[name.partition('_')[2]], **MODELS[name], **kwargs})
-
-    make.__name__ = make.__qualname__ = name
-    return make
-
-
-globals().update({name: factory(name) for name in MODELS})
+globals().update(
+    {name: factory(A2MIM, name, **ENCODERS[name.partition('_')[2]], **options) for name, options in MODELS.items()}
+)
 
 # --------------------------------------------------------------------------
 # classifier, optimiser rules

@@ -31,6 +31,7 @@ QUICK = {
     'localmim_swin_pico': 64,
     'mixmae_tiny': 32,
 }
+QUICK |= {module.__all__[0]: 32 for module in METHODS if not QUICK.keys() & set(module.__all__)}  # of a new method
 TINY = [(module, name) for module, name in MODELS if name in QUICK]
 N = 2
 

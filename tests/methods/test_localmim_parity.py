@@ -11,7 +11,8 @@ from golden import filled_state, golden, relative, summary_difference
 
 import models_localmim
 from util.nn.swin import make_windows, window_ids
-from util.weights.published import INTO_LOCALMIM_SWIN, INTO_LOCALMIM_VIT, load_published
+from util.weights import load_published
+from util.weights.published import INTO_LOCALMIM_SWIN, INTO_LOCALMIM_VIT
 
 
 def target_options(config: dict) -> dict:

@@ -8,7 +8,8 @@ from golden import filled_state, golden, relative, summary_difference
 
 import models_mirl
 from util.nn.patches import gather_tokens, patch_stats, patchify
-from util.weights.published import INTO_MIRL, load_published
+from util.weights import load_published
+from util.weights.published import INTO_MIRL
 
 PUBLISHED = INTO_MIRL[1]
 PRETRAINING = ['tiny_a_wn', 'tiny_a_wn_gfilled', 'tiny_b_nown', 'tiny_seg2_derived', 'tiny_seg4_derived']

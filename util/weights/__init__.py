@@ -6,7 +6,7 @@
 from util.weights import download
 from util.weights.files import read_checkpoint
 from util.weights.intake import Origin
-from util.weights import load_published
+from util.weights.published import load_published
 from util.weights.unpickle import printable
 
 __all__ = ['Origin', 'download', 'load_published', 'printable', 'read_checkpoint']

@@ -2,44 +2,40 @@
 
 import pytest
 import torch
-import visualize
-from training import load, make_images, same, train
+from training import load, same, train
+
+from scripts import visualize
 
 FLAGS = ['--model', 'fifth_tiny', '--batch_size', '16', '--epochs', '2', '--warmup_epochs', '0', '--lr', '1e-3']
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
-
-
-@pytest.fixture(scope='module')
-def pretrained(data, tmp_path_factory):
+def pretrained(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp('pretrained')
-    train('pretrain', data, folder, *FLAGS, '--save_freq', '1', '--vis_freq', '1')
+    train('pretrain', images, folder, *FLAGS, '--save_freq', '1', '--vis_freq', '1')
     return folder
 
 
-def test_fifth_pretrains_and_resumes_to_the_bit(pretrained, data, tmp_path):
+def test_fifth_pretrains_and_resumes_to_the_bit(pretrained, images, tmp_path):
     assert (pretrained / 'pictures-1.png').stat().st_size > 1000
-    resumed = train('pretrain', data, tmp_path, *FLAGS, '--resume', pretrained / 'checkpoint-0.pth')
+    resumed = train('pretrain', images, tmp_path, *FLAGS, '--resume', pretrained / 'checkpoint-0.pth')
     assert same(resumed['model'], load(pretrained)['model'])
     assert not same(resumed['model'], load(pretrained, 'checkpoint-0.pth')['model'])
 
 
-def test_fifth_is_fine_tuned_and_evaluated(pretrained, data, tmp_path, capsys):
+def test_fifth_is_fine_tuned_and_evaluated(pretrained, images, tmp_path, capsys):
     flags = [*FLAGS, '--drop_path', '0', '--use_ema']
-    tuned = train('finetune', data, tmp_path, *flags, '--finetune', pretrained / 'checkpoint-last.pth')
+    tuned = train('finetune', images, tmp_path, *flags, '--finetune', pretrained / 'checkpoint-last.pth')
     told = capsys.readouterr().out
     assert 'checkpoint-last.pth: own weights: ' in told
     assert '2 missing, start anew (head.weight, head.bias)' in told
     assert torch.equal(load(tmp_path)['model']['head.bias'], tuned['model']['head.bias'])
-    train('finetune', data, tmp_path / 'no', *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
+    train('finetune', images, tmp_path / 'no', *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
     assert 'Accuracy of the network on the 15 test images' in capsys.readouterr().out
 
 
-def test_fifth_is_drawn(pretrained, data, tmp_path):
+def test_fifth_is_drawn(pretrained, images, tmp_path):
     line = ['--model', 'fifth_tiny', '--input_size', '32', '--device', 'cpu', '--output', str(tmp_path / 'a.png')]
-    line += ['--checkpoint', str(pretrained / 'checkpoint-last.pth'), str(data / 'val')]
+    line += ['--checkpoint', str(pretrained / 'checkpoint-last.pth'), str(images / 'val')]
     visualize.main(visualize.get_args_parser().parse(line, stage='pretrain'))
     assert (tmp_path / 'a.png').stat().st_size > 1000

@@ -7,6 +7,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from util.nn.checks import check_divides
+from util.nn.models import eval_mode, factory
 from util.nn.patches import patch_mask_to_pixels, patchify, random_plan, unpatchify
 
 __all__ = ['fifth_tiny']
@@ -23,8 +25,7 @@ class Encoder(nn.Module):
 
     def __init__(self, *, img_size: int = 32, patch_size: int = 8, width: int = 24, depth: int = 2):
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f'img_size {img_size} is not a multiple of patch_size {patch_size}')
+        check_divides(img_size, patch_size, 'patch_size')
         self.patch_size, self.num_patches = patch_size, (img_size // patch_size) ** 2
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, width)
         self.blocks = nn.ModuleList(Block(width, num_heads=2, qkv_bias=True) for _ in range(depth))
@@ -67,10 +68,8 @@ class Fifth(Encoder):
 
     @torch.no_grad()
     def reconstruct(self, imgs: Tensor, plan: FifthPlan) -> dict[str, Tensor]:
-        was_training = self.training
-        self.eval()
-        prediction = unpatchify(self.predict(imgs, plan).float(), self.patch_size)
-        self.train(was_training)
+        with eval_mode(self):
+            prediction = unpatchify(self.predict(imgs, plan).float(), self.patch_size)
         hidden = patch_mask_to_pixels(plan.mask, self.patch_size)
         return {'original': imgs, 'composite': torch.where(hidden > 0, prediction, imgs)}
 
@@ -87,8 +86,7 @@ class FifthClassifier(Encoder):
         return self.head(self.encode(self.patch_embed(imgs)).mean(dim=1))
 
 
-def fifth_tiny(**kwargs) -> Fifth:
-    return Fifth(**kwargs)
+fifth_tiny = factory(Fifth, 'fifth_tiny', width=24)
 
 
 def create_classifier(
