@@ -28,6 +28,7 @@ HEADINGS = (  # of --help, in this order
     *('Output and resume', 'Hardware and precision', 'Distributed'),
 )
 USAGE = '%(prog)s [--FLAG VALUE ...]'  # of the mains, instead of a page of brackets
+MAX_PIXELS = 50_000_000  # what --max_pixels is, and what the decoder takes without it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # A resumed run must have the same value; a change is told; or it is free: the flag only says where and how a run works,
 # or is checked in another way.
@@ -281,7 +282,7 @@ def add_model_args(parser: Parser, model: str) -> None:
     add('--input_size', type=AT_LEAST_1, default=224, help='image side in pixels')
 
     add = partial(parser.add_argument, heading='Data')
-    add('--max_pixels', type=AT_LEAST_1, default=50_000_000, help='larger images are not decoded')
+    add('--max_pixels', type=AT_LEAST_1, default=MAX_PIXELS, help='larger images are not decoded')
     add('--mean', type=number(float), nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
     add('--std', type=ABOVE_0, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
 

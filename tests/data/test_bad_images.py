@@ -187,7 +187,7 @@ KINDS = {  # name: (content, what is to be seen in it)
 def test_kinds_of_images(case, write, fault):
     content, expected = KINDS[case]
     path = write(content, 'image.jpg')
-    decoded = decode(path, 50_000_000)
+    decoded = decode(path, images.MAX_PIXELS)
     assert decoded.mode == 'RGB'
     assert np.array_equal(np.asarray(decoded), np.asarray(expected))
     aa = 'rand-m9-mstd0.5-inc1'
@@ -226,7 +226,7 @@ def test_an_extreme_shape_in_evaluation(write, fault):
     """224 pixels of 4000x2 would be cut out of 512000x256, which is not made."""
     path = write(KINDS['4000x2'][0])
     with pytest.raises(UserError, match='4000 x 2 pixels, its shorter side resized to 256, are more than') as error:
-        ImageFiles([path], None, datasets.eval_transform(224, 0.875, 50_000_000), 0)[0, 0]
+        ImageFiles([path], None, datasets.eval_transform(224, 0.875), 0)[0, 0]
     fault(29, '4000x2, evaluated', str(error.value).replace(path, '.../image.png'), UserError.code, 'the image alone')
     just = datasets.eval_transform(32, 1.0, 64000 * 32)
     assert ImageFiles([path], None, just, 0)[0, 0][0].shape == (3, 32, 32)

@@ -4,7 +4,6 @@ Workers hand over uint8 [N, 3, H, W]; `to_float` converts and normalises a whole
 """
 
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import InterpolationMode
 
 from util import rng, signals
-from util.data.images import Reader, printable, reason
+from util.data.images import MAX_PIXELS, Reader, printable, reason
 from util.data.loader import Loader
 from util.errors import RunError, UserError
 
@@ -285,7 +284,7 @@ def finetune_transform(
 class ResizeShorter(transforms.Resize):
     """Resize the shorter side, bicubic. Raises ValueError if that makes an image of more than `max_pixels`."""
 
-    def __init__(self, size: int, max_pixels: float):
+    def __init__(self, size: int, max_pixels: int):
         super().__init__(size, InterpolationMode.BICUBIC)
         self.max_pixels = max_pixels
 
@@ -299,7 +298,7 @@ class ResizeShorter(transforms.Resize):
         return super().forward(image)
 
 
-def eval_transform(input_size: int, crop_pct: float, max_pixels: float = math.inf) -> Callable:
+def eval_transform(input_size: int, crop_pct: float, max_pixels: int = MAX_PIXELS) -> Callable:
     """Resize the shorter side to input_size / crop_pct, rounded down, bicubic, and crop the centre."""
     return transforms.Compose(
         [

@@ -7,7 +7,6 @@ is not, it is part of the format). Of 16 bits the upper 8 are kept, in gray as i
 
 import argparse
 import errno
-import math
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from util.config import MAX_PIXELS
 from util.errors import StorageError, UserError
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
@@ -34,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # a limit that warns, and refuses at twice of it;
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a file would be filled up with gray, without a word
 
 
-def decode(path: str, max_pixels: float) -> Image.Image:
+def decode(path: str, max_pixels: int) -> Image.Image:
     """The image in RGB. Raises ValueError for what is not taken, and whatever Pillow raises for damaged files."""
     try:
         image = Image.open(path, formats=FORMATS)
@@ -81,7 +81,7 @@ class Reader(NamedTuple):
     every rank, and across resumes.
     """
 
-    max_pixels: float = math.inf
+    max_pixels: int = MAX_PIXELS
     retries: int = 5  # of reading from storage that does not answer
     root: Path | None = None  # of the data set: while it is missing or empty, no file is missing
     listing: Path | None = None
