@@ -135,8 +135,11 @@ def test_fine_tuned_goes_into_the_classifier_whole():
         report = load_published(model, file, ema=ema)
         assert not report.missing + report.ignored
         assert_holds(model, expected.state_dict())
-    for name in source.state_dict():
-        refused(FifthClassifier(), {'model': without(source.state_dict(), name)}, rf'\(1\): {re.escape(name)}: file a')
+    whole = source.state_dict()
+    for name in whole:
+        refused(FifthClassifier(), {'model': without(whole, name)}, rf'\(1\): {re.escape(name)}: file absent')
+    headless = {name: value for name, value in whole.items() if not name.startswith('head.')}
+    refused(FifthClassifier(), {'model': headless}, r'\(2\): head\.weight: file absent')
 
 
 def test_other_classes_start_a_new_head():
