@@ -1,6 +1,7 @@
 """Checkpoints of any origin into our models: which formats there are, and which of them each model takes.
 
-This is the one file of `util` that knows the methods by name: tables of keys, read by `intake.py`.
+This is the one file of `util` that knows the methods by name: tables of keys, read by `intake.py`. A class that
+no table lists needs none for our own checkpoints (`intake.own_names`).
 
 What no file can tell: the number of attention heads (12 in MIRL's small models, not timm's 6), and where segments of
 unequal length end. Both are the model's to get right.
