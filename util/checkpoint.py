@@ -98,11 +98,11 @@ def numbered(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
     """Remove numbered checkpoints that are older than the `keep` newest good ones, but none that is in use."""
-    kept, places = 0, {path.resolve() for path in in_use if path}
+    kept, protected = 0, {path.resolve() for path in in_use if path}
     for path in numbered(folder):
         if kept < keep:
             kept += bool(good_sum(path))
-        elif path.resolve() not in places:
+        elif path.resolve() not in protected:
             digests.remove(path)
 
 
@@ -117,7 +117,7 @@ def clean(folder: Path, damaged: Collection[Path]) -> int:
 
 
 def put_aside(path: Path, why: str) -> None:
-    """Rename a checkpoint, and its sum, to a name under which nothing looks for it, and nothing lies yet."""
+    """Rename a checkpoint and its sum: to a free name, which no resume looks at."""
     names = (path.with_name(f'{path.name}{why}{number or ""}') for number in itertools.count())
     aside = next(name for name in names if not name.exists())
     path.rename(aside)
@@ -126,7 +126,7 @@ def put_aside(path: Path, why: str) -> None:
 
 
 def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Path]:
-    """Put aside what a run had written after the checkpoint of it that another way is taken from."""
+    """Put aside what a run had written after the checkpoint that a branch starts from."""
     if resumed_from.name == LAST:
         return []
     later = [path for path in numbered(folder) if int(path.stem.rpartition('-')[2]) >= first_epoch]
@@ -170,10 +170,10 @@ def any_in(folder: Path) -> list[Path]:
 
 
 def check_unused(folder: Path) -> None:
-    """Raise UserError if another run's checkpoints lie in the output folder of one that begins anew."""
+    """Raise UserError if a new run's output folder holds the checkpoints of another."""
     if found := any_in(folder):
         raise UserError(
-            f'{found[0]} is of an earlier run and would be lost: --resume auto goes on with that run, '
+            f'{found[0]} is of an earlier run, which would be lost: --resume auto resumes it, '
             f'another --output_dir keeps it'
         )
 
@@ -214,7 +214,7 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
 
 
 def changed_settings(state: dict, current: dict, roles: dict[str, str]) -> list[str]:
-    """What is told of a run that is resumed with settings that decide no sample and no mask, but matter."""
+    """A warning where a run is resumed with other settings that it may have, such as another learning rate."""
     saved = state.get('args', {})
     known = [name for name in saved.keys() & current.keys() if roles.get(name) == 'told']
     differing = sorted(name for name in known if saved[name] != current[name])

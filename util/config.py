@@ -406,7 +406,7 @@ def check_common_args(args: argparse.Namespace) -> None:
         if pair and pair[0] > pair[1]:
             raise UserError(f'--{name} takes the smaller share first, got {pair}')
     if '://' in getattr(args, 'resume', '') and not getattr(args, 'eval', False):
-        raise UserError(f'--resume {args.resume}: a run goes on from a file of its own; --finetune takes URLs')
+        raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
     for name in ('output_dir', 'log_dir'):
         if folder := getattr(args, name, None):
             check_apart(name, folder, args.data_path, getattr(args, 'dataset', 'folder'))

@@ -1,6 +1,6 @@
 """What a run that has diverged leaves behind: the position, values and samples of the step, and the weights before it.
 
-`diagnosis.json` is to be read, and `scripts/replay_step.py` makes the step again from it. `diagnosis.pth`, beside it,
+`diagnosis.json` is to be read, and `scripts/replay_step.py` repeats the step from it. `diagnosis.pth`, beside it,
 holds the weights, which no bad step has changed.
 """
 
@@ -19,7 +19,7 @@ from util.weights import read_checkpoint
 
 NAME, WEIGHTS = 'diagnosis.json', 'diagnosis.pth'
 POSITION = ('epoch', 'step')
-KEYS = {  # without which no step can be made again
+KEYS = {  # without which no step can be repeated
     *POSITION,
     *('stage', 'global_step', 'loss_scale', 'device', 'world_size', 'accum_iter', 'args', 'bad_ranks', 'ranks'),
 }

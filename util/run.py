@@ -111,7 +111,7 @@ class Run:
         self.notices += [f'WARNING: {why}; it is put aside, and {path} taken' for why in self.damaged.values()]
         if not path:
             checkpoint.check_unused(args.output_dir)  # the best one of an earlier run may be there
-            self.notices.append(f'no checkpoint in {args.output_dir} to resume: this run begins anew')
+            self.notices.append(f'no checkpoint in {args.output_dir} to resume: this is a new run')
         elif not digests.beside(path).exists():
             self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
         return path, saved

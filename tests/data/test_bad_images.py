@@ -520,7 +520,7 @@ def test_more_than_the_share_end_the_run(data, said, tmp_path, measured):
     listed = (tmp_path / 'out/bad_images.txt').read_text().splitlines()
     assert len(set(listed)) == len(listed) >= 4
     measured(f'more than the share: {line.partition("error: ")[2][:70]}..., exit code {code}')
-    # the count of a run that begins anew begins anew; that of one that goes on goes on
+    # a new run counts from zero, a resumed one continues
     (tmp_path / 'out/bad_images.txt').write_text(''.join(f'mended{i}.png\twhy\n' for i in range(9)))
     spoil(data, *(f'val/class1/{i}.png' for i in range(5)))
     for i in range(5):

@@ -452,7 +452,7 @@ def test_an_image_in_the_middle_that_is_not_there_is_named(make):
 
 def test_what_cannot_be_downloaded(make, said):
     for name in ('folder', 'imagenet', 'places205'):
-        assert f'--dataset {name} cannot be had by --download into' in said(name, make(name), '--download')
+        assert f'--dataset {name}: --download cannot get it into' in said(name, make(name), '--download')
 
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'places365', 'inat2018'])

@@ -149,7 +149,7 @@ def test_another_runs_folder(images, trained, tmp_path):
         other.mkdir()
         shutil.copy(trained / 'run' / checkpoint.LAST, other / name)
         resume = 'auto' if name == checkpoint.BEST else trained / 'run' / checkpoint.LAST
-        with pytest.raises(UserError, match='is of an earlier run and would be lost'):
+        with pytest.raises(UserError, match='is of an earlier run, which would be lost'):
             train('pretrain', images, other, *FLAGS, '--resume', resume)
 
 
@@ -173,7 +173,7 @@ def test_only_leftovers(images, trained, tmp_path, capfd):
     (tmp_path / '.checkpoint-last.pth.77.tmp').write_bytes(b'half a checkpoint')
     train('pretrain', images, tmp_path, *FLAGS, '--resume', 'auto')
     out = capfd.readouterr().out
-    assert f'no checkpoint in {tmp_path} to resume: this run begins anew\n' in out
+    assert f'no checkpoint in {tmp_path} to resume: this is a new run\n' in out
     assert 'removed 1 unfinished files' in out
     assert not list(tmp_path.glob('.checkpoint*'))
 

@@ -311,7 +311,7 @@ def test_own_checkpoints(tmp_path):
         report = load_published(net, tmp_path / 'b.pth', ema=ema)
         assert torch.equal(net(images()), expected(images()))
         assert ('averaged weights' in str(report)) is ema
-    with pytest.raises(CheckpointError, match='no averaged weights in it: leave out --use_ema'):
+    with pytest.raises(CheckpointError, match='no averaged weights in it: drop --use_ema'):
         load_published(net, tmp_path / 'a.pth', ema=True)
 
 

@@ -1,6 +1,6 @@
 """Named data sets as labelled images: torchvision's classes where they list files or hold pixels, else official lists.
 
-Each loader returns (images, labels, classes) of a split: files or pixels; each image's place in `classes`; and names or
+Each loader returns (images, labels, classes) of a split: files or pixels; each image's index in `classes`; and names or
 numbers of the classes, in every split the same. What is wrong with the data it says in a `Misfit`, OSError or
 RuntimeError, which `labelled_images` completes to one line.
 """
@@ -46,7 +46,7 @@ def inaturalist(folder: Path, split: str, download: bool, year: int) -> Labelled
     try:
         content = json.loads(listing.read_bytes())
         classes = sorted({int(category['id']) for category in content['categories']})
-        label = {category: place for place, category in enumerate(classes)}
+        label = {category: number for number, category in enumerate(classes)}
         label_of = {entry['image_id']: label[entry['category_id']] for entry in content['annotations']}
         labels = [label_of[image['id']] for image in content['images']]
         names = [str(image['file_name']) for image in content['images']]
@@ -176,7 +176,7 @@ def labelled_images(name: str, folder: Path, split: str, download: bool = False)
     source = SOURCES[name]
     needed = f'{folder}, which should hold {source.layout}' + (f', from {source.origin}' if source.origin else '')
     if download and not source.downloads:
-        raise UserError(f'--dataset {name} cannot be had by --download into {needed}')
+        raise UserError(f'--dataset {name}: --download cannot get it into {needed}')
     try:
         # of the processes of a run, one downloads; each of the others then finds its files
         with digests.alone(folder / '.download.lock') if download else contextlib.nullcontext():
