@@ -114,7 +114,10 @@ STEPS = ['--epochs', '9', '--warmup_epochs', '1', '--lr_sched', 'step', '--lr_de
         ([*STEPS, '3', '3'], r'--lr_decay_epochs must rise, .* got 3 3'),
         ([*STEPS, '4', '2'], r'--lr_decay_epochs must rise, .* got 4 2'),
         ([*STEPS, '9'], r'--lr_decay_epochs must rise, .* below --epochs 9, got 9'),
-        (['--resume', 'https://host/a.pth'], r'--resume https://host/a\.pth: a run resumes from a local file of its own'),
+        (
+            ['--resume', 'https://host/a.pth'],
+            r'--resume https://host/a\.pth: a run resumes from a local file of its own',
+        ),
         (['--model_kwargs', 'mlp_ratio=abc'], r'mirl_vit_tiny: invalid literal'),
         (['--model', 'a2mim_convnext_pico', '--input_size', '8'], r'a2mim_convnext_pico'),
         (['--model', 'a2mim_resnet_tiny', '--input_size', '8', '--batch_size', '1'], r'a2mim_resnet_tiny'),
@@ -285,7 +288,9 @@ def test_evaluating_other_checkpoints(said, trained):
     assert_matches(said('finetune', '--eval', '--resume', last), 'missing.*head.*' + written)
     assert_matches(said('finetune', '--eval', '--resume', last, '--model', 'a2mim_vit_tiny'), written)
     assert_matches(said('finetune', '--finetune', last, '--model', 'mixmae_tiny'), written)
-    assert_matches(said('finetune', '--eval', '--use_ema', '--resume', last), 'no averaged weights in it: drop --use_ema')
+    assert_matches(
+        said('finetune', '--eval', '--use_ema', '--resume', last), 'no averaged weights in it: drop --use_ema'
+    )
 
 
 def test_evaluating_otherwise_than_trained(data, tmp_path, capsys):
@@ -372,7 +377,9 @@ def test_an_earlier_run_is_not_lost(data, tmp_path):
     train('pretrain', data, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for stage in BOTH:
-        with pytest.raises(UserError, match=r'checkpoint-0\.pth is of an earlier run, which would be lost: --resume auto'):
+        with pytest.raises(
+            UserError, match=r'checkpoint-0\.pth is of an earlier run, which would be lost: --resume auto'
+        ):
             train(stage, data, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 

@@ -105,7 +105,7 @@ def load(model: nn.Module, container: dict, intake: Intake | None, label: str, e
     """
     averaged = ema and isinstance(container.get('ema'), dict)
     if ema and not averaged and 'weights' not in container:  # checkpoint-best.pth holds the better of the two networks
-        raise CheckpointError("no averaged weights in it: drop --use_ema, or give --no_use_ema if a recipe turns it on")
+        raise CheckpointError('no averaged weights in it: drop --use_ema, or give --no_use_ema if a recipe turns it on')
     own = () if hasattr(model, 'encoder_state_dict') else ('encoder',)
     wrappers = ('ema',) if averaged else (*(intake.wrappers if intake else own), *COMMON_WRAPPERS)
     found = find_weights(container, wrappers)
