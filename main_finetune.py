@@ -141,20 +141,6 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
         core.train()
 
 
-def val_loader(
-    args: argparse.Namespace, images: datasets.Images, labels: list[int], device: torch.device
-) -> datasets.Loader:
-    """This rank's share of the validation images, every image on exactly one rank."""
-    here = dist.place()
-    transform = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
-    reader = Reader.of(args, 'bad_images_val.txt')
-    if here.rank == 0:
-        reader.start_anew()  # each evaluation meets all of them
-    images = datasets.ImageFiles(images, labels, transform, args.seed, reader, replace=False)
-    batches = datasets.eval_batches(len(images), args.batch_size, here.rank, here.world_size)
-    return build.loader(images, batches, args, device)
-
-
 def report(stats: dict[str, float]) -> None:
     """MAE's closing lines."""
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
@@ -196,7 +182,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(
             f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
-    batches = val_loader(args, *val, torch.device(args.device))
+    batches = build.val_loader(args, *val, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
     if loaded.origin:
@@ -254,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
         if loaded:
             info(str(loaded))
         batches = build.loader(images, sampler, args, device)
-        val_batches = val_loader(args, *val, device)
+        val_batches = build.val_loader(args, *val, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
         loss_of = classification_loss(training, augmentation, augment.criterion(args))
 

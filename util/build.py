@@ -14,7 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 
 from util import config, dist, training
-from util.data import datasets
+from util.data import augment, datasets
+from util.data.images import Reader
 from util.errors import UserError, closest
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
@@ -120,6 +121,20 @@ def loader(
     """Batches of images as the arguments have them."""
     pin_memory = args.pin_mem and device.type == 'cuda'
     return datasets.loader(images, batches, args.num_workers, pin_memory, args.dist_timeout)
+
+
+def val_loader(
+    args: argparse.Namespace, images: datasets.Images, labels: list[int], device: torch.device
+) -> datasets.Loader:
+    """This rank's share of the validation images, every image on exactly one rank."""
+    here = dist.place()
+    transform = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
+    reader = Reader.of(args, 'bad_images_val.txt')
+    if here.rank == 0:
+        reader.start_anew()  # each evaluation meets all of them
+    images = datasets.ImageFiles(images, labels, transform, args.seed, reader, replace=False)
+    batches = datasets.eval_batches(len(images), args.batch_size, here.rank, here.world_size)
+    return loader(images, batches, args, device)
 
 
 def guarded_optimizer(
