@@ -12,10 +12,11 @@ from training import MAINS, draw_plan, load, make_images, run, same, train
 
 import main_finetune
 import models_a2mim
-from util import config, dist, optim
+from util import dist, optim
 from util.data import datasets
 from util.errors import UserError
 from util.run import Run
+from util.training import memory_format
 
 FLAGS = ['--model', 'a2mim_resnet_tiny', '--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
 
@@ -75,9 +76,9 @@ def test_memory_format(name, convolves):
     """NHWC by default for networks with convolutions that overlap."""
     core = timm.create_model(name)
     default = torch.channels_last if convolves else torch.contiguous_format
-    assert config.memory_format(parse(), core) is default
-    assert config.memory_format(parse('--channels_last'), core) is torch.channels_last
-    assert config.memory_format(parse('--no_channels_last'), core) is torch.contiguous_format
+    assert memory_format(parse(), core) is default
+    assert memory_format(parse('--channels_last'), core) is torch.channels_last
+    assert memory_format(parse('--no_channels_last'), core) is torch.contiguous_format
     imgs = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     batch = datasets.Normalisation.of((0.5,) * 3, (0.2,) * 3, torch.device('cpu'), default)(imgs)
     assert batch.is_contiguous(memory_format=default)

@@ -171,8 +171,8 @@ def test_hog_equals_the_plain_form(cells, biased, measured):
     assert excepted < 0.01 * imgs.numel()  # most at the border, where reflection makes one component zero
 
 
-def test_hog_is_fast(measured):
-    """Printed, not asserted: time depends on the machine."""
+def test_hog_is_faster_than_its_plain_form(measured):
+    """As a ratio of CPU times, both arms in turn: 20 and 10 on an idle machine, so that 3 is lost by a mistake only."""
     imgs, cells, seconds = torch.from_numpy(fill.images(2, 224)).repeat(2, 1, 1, 1), (4, 8, 16, 32), []
     biases = [torch.rand(2) for _ in cells]
     ours, plain = partial(hog, imgs, cells), partial(plain_hog, imgs, cells)
@@ -188,6 +188,7 @@ def test_hog_is_fast(measured):
         f'hog, {len(imgs)} images, CPU time: {free_plain / free:.1f} times as fast as the plain form, '
         f'{biased_plain / biased:.1f} times with a bias'
     )
+    assert min(free_plain / free, biased_plain / biased) > 3
 
 
 def test_targets_and_loss_are_float32_under_autocast():

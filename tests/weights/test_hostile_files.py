@@ -32,8 +32,8 @@ from training import make_images, train
 
 import models_a2mim
 import models_mirl
-from main_pretrain import construct, find_method, get_args_parser
-from util import digests
+from main_pretrain import find_method, get_args_parser
+from util import build, digests
 from util.errors import CheckpointError, UserError
 from util.recipes import RecipeLoader
 from util.weights import load_published, read_checkpoint
@@ -564,7 +564,7 @@ def test_literals_made_to_harm(value):
     """What is no literal, or one too deep, is a text that the model refuses."""
     parsed = get_args_parser().parse(['--model_kwargs', f'depth={value}', '--model', 'mirl_vit_tiny']).model_kwargs
     with pytest.raises(UserError) as caught:
-        construct(models_mirl.mirl_vit_tiny, model_kwargs=parsed)
+        build.construct(models_mirl.mirl_vit_tiny, model_kwargs=parsed)
     assert len(str(caught.value)) < 1000
 
 
