@@ -77,7 +77,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
 @pytest.mark.timeout(100)
 def test_only_the_lost_one_of_four_is_named(images, tmp_path):
     """A rank that waits for one that has noticed must notice, too."""
-    process = start_ranks(images, tmp_path, '--epochs', '100', '--batch_size', '2', ranks=4)
+    process = start_ranks(images, tmp_path, '--epochs', '100', '--batch_size', '2', '--dist_timeout', '60', ranks=4)
     os.kill(json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid'], signal.SIGKILL)
     _, err = process.communicate(timeout=5 + 30)
     lines = error_lines(err)
