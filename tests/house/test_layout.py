@@ -99,6 +99,12 @@ def test_util_weights_has_one_door(path):
         assert not [module for module in imports(path) if module.startswith('util.weights.')]
 
 
+@pytest.mark.parametrize('path', of('util.weights'))
+def test_util_weights_knows_no_run(path):
+    rooms = ('util.weights', 'util.nn', 'util.digests', 'util.errors', 'util.log')
+    assert all(inside(module, *rooms) for module in imports(path) if inside(module, 'util'))
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_who_alone_imports(path):
     for library, allowed in ALONE.items():
