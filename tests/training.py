@@ -61,7 +61,7 @@ def command(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, sc
     return [*launcher, str(ROOT / (script or f'main_{stage}.py')), *arguments(stage, data, output, *more)]
 
 
-def run(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, fault: str = '', timeout: float = 100):
+def run(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, fault: str = '', timeout: float = 300):
     """Run it to its end; `fault` is one of tests/faulty_run.py."""
     line = command(stage, data, output, *more, ranks=ranks, script='tests/faulty_run.py' if fault else '')
     env = environment() | {'FAULT': fault}

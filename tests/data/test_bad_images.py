@@ -441,7 +441,7 @@ def test_a_bad_image_in_evaluation_and_in_pictures(data, said, tmp_path):
     spoil(data, 'val/class0/3.png', 'train/class0/0.png')
     line = 'error: cannot read the image .../data/{}: not a file'
     best = tmp_path / 'trained/checkpoint-best.pth'
-    ends = run('finetune', data, tmp_path / 'out', '--eval', '--resume', best, '--num_workers', '2', timeout=60)
+    ends = run('finetune', data, tmp_path / 'out', '--eval', '--resume', best, '--num_workers', '2', timeout=180)
     assert (ends.returncode, ends.stderr.count('\n')) == (2, 1), ends.stderr  # and no loader process holds it up
     assert line.format('val/class0/3.png') in ends.stderr.replace(str(tmp_path), '...')
     code, found = said('pretrain', data, *SHORT, '--vis_freq', '1')
@@ -558,7 +558,7 @@ def test_replacements(data, tmp_path):
 def test_two_ranks_keep_one_list(data, tmp_path, measured):
     bad = spoil(data, *(f'train/class1/{i}.png' for i in range(6)))
     share = ['--bad_images', 'skip', '--max_bad_images', '0.2', '--num_workers', '2']
-    done = run('finetune', data, tmp_path / 'out', *SHORT, *share, ranks=2, timeout=60)
+    done = run('finetune', data, tmp_path / 'out', *SHORT, *share, ranks=2, timeout=180)
     assert done.returncode == 0, done.stderr
     listed = (tmp_path / 'out/bad_images.txt').read_text().splitlines()
     assert sorted(line.partition('\t')[0] for line in listed) == sorted(bad)
@@ -626,7 +626,7 @@ def started(stage: str, data, output, *flags) -> subprocess.Popen:
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     """Its exit code, and the one line that says why."""
     try:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
     finally:
         process.kill()
     assert 'Traceback' not in errors, errors
@@ -697,7 +697,7 @@ class Faulty(ImageFiles):
 
 
 @pytest.mark.fault(23)
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(90)
 def test_loader_processes_that_end_or_hang(data, workers):
     files = datasets.pretraining_files(data)
     transform = augment.eval_transform(32, 1.0)
@@ -719,7 +719,7 @@ def test_loader_processes_that_end_or_hang(data, workers):
         assert re.match(f'{words}; {worker}', line), line
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(90)
 def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
     """Torch would raise in the middle of whatever the main process is at: a save, for example."""
     files = datasets.pretraining_files(data)

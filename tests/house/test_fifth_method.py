@@ -35,7 +35,7 @@ def test_a_fifth_method(tmp_path, measured):
         '-k',
         'fifth or every_method or top_level',
     ]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=110, env=environment())
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=330, env=environment())
     assert done.returncode == 0, done.stdout
     passed = int(re.search(r'(\d+) passed', done.stdout)[1])
     assert passed >= 15  # of the contract 10, of the layout 3, of the runs 3

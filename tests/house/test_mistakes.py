@@ -361,13 +361,13 @@ def test_a_trial_changes_nothing_and_takes_little_time(measured):
 def test_a_process_ends_like_this(data, tmp_path):
     """The same in a process of its own: nothing but the line on stderr, once on a machine."""
     argv = [str(ROOT / 'main_pretrain.py'), *arguments('pretrain', data, tmp_path / 'out', '--epoch', '3')]
-    alone = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env=environment())
+    alone = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=180, env=environment())
     assert alone.returncode == 2
     assert alone.stderr.startswith('main_pretrain.py: error: unknown argument --epoch; did you mean --epochs')
     assert alone.stderr.count('\n') == 1
     assert alone.stdout == ''
     other = os.environ | {'RANK': '9', 'WORLD_SIZE': '16', 'LOCAL_RANK': '1'}
-    silent = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, env=other)
+    silent = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=180, env=other)
     assert (silent.returncode, silent.stderr) == (2, '')
     assert not (tmp_path / 'out').exists()
 

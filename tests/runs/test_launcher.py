@@ -32,7 +32,7 @@ def local_job(images, tmp_path_factory):
         while not (log.exists() and '[3/8]' in log.read_text()):
             time.sleep(0.02)
         os.kill(int(Path(f'/proc/{controller}/task/{controller}/children').read_text()), signal.SIGUSR2)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
         return folder, controller, process.returncode, err
 
     with ThreadPoolExecutor(1) as thread:

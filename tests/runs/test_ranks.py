@@ -48,14 +48,14 @@ def error_lines(text: str) -> list[str]:
         ),
     ],
 )
-@pytest.mark.timeout(100)
 def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp_path, measured):
     process = start_ranks(images, tmp_path, '--epochs', '100')
     victim = json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid']
     began = time.monotonic()
     os.kill(victim, number)
-    # --dist_timeout, the ranks' wait for each other's word, and torchrun's for a rank that hangs, before it kills it
-    _, err = process.communicate(timeout=5 + 5 + 30 + 30)
+    # --dist_timeout, the ranks' wait for each other's word, torchrun's for a rank that hangs before it kills it, and
+    # the starts and ends of processes, which take long on a busy machine
+    _, err = process.communicate(timeout=5 + 5 + 30 + 110)
     seconds = time.monotonic() - began
     assert process.returncode == 1  # torchrun's, whatever its processes return
     [line] = error_lines(err)
@@ -74,12 +74,11 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
     )
 
 
-@pytest.mark.timeout(100)
 def test_only_the_lost_one_of_four_is_named(images, tmp_path):
     """A rank that waits for one that has noticed must notice, too."""
-    process = start_ranks(images, tmp_path, '--epochs', '100', '--batch_size', '2', '--dist_timeout', '60', ranks=4)
+    process = start_ranks(images, tmp_path, '--epochs', '100', '--batch_size', '2', '--dist_timeout', '300', ranks=4)
     os.kill(json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid'], signal.SIGKILL)
-    _, err = process.communicate(timeout=5 + 30)
+    _, err = process.communicate(timeout=150)  # less than --dist_timeout
     lines = error_lines(err)
     assert 1 <= len(lines) <= 3
     assert all(re.search(r'rank 1 \(host \S+, process \d+\) has died; its last sign [^;]*$', line) for line in lines), (
@@ -89,7 +88,6 @@ def test_only_the_lost_one_of_four_is_named(images, tmp_path):
 
 
 @pytest.mark.fault(19)
-@pytest.mark.timeout(60)
 def test_an_exception_on_one_rank(images, tmp_path):
     done = run('pretrain', images, tmp_path, *FLAGS, ranks=2, fault='raise:1:5')
     assert done.returncode == 1
@@ -105,7 +103,6 @@ def test_an_exception_on_one_rank(images, tmp_path):
 
 @pytest.mark.promise(13)
 @pytest.mark.fault(16)
-@pytest.mark.timeout(60)
 def test_one_writer_per_folder(images, tmp_path, measured):
     flags = ['--batch_size', '8', '--warmup_epochs', '1', '--epochs', '100']
     first = start(command('pretrain', images, tmp_path, *flags))
@@ -126,7 +123,6 @@ def test_one_writer_per_folder(images, tmp_path, measured):
 
 
 @pytest.mark.fault(25)
-@pytest.mark.timeout(60)
 def test_a_port_in_use(images, tmp_path):
     with socket.socket() as holder:
         holder.bind(('127.0.0.1', 0))
@@ -140,18 +136,17 @@ def test_a_port_in_use(images, tmp_path):
             'MASTER_PORT': str(port),
         }
         line = command('pretrain', images, tmp_path, *FLAGS)
-        done = subprocess.run(line, capture_output=True, text=True, timeout=50, env=environment() | place)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=150, env=environment() | place)
     assert done.returncode == 2
     [line] = error_lines(done.stderr)
     assert f'the port of 127.0.0.1:{port}, where the processes meet, is in use' in line
 
 
-@pytest.mark.timeout(60)
 def test_a_rank_that_never_comes(images, tmp_path):
     place = {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
     line = command('pretrain', images, tmp_path, *FLAGS)
     env = environment() | place | {'MASTER_PORT': str(free_port())}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=50, env=env)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=150, env=env)
     assert done.returncode == 6
     [line] = error_lines(done.stderr)
     assert 'rank 0 of 2 did not find the others at 127.0.0.1:' in line

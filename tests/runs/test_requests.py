@@ -196,7 +196,7 @@ def test_sigterm_in_mid_epoch(images, undisturbed, tmp_path):
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
     for pid in (process.pid, *map(int, children), process.pid):
         os.kill(pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=90)
     assert process.returncode == 75
     assert len(children) == 2
     assert err == ''
@@ -211,7 +211,7 @@ def test_request_during_evaluation(images, tmp_path):
     process = start(command('finetune', images, tmp_path / 'part', *flags))
     read_until(process, '[4/4]')
     process.send_signal(signal.SIGUSR2)  # outside of submitit's jobs the same as SIGTERM
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=90)
     assert process.returncode == 75, err
     assert re.match('stopped on request at epoch (0, step 4|1, step 0) of 4; state saved', out.splitlines()[-1])
     resumed = train('finetune', images, tmp_path / 'part', *flags, '--resume', 'auto')
@@ -226,7 +226,7 @@ def test_sigterm_to_torchrun(images, undisturbed, tmp_path):
     process = start(command('pretrain', images, tmp_path, *flags, ranks=2))
     read_until(process, '[3/8]')
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=40)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 1  # torchrun's, whatever the ranks return
     assert out.count('stopped on request at epoch 0, step') == 1
     assert 3 <= load(tmp_path)['step'] <= 6
@@ -242,5 +242,5 @@ def test_no_rank_outlives_its_torchrun(images, tmp_path):
     process = start(line, TORCHELASTIC_RUN_ID='stand-in')
     read_until(process, '[3/8]')
     process.kill()
-    out, _ = process.communicate(timeout=30)  # returns when the last process that holds the pipe has ended
+    out, _ = process.communicate(timeout=90)  # returns when the last process that holds the pipe has ended
     assert 'stopped on request at epoch' in out

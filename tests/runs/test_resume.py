@@ -87,7 +87,7 @@ def test_killed_in_mid_epoch(images, tmp_path):
     process = start(command('pretrain', images, tmp_path / 'killed', *flags))
     read_until(process, '[5/8]')  # step 4 is on the disk, step 5 may be
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     assert process.returncode == -signal.SIGKILL
     killed = load(tmp_path / 'killed')
     assert killed['epoch'] == 0
@@ -227,7 +227,6 @@ def read_log(folder) -> list[dict]:
 
 
 @pytest.mark.promise(3, 14)
-@pytest.mark.timeout(110)
 def test_the_number_of_ranks_may_change(images, tmp_path, measured):
     """2 -> 1 -> 2 -> 1 ranks, each stopped in mid-epoch, against two ranks throughout; and what the logs show of it."""
     flags = ['--batch_size', '8', '--epochs', '3', '--warmup_epochs', '1', '--blr', '4e-3', '--save_freq_steps', '1']

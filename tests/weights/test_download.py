@@ -30,7 +30,7 @@ def certificate(tmp_path_factory):
     folder = tmp_path_factory.mktemp('certificate')
     line = ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '1', '-subj', '/CN=localhost']
     line += ['-addext', 'subjectAltName=DNS:localhost', '-keyout', folder / 'key.pem', '-out', folder / 'cert.pem']
-    subprocess.run(line, check=True, capture_output=True, timeout=30)
+    subprocess.run(line, check=True, capture_output=True, timeout=90)
     return folder
 
 
