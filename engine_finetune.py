@@ -63,7 +63,7 @@ def evaluate(
     """
     was_training = core.training
     core.eval()
-    dist.share_statistics(core)
+    dist.share_running_statistics(core)
     device = normalise.mean.device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
     for imgs, labels in batches:

@@ -19,12 +19,12 @@ from util import build, checkpoint, config, dist, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
-from util.errors import UserError, run_main
+from util.errors import UserError, printable, run_main
 from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Origin, load_published, printable
+from util.weights import Origin, load_published
 
 
 def get_args_parser() -> config.Parser:
@@ -101,7 +101,7 @@ def add_augmentation_args(parser: config.Parser) -> None:
         type=AT_LEAST_1,
         default=1,
         at_resume='same',
-        help='copies of an image, in a row; epochs stay as long',
+        help='augmented copies of each image, in a row; epochs stay as long',
     )
     add('--color_jitter', type=number(float, 0), help='strength, used without --aa only; default: off')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augment policy, or 'none'")
@@ -171,7 +171,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if not args.resume or args.resume == 'auto':
         raise UserError('--eval needs the checkpoint to evaluate: --resume PATH')
     if args.finetune:
-        raise UserError(f'--eval trains nothing from --finetune {args.finetune}: to evaluate it, --resume PATH')
+        raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
     [val], num_classes = named.labelled_splits(args, ('val',))
     core = create_classifier(args, num_classes)
@@ -200,7 +200,7 @@ def notice_differences(args: argparse.Namespace, origin: Origin) -> None:
     then, now = origin.args, vars(args)
     differing = [name for name in names if name in then and then[name] != now[name]]
     if differing:
-        listed = '; '.join(f'{name}: {printable(then[name])} then, {now[name]} now' for name in differing)
+        listed = '; '.join(f'{name}: {printable(then[name], 80)} then, {now[name]} now' for name in differing)
         info(f'not as it was fine-tuned: {listed}')
 
 
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
         loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
-        build.check_options(core, args)
+        build.apply_options(core, args)
 
         device = run.join(core, ema)
         core = build.on_device(core, args, device)

@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         core = create_model(args)
         check_step(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
-        build.check_options(core, args)
+        build.apply_options(core, args)
 
         device = run.join(core)
         core = build.on_device(core, args, device)

@@ -44,6 +44,7 @@ from util.nn.models import eval_mode, factory
 from util.nn.patches import patch_mask_to_pixels, random_plan
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
+from util.nn.vit import norm_layer
 
 
 class CellPlan(NamedTuple):
@@ -165,8 +166,7 @@ class A2MIM(nn.Module):
 
     def forward(self, imgs: Tensor, plan: CellPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, S, S], normalised -> scalar loss; `spatial_loss` and, before its weight, `fourier_loss`."""
-        if plan is None:
-            plan = random_plan(self, imgs)
+        plan = plan or random_plan(self, imgs)
         hidden = patch_mask_to_pixels(plan.mask, self.cell_size)
         x = self.forward_encoder(self.fill(imgs, hidden), plan.mask)
         pred = self.forward_decoder(x)
@@ -324,7 +324,7 @@ def beit(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     check_heads(sizes['embed_dim'], sizes['num_heads'])
     check_divides(img_size, sizes.get('patch_size', 16), 'patch_size')
     options = dict(use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1)
-    options |= dict(global_pool='avg' if num_classes else '', norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    options |= dict(global_pool='avg' if num_classes else '', norm_layer=norm_layer)
     options |= dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
     encoder = Beit(**{**options, **sizes})
     for module in encoder.modules():  # timm shrinks the residual branches with depth, the published code does not

@@ -127,8 +127,7 @@ class LocalMIM(nn.Module):
 
     def forward(self, imgs: Tensor, plan: Plan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, H, W], normalised -> scalar loss and the four scales' losses, `local_loss0` the finest."""
-        if plan is None:
-            plan = random_plan(self, imgs)
+        plan = plan or random_plan(self, imgs)
         latents = self.forward_encoder(imgs, plan)
         preds = self.forward_decoders(latents, plan)
         return self.forward_loss(imgs, preds, plan)

@@ -173,8 +173,7 @@ class MIRL(nn.Module):
 
     def forward(self, imgs: Tensor, plan: MaskPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, H, W], normalised -> scalar loss and the pairs' losses, `reconstr_loss0` the outermost pair's."""
-        if plan is None:
-            plan = random_plan(self, imgs)
+        plan = plan or random_plan(self, imgs)
         low, features = self.forward_encoder(imgs, plan)
         preds = self.forward_decoders(low, features, plan, num_pred=plan.ids_hidden.shape[1])
         return self.forward_loss(imgs, preds, plan)

@@ -219,8 +219,7 @@ class MixMAE(MixMIMEncoder):
 
     def forward(self, imgs: Tensor, plan: MixPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs [N, 3, H, W], normalised -> scalar loss and its two parts."""
-        if plan is None:
-            plan = random_plan(self, imgs)
+        plan = plan or random_plan(self, imgs)
         x = self.forward_features(self.mix(imgs, plan.mask), plan.mask)  # [N, L, D]
         own, partner = self.forward_decoder(x, plan.mask)
         pred = self.forward_pred(self.assemble(own, partner, plan.mask))  # half of what was decoded: what is scored

@@ -1,4 +1,4 @@
-"""Make again the step in which a run diverged, in float32, and name the first module that was not finite.
+"""Repeat the step in which a run diverged, in float32, and name the first module that was not finite.
 
 Examples:
     python scripts/replay_step.py runs/NAME/diagnosis.json
@@ -63,7 +63,10 @@ class Gradient(NamedTuple):
 
 
 class Watch:
-    """Notes every module's forward in the order of completion, innermost first, and the gradients as they come."""
+    """Notes every module's forward in the order of completion, innermost first, and the gradients as they come.
+
+    torch's `detect_anomaly` would name an operation, not the module, and nothing where the forward is at fault.
+    """
 
     def __init__(self, core: nn.Module):
         self.core = core
@@ -124,20 +127,20 @@ def largest(value: Any) -> float:
 
 def forward_findings(watch: Watch, loss: float) -> str:
     """Where the forward was not finite first; '' if it was."""
-    place = next((i for i, call in enumerate(watch.calls) if not math.isfinite(call.came_out)), None)
-    if place is None:
+    first = next((i for i, call in enumerate(watch.calls) if not math.isfinite(call.came_out)), None)
+    if first is None:
         reach = f'it is up to {watch.calls[-1].came_out:.3g}'
         return '' if math.isfinite(loss) else f'the output of the network is finite, its loss is not: {reach}'
-    call = watch.calls[place]
+    call = watch.calls[first]
     text = f'first module whose output is not finite: {watch.kinds[call.name]}'
     own = watch.core.get_submodule(call.name).named_parameters(recurse=False)
     if spoilt := [key for key, param in own if not math.isfinite(largest(param))]:
         text += f', whose {spoilt[0]} itself is not'
     if math.isfinite(call.went_in):
         return f'{text}; the largest absolute value that went in is {call.went_in:.3g}'
-    if not place:
+    if not first:
         return f'{text}; the images that went in were not finite either'
-    last = watch.calls[place - 1]
+    last = watch.calls[first - 1]
     return (
         f'{text}; what went in was not finite either: '
         f'it began after {watch.kinds[last.name]}, whose output is up to {last.came_out:.3g}'
@@ -234,7 +237,7 @@ class Replay:
             raise UserError(str(error)) from error
 
     def micro_step(self, rank: int, micro: int) -> str:
-        """Make it again; returns what it showed."""
+        """Repeat it; returns what it showed."""
         record, amp_dtype = self.record, self.training.amp_dtype
         self.training.sampler.rank = rank
         batch = self.batch(record['ranks'][rank]['micro_steps'][micro]['samples'])

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from util import config
+from util import config, optim
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.errors import STOPPED, UserError, closest, run_main
 
@@ -123,7 +123,7 @@ class Job:
             atexit.register(function, 0)
 
     def run(self, main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-        """Run a main. It ends as stopped, and says how to go on, where its request to be queued again is not granted.
+        """Run a main. It ends as stopped, and says how to resume, where its request to be queued again is not granted.
 
         Then it has saved, and the exception comes out of submitit's handler of SIGUSR2.
         """
@@ -131,11 +131,11 @@ class Job:
             main(args)
             return
         except submitit.core.utils.UncompletedJobError:
-            why = f'is not queued again: its --max_requeues {self.max_requeues} are used up; to go on'
+            why = f'is not queued again: its --max_requeues {self.max_requeues} are used up; to resume'
         except subprocess.SubprocessError:  # of a job that is back in the queue already, by its administrator
             why = 'was not queued again by scontrol, as it says above; if nobody else has done it'
-        go_on = f'submit it with --output_dir {args.output_dir} --resume auto'
-        print(f'job {submitit.JobEnvironment().job_id} {why}, {go_on}', flush=True)
+        resume = f'submit it with --output_dir {args.output_dir} --resume auto'
+        print(f'job {submitit.JobEnvironment().job_id} {why}, {resume}', flush=True)
         raise SystemExit(STOPPED)
 
     def set_environment(self, job: submitit.JobEnvironment) -> None:
@@ -231,7 +231,7 @@ def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[st
     given = {word.partition('=')[0] for word in flags}
     for own, other in (('array', '--config'), ('seeds', '--seed')):
         if getattr(options, own) and other in given:
-            raise UserError(f'--{own} sets {other} of each job; leave out one of the two')
+            raise UserError(f'--{own} sets {other} of each job; give only one of the two')
     recipes = [(Path(recipe).stem, ['--config', recipe]) for recipe in options.array] or [('', [])]
     seeds = [(f'seed{seed}', ['--seed', str(seed)]) for seed in options.seeds] or [('', [])]
     pairs = list(itertools.product(recipes, seeds))
@@ -256,7 +256,7 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
         config.check_common_args(argparse.Namespace(**{**vars(args), 'device': 'cpu'}))  # its GPUs are not here
         if not getattr(args, 'eval', False):
             config.check_schedule(args)
-        config.accumulation(args)
+        optim.accumulation(args)
     paths = {key: value.expanduser().absolute() for key, value in vars(args).items() if isinstance(value, Path)}
     apart = {key: paths[key] / label for key in ('output_dir', 'log_dir') if key in paths}
     return argparse.Namespace(**{**vars(args), **paths, **apart})

@@ -42,7 +42,6 @@ def get_args_parser() -> config.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
-    config.check_common_args(args)
     device = dist.own_device(args.device)
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = main_pretrain.create_model(args)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from training import MAINS
 
-from util import config, optim
+from util import optim
 from util.recipes import RECIPES, load_recipe
 
 
@@ -26,13 +26,13 @@ def resolved_values(name: str) -> dict:
     """The arguments, with the learning rate that they come to and the accuracy that the recipe states."""
     args = resolve(name)
     about, _ = load_recipe(RECIPES / f'{name}.yaml')
-    lr, _ = config.scaled_lr(args, config.accumulation(args))
+    lr, _ = optim.scaled_lr(args, optim.accumulation(args))
     return vars(args) | {'lr': lr, 'accuracy': about['accuracy']}
 
 
 def learning_rates(args: argparse.Namespace) -> Callable[[float], dict[float, float]]:
     """epoch -> {lr_scale: what an optimiser's group of that scale is given}, for scales 1 and 0.5."""
-    lr, _ = config.scaled_lr(args, config.accumulation(args))
+    lr, _ = optim.scaled_lr(args, optim.accumulation(args))
     layer = nn.Linear(2, 2)
     groups = optim.param_groups(layer, {'weight': (0, 1.0, True), 'bias': (0, 0.5, True)}, args.weight_decay)
     optimizer = optim.GuardedOptimizer(layer, optim.adamw(groups, lr, args.betas), torch.device('cpu'), False, None)
@@ -48,4 +48,4 @@ def learning_rates(args: argparse.Namespace) -> Callable[[float], dict[float, fl
 
 def launch_on(world_size: int, monkeypatch) -> None:
     """From here on, as if so many processes had been launched."""
-    monkeypatch.setattr(config.dist, 'place', lambda: SimpleNamespace(rank=0, local_rank=0, world_size=world_size))
+    monkeypatch.setattr(optim.dist, 'place', lambda: SimpleNamespace(rank=0, local_rank=0, world_size=world_size))

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 
-from util import config, dist, training
+from util import dist, optim, training
 from util.data import augment, datasets
 from util.data.images import Reader
 from util.errors import UserError, closest
@@ -35,7 +35,7 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
             raise UserError(f'{name}: {error!s:.300}') from error
-        result = get_type_hints(make)['return']
+        result = get_type_hints(make).get('return', object)  # the classes that it may return, whose options are known
         classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
         known = {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
         raise UserError(f'{name} has no option {unknown[1]}{closest(unknown[1], known)}') from error
@@ -73,7 +73,7 @@ def check_forward(
         raise UserError(what + options_and_reason(args.model_kwargs, error)) from error
 
 
-def check_options(core: nn.Module, args: argparse.Namespace) -> None:
+def apply_options(core: nn.Module, args: argparse.Namespace) -> None:
     """Apply --grad_checkpoint. Raises UserError where this network cannot have it, or --compile."""
     if args.compile and dist.will_synchronise(core, args.device):
         raise UserError('--compile: torch cannot compile SyncBatchNorm, with which several GPUs train this model')
@@ -104,13 +104,13 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
 
 def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBatches:
     """This rank's share of every epoch. Raises UserError for fewer images than one step takes."""
-    here, accum_iter = dist.place(), config.accumulation(args)
+    here, accum_iter = dist.place(), optim.accumulation(args)
     copies = getattr(args, 'repeated_aug', 1)
     sampler = datasets.EpochBatches(
         num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed, copies
     )
     if not sampler.steps:
-        _, arithmetic = config.scaled_lr(args, accum_iter)
+        _, arithmetic = optim.scaled_lr(args, accum_iter)
         raise UserError(f'{num_images} training images in {args.data_path} are fewer than one step takes: {arithmetic}')
     return sampler
 
@@ -142,7 +142,7 @@ def guarded_optimizer(
 ) -> GuardedOptimizer:
     """The optimiser of a network that is on its device."""
     groups = param_groups(core, rules, args.weight_decay, getattr(args, 'layer_decay', 1.0))
-    lr, _ = config.scaled_lr(args, config.accumulation(args))
+    lr, _ = optim.scaled_lr(args, optim.accumulation(args))
     optimizer = OPTIMIZERS[args.opt](groups, lr, args.betas, args.opt_eps)
     fp16 = training.amp_dtype(args, device) is torch.float16
     return GuardedOptimizer(core, optimizer, device, fp16, args.clip_grad, args.max_bad_steps)

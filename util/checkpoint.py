@@ -1,9 +1,9 @@
 """Checkpoint files: plain data, written so that a kill at any instant, a full disk or a bad sector loses nothing.
 
 A checkpoint is a dict: schema, model, optimizer, scaler, guard (its count of bad steps), epoch, step (optimiser steps
-done in that epoch), closed (whether the epoch has been evaluated, too), logger (running averages), run (what must not
-change when it is resumed), args; in pretraining also encoder, the weights that fine-tuning loads (they share the
-model's storage, so the file holds them once).
+done in that epoch), steps (those of a whole epoch), closed (whether the epoch has been evaluated, too), logger (running
+averages), record (the best accuracy), run (what must not change when it is resumed), args; with --use_ema also ema; in
+pretraining also encoder, the weights that fine-tuning loads (they share the model's storage: the file holds them once).
 
 A run keeps `checkpoint-last.pth` and the one before it, `checkpoint-previous.pth`; a numbered one every `--save_freq`
 epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, which is checked before a file is used.
@@ -142,7 +142,7 @@ def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Pa
 
 
 def find_newest(folder: Path) -> tuple[Path | None, dict | None, dict[Path, str]]:
-    """The newest good checkpoint of a folder, what it holds, and the damaged ones that are passed over, with reasons.
+    """The newest good checkpoint of a folder, what it holds, and the damaged ones that are skipped, with reasons.
 
     None, None if there is no checkpoint at all. Raises NoCheckpointError if there are, but none of them can be read.
     """
@@ -216,7 +216,7 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
 def changed_settings(state: dict, current: dict, roles: dict[str, str]) -> list[str]:
     """A warning where a run is resumed with other settings that it may have, such as another learning rate."""
     saved = state.get('args', {})
-    known = [name for name in saved.keys() & current.keys() if roles.get(name) == 'told']
+    known = [name for name in saved.keys() & current.keys() if roles.get(name) == 'warn']
     differing = sorted(name for name in known if saved[name] != current[name])
     if not differing:
         return []

@@ -1,7 +1,7 @@
 """Command lines: argparse with recipes under the flags, and mistakes told in one line.
 
-A flag is declared once, in one `add_argument`: its type with its range, its heading in --help, and `at_resume`, what
-becomes of it when a run is resumed.
+A flag is declared once, in one `add_argument`: its type with its range, its heading in --help, and `at_resume`, whether
+it may change when a run is resumed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from util import dist
+from util import dist, optim
 from util.errors import UserError, closest
 from util.recipes import find_recipe, read_recipe
 
@@ -28,9 +28,9 @@ HEADINGS = (  # of --help, in this order
 )
 USAGE = '%(prog)s [--FLAG VALUE ...]'  # of the mains, instead of a page of brackets
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# A resumed run must have the same value; a change is told; or it is free: the flag only says where and how a run works,
-# or is checked in another way.
-AtResume = Literal['same', 'told', 'free']
+# same: a resumed run must have the same value; warn: a change prints a warning; free: a flag that only says where and
+# how a run works, or that is checked elsewhere
+AtResume = Literal['same', 'warn', 'free']
 
 
 class Switch(argparse.BooleanOptionalAction):
@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         self.main, self.other = main, other
 
     def add_argument(
-        self, *names: str, heading: str = '', at_resume: AtResume = 'told', instead_of: str = '', **kwargs
+        self, *names: str, heading: str = '', at_resume: AtResume = 'warn', instead_of: str = '', **kwargs
     ) -> argparse.Action:
         """argparse's, under a heading of --help.
 
@@ -175,14 +175,15 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None, stage: str = '') -> argparse.Namespace:
         """Flags over recipe over defaults. Raises UserError naming the closest flag or key for one that is unknown."""
         argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-        args = self.parse_args(argv)
-        if config := getattr(args, 'config', ''):
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument('--config', nargs='?')
+        config = first.parse_known_args(argv)[0].config
+        if config and 'config' in self.roles:
             values = (self.main or self).recipe(find_recipe(config), stage)
             given = {word.partition('=')[0] for word in argv}
             dropped = {other for flag, other in self.instead_of.items() if flag in given}
             self.set_defaults(**{dest: values[dest] for dest in values.keys() & self.roles.keys() - dropped})
-            args = self.parse_args(argv)
-        return args
+        return self.parse_args(argv)
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
@@ -193,7 +194,7 @@ class Parser(argparse.ArgumentParser):
     def hint(self, flag: str) -> str:
         """Who takes a flag that this parser does not know, or its closest ones."""
         if self.other and flag.partition('=')[0] in importlib.import_module(self.other).get_args_parser().flags:
-            return f' here: {self.other}.py takes it'
+            return f': it belongs to {self.other}.py'
         return closest(flag, self.flags)
 
     def recipe(self, path: Path, stage: str) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def add_model_args(parser: Parser, model: str) -> None:
     """The model, its input, and where it runs."""
     add = partial(parser.add_argument, heading='Model', at_resume='same')
     add('--model', default=model, help='name of a function in a models_*.py')
-    add('--model_kwargs', action=KeyValues, help='more of its arguments')
+    add('--model_kwargs', action=KeyValues, help='more arguments of the model')
     add('--input_size', type=AT_LEAST_1, default=224, help='image side in pixels')
 
     add = partial(parser.add_argument, heading='Data')
@@ -314,7 +315,7 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
     add('--lr', type=ABOVE_0, help='learning rate; default: from --blr')
     add('--blr', type=ABOVE_0, default=blr, instead_of='lr', help='base rate: lr = blr * images per step / 256')
     add('--min_lr', type=number(float, 0), default=min_lr, help='where the cosine ends')
-    add('--min_lr_absolute', action=Switch, help="--min_lr is every parameter's, not times its own scale")
+    add('--min_lr_absolute', action=Switch, help="--min_lr holds for every parameter, not times the parameter's scale")
     add('--warmup_epochs', type=number(float, 0), default=warmup_epochs, help='epochs of linear warm-up')
     add('--warmup_lr_ratio', type=SHARE, default=0.0, help='share of the rate that the warm-up starts from')
     add(
@@ -349,9 +350,14 @@ def add_optimiser_args(parser: Parser, betas: list[float]) -> None:
 def add_data_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Data')
     add('--data_path', type=Path, default=Path('data'), at_resume='free', help='folder with train/ and val/')
-    add('--num_workers', type=AT_LEAST_0, default=10, at_resume='free', help='loader processes per process')
+    add('--num_workers', type=AT_LEAST_0, default=10, at_resume='free', help='loader processes per rank')
     add('--pin_mem', action=Switch, default=True, at_resume='free', help='pinned batches, for faster copies to a GPU')
-    add('--bad_images', choices=('raise', 'skip'), default='raise', help='what happens at an image that cannot be read')
+    add(
+        '--bad_images',
+        choices=('raise', 'skip'),
+        default='raise',
+        help='what to do with an image that cannot be read',
+    )
     add('--max_bad_images', type=number(float, 0, below=1), default=0.001, help='largest share of images to skip')
     add(
         '--data_retries',
@@ -387,7 +393,7 @@ def add_hardware_args(parser: Parser) -> None:
     add('--deterministic', action=Switch, help='deterministic kernels, for exact repeats on a GPU')
     add = partial(add, at_resume='free')
     add('--channels_last', action=Switch, default=None, help='NHWC in memory; default: on for networks that convolve')
-    add('--grad_checkpoint', action=Switch, help='less memory: make activations again for the gradients')
+    add('--grad_checkpoint', action=Switch, help='save memory: recompute activations in the backward pass')
     add('--compile', action=Switch, help='torch.compile the model')
 
     add = partial(parser.add_argument, heading='Distributed', at_resume='free')
@@ -405,14 +411,14 @@ def check_common_args(args: argparse.Namespace) -> None:
         pair = getattr(args, name, None)
         if pair and pair[0] > pair[1]:
             raise UserError(f'--{name} takes the smaller share first, got {pair}')
-    if '://' in getattr(args, 'resume', '') and not getattr(args, 'eval', False):
+    if '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
     for name in ('output_dir', 'log_dir'):
-        if folder := getattr(args, name, None):
+        if folder := getattr(args, name):
             check_apart(name, folder, args.data_path, getattr(args, 'dataset', 'folder'))
     dist.own_device(args.device)
     world_size = dist.place().world_size
-    if getattr(args, 'world_size', None) not in (None, world_size):
+    if args.world_size not in (None, world_size):
         raise UserError(
             f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'
         )
@@ -435,7 +441,7 @@ def check_schedule(args: argparse.Namespace) -> None:
     if args.start_epoch >= args.epochs:
         raise UserError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
     check_boundaries(args)
-    lr, arithmetic = scaled_lr(args, accumulation(args))
+    lr, arithmetic = optim.scaled_lr(args, optim.accumulation(args))
     if args.lr_sched == 'cosine' and args.min_lr > lr:
         raise UserError(f'--min_lr {args.min_lr:g}, where the cosine ends, is above its peak: {arithmetic}')
 
@@ -450,36 +456,6 @@ def check_boundaries(args: argparse.Namespace) -> None:
         raise UserError(
             f'--lr_decay_epochs must rise, to below --epochs {args.epochs}, got {" ".join(map(str, epochs))}'
         )
-
-
-def accumulation(args: argparse.Namespace) -> int:
-    """Forwards per optimiser step, from --accum_iter or solved from --effective_batch_size."""
-    per_forward = args.batch_size * dist.place().world_size
-    if args.effective_batch_size is None:
-        return args.accum_iter
-    if args.effective_batch_size % per_forward:
-        raise UserError(
-            f'--effective_batch_size {args.effective_batch_size} is not a multiple of '
-            f'batch {args.batch_size} x ranks {dist.place().world_size} = {per_forward}'
-        )
-    solved = args.effective_batch_size // per_forward
-    if args.accum_iter not in (1, solved):
-        raise UserError(
-            f'--accum_iter {args.accum_iter} contradicts --effective_batch_size {args.effective_batch_size}, '
-            f'which at {per_forward} images a forward needs {solved}'
-        )
-    return solved
-
-
-def scaled_lr(args: argparse.Namespace, accum_iter: int) -> tuple[float, str]:
-    """The learning rate, and the line that says where it comes from."""
-    ranks = dist.place().world_size
-    batch = args.batch_size * accum_iter * ranks
-    batches = f'batch {args.batch_size} x accum {accum_iter} x ranks {ranks} = {batch}'
-    if args.lr is not None:
-        return args.lr, f'{batches}, lr = {args.lr:g} as given'
-    lr = args.blr * batch / 256
-    return lr, f'{batches}, lr = blr {args.blr:g} x {batch} / 256 = {lr:g}'
 
 
 def plain(args: argparse.Namespace) -> dict:

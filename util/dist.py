@@ -125,7 +125,7 @@ def own_device(device: str) -> torch.device:
 
 
 def slurm_url() -> str:
-    """The rendezvous of a plain `srun`: the job's first node, and a port that follows from its id."""
+    """The rendezvous of a plain `srun`: the job's first node, and a port from 20000 on that follows from its id."""
     if 'SLURM_JOB_NODELIST' not in os.environ:
         raise UserError('several processes, but MASTER_ADDR and MASTER_PORT, where they meet, are not set')
     nodes = subprocess.run(
@@ -197,7 +197,7 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
     """`core`, compiled if asked, in DistributedDataParallel if there are several processes."""
     model = torch.compile(core, fullgraph=True) if compiled else core
     if active():
-        # training uses a batch's own statistics; the running ones are shared when they are used (`share_statistics`)
+        # training uses a batch's own statistics; `share_running_statistics` shares the others when they are used
         new_name = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
         # DDP reorders its buckets after a process's first step, and so the rounding of sums of more than two numbers: a
         # resumed run would not repeat to the bit. This setting keeps the order; torch's warning about it is expected.
@@ -218,8 +218,8 @@ def has_batchnorm(core: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in core.modules())
 
 
-def share_statistics(core: nn.Module) -> None:
-    """Give every rank BatchNorm's statistics of rank 0, the ones that are saved; they differ without SyncBatchNorm."""
+def share_running_statistics(core: nn.Module) -> None:
+    """Give every rank rank 0's running statistics, the saved ones; without SyncBatchNorm each rank has its own."""
     if active() and has_batchnorm(core):
         for buffer in core.buffers():
             torch_dist.broadcast(buffer, 0)

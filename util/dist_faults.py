@@ -1,9 +1,10 @@
-"""What gloo's faults force, on CPU alone: with NCCL nothing here runs. Each part can go when its fault is mended.
+"""What gloo's faults force. Each part can go when its fault is mended.
 
 Seen with torch 2.6, 2.11 and 2.15, the first with 2.14 too.
 
 1. A rank does not notice a lost one while it waits for a third: gloo's connections are pairs, and the one to the third
-   still stands. Of four ranks, others would be named beside the lost one. `hang_up` breaks all connections.
+   still stands. Of four ranks, others would be named beside the lost one. `hang_up` breaks all connections. Beside
+   NCCL too, where the hosts agree over gloo.
    Without it `test_only_the_lost_one_of_four_is_named` in tests/runs/test_ranks.py fails every time.
 2. The freeing of DistributedDataParallel joins gloo's threads with Python's lock held, for which one of them may be
    waiting: the process may never end. `outlive` keeps the model for ever.
@@ -21,7 +22,6 @@ import socket
 import stat
 import sys
 
-import torch.distributed as torch_dist
 from torch import nn
 
 from util.errors import AT_THE_END
@@ -29,8 +29,6 @@ from util.errors import AT_THE_END
 
 def hang_up() -> None:
     """Break this process's connections, so that ranks that wait for it notice, and not only those of the lost one."""
-    if torch_dist.get_backend() != 'gloo':
-        return
     for descriptor in map(int, os.listdir('/proc/self/fd')):
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -41,7 +39,7 @@ def hang_up() -> None:
 
 
 def outlive(model: nn.Module) -> None:
-    """Never free this model, and end the process, whose `run_main` will call it, without the freeing of anything."""
+    """Never free this model, and let `run_main` end the process without freeing anything. On CPU alone."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
     AT_THE_END.append(end_process)
 

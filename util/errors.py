@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
 MEANING = {
     0: 'done',
-    1: 'a fault in the program; its traceback tells',
+    1: 'a bug in the program; see its traceback',
     2: 'a mistake in arguments, data or files',
     3: 'diverged: too many steps in a row were not finite',
     4: 'none of the checkpoints can be read',
     5: 'storage: full, read-only, or gone',
-    6: 'a process was lost, or does not answer',
+    6: 'a rank or a loader process was lost',
     STOPPED: 'stopped on request with the state saved; can be resumed',
     130: 'interrupted at once; what was saved before can be resumed',
 }
@@ -69,6 +69,12 @@ def one_line(text: object) -> str:
     """The text in one printable line: names of files may hold anything."""
     line = ' '.join(str(text).split())
     return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
+def printable(text: object, most: int | None = None) -> str:
+    """Text from a file or a path, at most so many letters of it: what is no printable letter is escaped."""
+    letters = str(text)[:most]
+    return ''.join(c if c.isprintable() and c != '\\' else c.encode('unicode_escape').decode() for c in letters)
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -166,7 +166,7 @@ class RunLog:
     def __init__(self, output_dir: Path, log_dir: Path, first_epoch: int = 0, first_step_1000x: int = 0):
         self.writer = None
         if dist.is_main():
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             self.file = output_dir / 'log.txt'
             self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x + 1)

@@ -11,6 +11,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from util import dist
+from util.errors import UserError
+
 Rules = dict[str, tuple[int, float, bool]]
 
 
@@ -66,6 +69,36 @@ def learning_rate(
         epoch = max(first, math.floor(epoch))
     progress = (epoch - first) / (epochs - first)
     return ramp * (min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def accumulation(args: argparse.Namespace) -> int:
+    """Forwards per optimiser step, from --accum_iter or solved from --effective_batch_size."""
+    per_forward = args.batch_size * dist.place().world_size
+    if args.effective_batch_size is None:
+        return args.accum_iter
+    if args.effective_batch_size % per_forward:
+        raise UserError(
+            f'--effective_batch_size {args.effective_batch_size} is not a multiple of '
+            f'batch {args.batch_size} x ranks {dist.place().world_size} = {per_forward}'
+        )
+    solved = args.effective_batch_size // per_forward
+    if args.accum_iter not in (1, solved):
+        raise UserError(
+            f'--accum_iter {args.accum_iter} contradicts --effective_batch_size {args.effective_batch_size}, '
+            f'which at {per_forward} images a forward needs {solved}'
+        )
+    return solved
+
+
+def scaled_lr(args: argparse.Namespace, accum_iter: int) -> tuple[float, str]:
+    """The learning rate, and the line that says where it comes from."""
+    ranks = dist.place().world_size
+    batch = args.batch_size * accum_iter * ranks
+    batches = f'batch {args.batch_size} x accum {accum_iter} x ranks {ranks} = {batch}'
+    if args.lr is not None:
+        return args.lr, f'{batches}, lr = {args.lr:g} as given'
+    lr = args.blr * batch / 256
+    return lr, f'{batches}, lr = blr {args.blr:g} x {batch} / 256 = {lr:g}'
 
 
 def schedule(args: argparse.Namespace, lr: float) -> Callable[..., float]:
@@ -280,8 +313,8 @@ class WeightAverage(ModelEmaV3):
     def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
         """Move towards the weights after optimiser step `step`, unless it was skipped (1 or 0, on the device).
 
-        A skipped step leaves no trace: were the average to go on towards weights that stand still, it would depend on
-        how late the host learns that the run has diverged.
+        A skipped step leaves no trace: if the average moved while the weights stand still, it would depend on how late
+        the host learns that the run has diverged.
         """
         share = (1 - self.get_decay(step)) * (1 - skipped)
         averages, weights = list(self.module.parameters()), list(model.parameters())

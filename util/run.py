@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from util import checkpoint, config, diagnosis, digests, dist, rng, signals
+from util import checkpoint, config, diagnosis, digests, dist, optim, rng, signals
 from util.data.datasets import EpochBatches, ImageFiles
 from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
 from util.log import MetricLogger, RunLog, info
@@ -34,7 +34,7 @@ class Run:
     """A run of `stage` ('pretrain', 'finetune') over the samples of a sampler.
 
     In a `with` statement, it holds the output folder, records in `status.json` how it ended, and names faults that a
-    disk or another process has caused.
+    disk or another process has caused. What belongs to the loop (training, images, log) is there after `resume`.
     """
 
     def __init__(self, args: argparse.Namespace, stage: str, sampler: EpochBatches, roles: dict[str, config.AtResume]):
@@ -43,8 +43,8 @@ class Run:
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
         prepare(args.log_dir or args.output_dir)
-        self.notices: list[str] = []  # to be told when training begins
-        self.damaged: dict[Path, str] = {}  # checkpoints that were passed over, and why
+        self.notices: list[str] = []  # printed when training begins
+        self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
         self.saved: dict | None = None  # what it holds, until it is restored
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
@@ -64,7 +64,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        """Record the end. Raises a better name for the fault, if there is one."""
+        """Record the end. Raises a clearer error where storage or another process caused the fault."""
         named = self.named(error)
         message = str(named) if isinstance(named, RunError) else f'{type(named).__name__}: {named}'
         self.folder.close(exit_code(named), message, noticed=named is not error and isinstance(named, LostError))
@@ -101,7 +101,7 @@ class Run:
         return resume not in ('', 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
 
     def find_saved(self) -> tuple[Path | None, dict | None]:
-        """The checkpoint that --resume means, and what it holds. A damaged one is passed over, with a warning."""
+        """The checkpoint that --resume means, and what it holds. A damaged one is skipped, with a warning."""
         args = self.args
         if not args.resume:
             return None, None
@@ -133,10 +133,11 @@ class Run:
     def agree_on_saved(self) -> None:
         """Raise StorageError unless all ranks have read one checkpoint: a disk can show them different ones."""
         saved = self.saved or {}
-        mine = (str(self.resumed_from), *(saved.get(key) for key in ('epoch', 'step', 'closed')))
+        sums = digests.read_sums(self.resumed_from) if self.resumed_from else []
+        mine = (str(self.resumed_from), sums, *(saved.get(key) for key in ('epoch', 'step', 'closed')))
         runs, found = zip(*dist.gather((self.folder.run, mine)), strict=True)
         self.folder.run = runs[0]
-        if len(set(found)) > 1:
+        if any(other != mine for other in found):
             raise StorageError(f'the ranks see different checkpoints in {self.args.output_dir}: {found}')
 
     def resume(self, training: Training, images: ImageFiles) -> None:
@@ -184,7 +185,7 @@ class Run:
     def announce(self) -> None:
         """Tell what is about to run, and keep it in `args.json`."""
         args, training, sampler = self.args, self.training, self.sampler
-        _, arithmetic = config.scaled_lr(args, sampler.accum_iter)
+        _, arithmetic = optim.scaled_lr(args, sampler.accum_iter)
         dropped = sampler.num_samples % sampler.global_batch
         params = sum(p.numel() for p in training.core.parameters() if p.requires_grad)
         dtype = str(training.amp_dtype or torch.float32).removeprefix('torch.')
@@ -196,7 +197,7 @@ class Run:
             info(notice)
         info(
             f'{sampler.num_samples} training images, {sampler.steps} steps an epoch; '
-            f'{dropped} images are left over in each epoch'
+            f'{dropped} images of each epoch fill no step and are dropped'
         )
         if dist.has_batchnorm(training.core) and dist.world_size() > 1 and training.device.type == 'cpu':
             info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")

@@ -166,6 +166,8 @@ class RunFolder:
 
     def describe(self, rank: int, sign: dict) -> str:
         """What is known of a lost rank, and what to do if its process is still there."""
+        if not sign['pid']:
+            return f'rank {rank} has left no sign of life'
         who = f'rank {rank} (host {sign["host"]}, process {sign["pid"]})'
         position = f'its last sign was after step {sign["step"]} of epoch {sign["epoch"]}'
         if self.has_died(sign):

@@ -1,6 +1,6 @@
 """What a training step needs: network, optimiser, schedule, order of the samples, precision, normalisation.
 
-A `Training` is whole when it is constructed; the engines take it, and whoever makes a single step again. `util/run.py`
+A `Training` is whole when it is constructed. The engines use it, and so does `scripts/replay_step.py`. `util/run.py`
 keeps the life of a run around it.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from util import config, optim, rng
+from util import optim, rng
 from util.data.datasets import EpochBatches, Normalisation
 from util.log import MetricLogger
 from util.optim import GuardedOptimizer, WeightAverage
@@ -18,10 +18,10 @@ from util.optim import GuardedOptimizer, WeightAverage
 
 @dataclass
 class Epoch:
-    """The epoch that a run is in, and from which position: its optimiser step `first_step` is the first to be made."""
+    """An epoch of the run. Its steps before `first_step` are done already, where a run was resumed in its middle."""
 
     number: int  # from 0
-    first_step: int  # above 0 where a run is resumed in the middle of the epoch
+    first_step: int
     steps: int  # optimiser steps of the whole epoch
     meters: MetricLogger
 
@@ -53,7 +53,7 @@ class Training:
     ):
         self.args, self.core, self.model = args, core, model
         self.optimizer, self.sampler, self.device = optimizer, sampler, device
-        self.lr, _ = config.scaled_lr(args, sampler.accum_iter)
+        self.lr, _ = optim.scaled_lr(args, sampler.accum_iter)
         self.schedule = optim.schedule(args, self.lr)
         self.amp_dtype = amp_dtype(args, device)
         layout = memory_format(args, core)

@@ -138,7 +138,7 @@ def test_roles_at_resume():
     """What decides which sample and which mask comes when must be the same; what decides numbers is told."""
     both = {'model', 'model_kwargs', 'input_size', 'opt', 'seed'}
     pretrain, finetune = roles('pretrain'), roles('finetune')
-    assert pretrain.keys() == finetune.keys() == {'same', 'told', 'free'}
+    assert pretrain.keys() == finetune.keys() == {'same', 'warn', 'free'}
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
     assert finetune['same'] == both | {'dataset', 'repeated_aug'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from torch._subclasses import FakeTensor
-from training import MAINS, ROOT, arguments, environment, make_images, same, train
+from training import MAINS, ROOT, arguments, environment, same, train
 
 import main_pretrain
 from scripts import visualize
@@ -22,24 +22,19 @@ NEVER = pytest.fail
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
-
-
-@pytest.fixture(scope='module')
-def trained(data, tmp_path_factory):
+def trained(images, tmp_path_factory):
     """A folder with one finished pretraining run."""
     folder = tmp_path_factory.mktemp('trained')
-    train('pretrain', data, folder, '--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0')
+    train('pretrain', images, folder, '--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0')
     return folder
 
 
 @pytest.fixture
-def said(data, tmp_path, capsys, monkeypatch):
+def said(images, tmp_path, capsys, monkeypatch):
     """said(stage, flags...) -> the line that a mistaken run prints."""
     monkeypatch.setattr(dist, 'init', lambda *args: NEVER('a process group or training was started'))
 
-    def run(stage: str, *flags, data=data) -> str:
+    def run(stage: str, *flags, data=images) -> str:
         module = MAINS[stage]
         argv = arguments(stage, data, tmp_path / 'out', *flags)
         with pytest.raises(SystemExit) as end:
@@ -146,10 +141,10 @@ CANNOT = 'a2mim_vit_tiny cannot take 2 images of 32 pixels with --model_kwargs '
             ['--model', 'a2mim_vit_tiny', '--model_kwargs', 'mask_patch_size=-16'],
             CANNOT + 'mask_patch_size=-16: Repeats',
         ),
-        (['--mixup', '0.8'], r'unknown argument --mixup here: main_finetune\.py takes it'),
-        (['--no-use-ema'], r'unknown argument --no_use_ema here: main_finetune\.py takes it'),
-        (['--use-ema'], r'unknown argument --use_ema here: main_finetune\.py takes it'),
-        (['--eval'], r'unknown argument --eval here: main_finetune\.py takes it'),
+        (['--mixup', '0.8'], r'unknown argument --mixup: it belongs to main_finetune\.py'),
+        (['--no-use-ema'], r'unknown argument --no_use_ema: it belongs to main_finetune\.py'),
+        (['--use-ema'], r'unknown argument --use_ema: it belongs to main_finetune\.py'),
+        (['--eval'], r'unknown argument --eval: it belongs to main_finetune\.py'),
     ],
 )
 def test_pretraining_flags(said, flags, words):
@@ -183,8 +178,8 @@ POLICIES = (
         (['--ema_warmup_ratio', '1.5'], r'--ema_warmup_ratio must be at least 0 and at most 1'),
         (['--ema_warmup_epochs', '-1'], r'--ema_warmup_epochs must be at least 0'),
         (['--blr', '1e-9'], r'--min_lr 1e-06, .*, lr = blr 1e-09 x 64 / 256 = 2\.5e-10'),
-        (['--mask_ratio=0.5'], r'unknown argument --mask_ratio=0\.5 here: main_pretrain\.py takes it'),
-        (['--eval', '--resume', 'a.pth', '--finetune', 'b.pth'], r'--eval trains nothing from --finetune b\.pth'),
+        (['--mask_ratio=0.5'], r'unknown argument --mask_ratio=0\.5: it belongs to main_pretrain\.py'),
+        (['--eval', '--resume', 'a.pth', '--finetune', 'b.pth'], r'--eval does not use --finetune b\.pth'),
         (
             ['--finetune', 'ftp://host/a.pth'],
             r'a checkpoint is a local path, or https://host/path/file\.pth#sha256=<64',
@@ -209,16 +204,16 @@ def test_data_folder(said, stage, tmp_path):
     assert_matches(said(stage, data=tmp_path / 'empty'), r'no images in|no class folders')
 
 
-def test_classes_of_train_and_val(said, data, tmp_path):
-    shutil.copytree(data, tmp_path / 'copy')
+def test_classes_of_train_and_val(said, images, tmp_path):
+    shutil.copytree(images, tmp_path / 'copy')
     (tmp_path / 'copy/val/class1').rename(tmp_path / 'copy/val/klass1')
     assert_matches(said('finetune', data=tmp_path / 'copy'), r"train/ and val/ .* differ: \['class1', 'klass1'\]")
     shutil.rmtree(tmp_path / 'copy/val')
     assert_matches(said('finetune', data=tmp_path / 'copy'), r'no such folder: \S+val; .* should hold train/ and val/')
 
 
-def test_an_empty_class(said, data, tmp_path):
-    shutil.copytree(data, tmp_path / 'copy')
+def test_an_empty_class(said, images, tmp_path):
+    shutil.copytree(images, tmp_path / 'copy')
     for file in (tmp_path / 'copy/train/class2').iterdir():
         file.unlink()
     assert_matches(said('finetune', data=tmp_path / 'copy'), r'no images in \S+train/class2')
@@ -231,7 +226,7 @@ def test_output_folder(said, stage, tmp_path):
 
 
 def test_checkpoints(said, trained, tmp_path):
-    """Files that cannot be resumed or fine-tuned from; tests/test_published.py has every kind of damage."""
+    """Files that cannot be resumed or fine-tuned from; tests/weights/test_published.py has every kind of damage."""
     good = trained / 'checkpoint-last.pth'
     bad = tmp_path / 'bad.pth'
     for content, words in (
@@ -293,17 +288,17 @@ def test_evaluating_other_checkpoints(said, trained):
     )
 
 
-def test_evaluating_otherwise_than_trained(data, tmp_path, capsys):
+def test_evaluating_otherwise_than_trained(images, tmp_path, capsys):
     """One notice with the differences, and none without."""
     flags = ['--batch_size', '32', '--epochs', '1', '--warmup_epochs', '0', '--use_ema']
-    train('finetune', data, tmp_path, *flags)
+    train('finetune', images, tmp_path, *flags)
     for name in ('checkpoint-last.pth', 'checkpoint-best.pth'):  # the second holds the better of network and average
         for use_ema in ([], ['--use_ema']):
             capsys.readouterr()
-            train('finetune', data, tmp_path, '--eval', '--resume', tmp_path / name, *use_ema)
+            train('finetune', images, tmp_path, '--eval', '--resume', tmp_path / name, *use_ema)
             assert 'not as it was fine-tuned' not in capsys.readouterr().out
     other = ['--mean', '0', '0', '0', '--crop_pct', '1', '--input_size', '40']
-    train('finetune', data, tmp_path, '--eval', '--resume', tmp_path / name, *other)
+    train('finetune', images, tmp_path, '--eval', '--resume', tmp_path / name, *other)
     [line] = [line for line in capsys.readouterr().out.splitlines() if 'not as it was' in line]
     assert line == (
         'not as it was fine-tuned: input_size: 32 then, 40 now; crop_pct: 0.875 then, 1.0 now; '
@@ -313,17 +308,17 @@ def test_evaluating_otherwise_than_trained(data, tmp_path, capsys):
 
 @pytest.mark.parametrize('stage', BOTH)
 @pytest.mark.parametrize('name', ['output_dir', 'log_dir'])
-def test_writing_among_the_images(said, stage, name, data, tmp_path, monkeypatch):
-    before = sorted(data.rglob('*'))
-    monkeypatch.chdir(data)
-    (tmp_path / 'link').symlink_to(data / 'train')
-    for folder in (data, '.', data / 'train', 'train/runs', data / 'val/class0', tmp_path / 'link/runs'):
+def test_writing_among_the_images(said, stage, name, images, tmp_path, monkeypatch):
+    before = sorted(images.rglob('*'))
+    monkeypatch.chdir(images)
+    (tmp_path / 'link').symlink_to(images / 'train')
+    for folder in (images, '.', images / 'train', 'train/runs', images / 'val/class0', tmp_path / 'link/runs'):
         assert_matches(
             said(stage, f'--{name}', folder), rf'--{name} \S+ is among the images of --data_path .*keep them'
         )
-    flat = [f'--{name}', data / 'train/class0/runs']
-    assert_matches(said('pretrain', *flat, data=data / 'train/class0'), 'is among the images')
-    assert sorted(data.rglob('*')) == before
+    flat = [f'--{name}', images / 'train/class0/runs']
+    assert_matches(said('pretrain', *flat, data=images / 'train/class0'), 'is among the images')
+    assert sorted(images.rglob('*')) == before
 
 
 @pytest.mark.fault(9)
@@ -358,9 +353,9 @@ def test_a_trial_changes_nothing_and_takes_little_time(measured):
     assert not any(isinstance(t, FakeTensor) for m in core.modules() for t in vars(m).values())
 
 
-def test_a_process_ends_like_this(data, tmp_path):
+def test_a_process_ends_like_this(images, tmp_path):
     """The same in a process of its own: nothing but the line on stderr, once on a machine."""
-    argv = [str(ROOT / 'main_pretrain.py'), *arguments('pretrain', data, tmp_path / 'out', '--epoch', '3')]
+    argv = [str(ROOT / 'main_pretrain.py'), *arguments('pretrain', images, tmp_path / 'out', '--epoch', '3')]
     alone = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=180, env=environment())
     assert alone.returncode == 2
     assert alone.stderr.startswith('main_pretrain.py: error: unknown argument --epoch; did you mean --epochs')
@@ -372,37 +367,37 @@ def test_a_process_ends_like_this(data, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_an_earlier_run_is_not_lost(data, tmp_path):
+def test_an_earlier_run_is_not_lost(images, tmp_path):
     """A new run in the folder of another ends before it has written anything there."""
-    train('pretrain', data, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
+    train('pretrain', images, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for stage in BOTH:
         with pytest.raises(
             UserError, match=r'checkpoint-0\.pth is of an earlier run, which would be lost: --resume auto'
         ):
-            train(stage, data, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
+            train(stage, images, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_pictures_from_the_command_line(trained, data, tmp_path):
+def test_pictures_from_the_command_line(trained, images, tmp_path):
     line = [sys.executable, str(ROOT / 'scripts/visualize.py'), '--model', 'mirl_vit_tiny', '--input_size', '32']
     line += ['--checkpoint', str(trained / 'checkpoint-last.pth'), '--device', 'cpu']
     line += ['--output', str(tmp_path / 'a.png')]
     for more, code in (([], 0), (['--seed', '-1'], 2)):
-        done = subprocess.run([*line, *more, str(data / 'val')], capture_output=True, text=True, env=environment())
+        done = subprocess.run([*line, *more, str(images / 'val')], capture_output=True, text=True, env=environment())
         assert done.returncode == code, done.stderr
         assert 'Traceback' not in done.stderr
     assert (tmp_path / 'a.png').stat().st_size > 1000
 
 
-def test_pictures_take_a_recipe(trained, data, tmp_path):
+def test_pictures_take_a_recipe(trained, images, tmp_path):
     """What it has no use for is left aside; a key that pretraining does not know is a mistake here too."""
     recipe, picture = tmp_path / 'a.yaml', tmp_path / 'a.png'
     line = ['--config', recipe, '--checkpoint', trained / 'checkpoint-last.pth', '--device', 'cpu', '--output', picture]
 
     def parse(text: str):
         recipe.write_text(text)
-        return visualize.get_args_parser().parse([str(word) for word in (*line, data / 'val')], stage='pretrain')
+        return visualize.get_args_parser().parse([str(word) for word in (*line, images / 'val')], stage='pretrain')
 
     args = parse('model: mirl_vit_tiny\nmask_ratio: 0.5\nbatch_size: 16\nmodel_kwargs: {depth: 4}\n')
     assert (args.mask_ratio, args.model_kwargs, hasattr(args, 'batch_size')) == (0.5, {'depth': 4}, False)

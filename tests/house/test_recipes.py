@@ -134,7 +134,7 @@ def test_resolved_values(name):
     expected = TABLE[name] | ({'epochs': EPOCHS[name[-5:]]} if stage_of(name) == 'pretrain' else {})
     got = resolved_values(name)
     assert {key: got[key] for key in expected} == expected | {'lr': pytest.approx(expected['lr'], rel=1e-12)}
-    assert args.batch_size * config.accumulation(args) == expected['effective_batch_size']
+    assert args.batch_size * optim.accumulation(args) == expected['effective_batch_size']
     if stage_of(name) == 'finetune':
         assert args.batch_size % 2 == 0
 
@@ -152,9 +152,9 @@ def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
     for world_size in (1, 2, 4, 8, 16, 32, 64):
         launch_on(world_size, monkeypatch)
         args = resolve(name)
-        accum_iter = config.accumulation(args)
+        accum_iter = optim.accumulation(args)
         assert args.batch_size * world_size * accum_iter == args.effective_batch_size
-        assert config.scaled_lr(args, accum_iter)[0] == pytest.approx(TABLE[name]['lr'], rel=1e-12)
+        assert optim.scaled_lr(args, accum_iter)[0] == pytest.approx(TABLE[name]['lr'], rel=1e-12)
 
 
 @pytest.mark.parametrize('model', PARAMETERS)
@@ -363,9 +363,9 @@ def test_flags_over_recipe():
     assert resolve(name, '--model_kwargs', 'decoder_depth=1').model_kwargs == {'num_segments': 4, 'decoder_depth': 1}
 
     # either of two flags for one thing displaces what the recipe says with the other
-    assert config.accumulation(resolve(name, '--accum_iter', '3')) == 3
-    assert config.scaled_lr(resolve(name, '--lr', '0.1'), 1)[0] == 0.1
-    assert config.accumulation(resolve(name, '--batch_size', '32')) == 128
+    assert optim.accumulation(resolve(name, '--accum_iter', '3')) == 3
+    assert optim.scaled_lr(resolve(name, '--lr', '0.1'), 1)[0] == 0.1
+    assert optim.accumulation(resolve(name, '--batch_size', '32')) == 128
 
 
 def test_blr_flag_displaces_a_recipes_lr(tmp_path):

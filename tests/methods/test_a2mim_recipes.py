@@ -320,10 +320,10 @@ def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
     for world_size in (1, 2, 4, 8, 16, 32, 64):
         launch_on(world_size, monkeypatch)
         args.batch_size = min(TABLE[name]['batch_size'], effective // world_size)
-        accum_iter = config.accumulation(args)
+        accum_iter = optim.accumulation(args)
         assert args.batch_size * world_size * accum_iter == effective
         assert args.batch_size % 2 == 0  # for mixup
-        assert config.scaled_lr(args, accum_iter)[0] == pytest.approx(TABLE[name]['lr'], rel=1e-12)
+        assert optim.scaled_lr(args, accum_iter)[0] == pytest.approx(TABLE[name]['lr'], rel=1e-12)
 
 
 # --------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_learning_rates(curve, name):
     """At every point of the published code's schedules, which have 100 iterations an epoch."""
     case, args = GOLDEN['lr'][curve], resolve(name)
     assert (args.epochs, case['iters_per_epoch']) == (case['epochs'], 100)
-    schedule = optim.schedule(args, config.scaled_lr(args, config.accumulation(args))[0])
+    schedule = optim.schedule(args, optim.scaled_lr(args, optim.accumulation(args))[0])
     for iteration, theirs in case['lr_at_iter'].items():
         # the absolute bound is for their own rounding of 1 - (1 - ratio) at the very first step
         assert schedule(int(iteration) / 100) == pytest.approx(theirs, rel=1e-12, abs=1e-18), iteration
@@ -410,7 +410,7 @@ def test_groups(name):
     core = network(args)
     rules = build.param_rules(main_pretrain.find_method(args.model), core, args.rule_kwargs)
     groups = optim.param_groups(core, rules, args.weight_decay, getattr(args, 'layer_decay', 1.0))
-    lr, _ = config.scaled_lr(args, config.accumulation(args))
+    lr, _ = optim.scaled_lr(args, optim.accumulation(args))
     layout = into_a2mim(family) if name in PRETRAINING else into_classifier(family)[0]
     ours = {key: (lr * group['lr_scale'], group['weight_decay']) for group in groups for key in group['names']}
     assert ours == {layout.rename(key): pytest.approx(pair, rel=1e-12) for key, pair in data['params'].items()}

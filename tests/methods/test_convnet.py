@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d
-from training import MAINS, draw_plan, load, make_images, run, same, train
+from training import MAINS, draw_plan, load, run, same, train
 
 import main_finetune
 import models_a2mim
@@ -19,11 +19,6 @@ from util.run import Run
 from util.training import memory_format
 
 FLAGS = ['--model', 'a2mim_resnet_tiny', '--batch_size', '16', '--epochs', '2', '--warmup_epochs', '1', '--lr', '1e-3']
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
 
 
 def test_synchronised_batchnorm_keeps_its_activation(monkeypatch):
@@ -37,13 +32,13 @@ def test_synchronised_batchnorm_keeps_its_activation(monkeypatch):
     assert [type(norm.act) for norm in norms] == acts
 
 
-def test_compiled_synchronised_batchnorm_is_refused(data, tmp_path, monkeypatch):
+def test_compiled_synchronised_batchnorm_is_refused(images, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, 'will_synchronise', lambda core, device: True)
     with pytest.raises(UserError, match='--compile: torch cannot compile SyncBatchNorm'):
-        train('pretrain', data, tmp_path, *FLAGS, '--compile')
+        train('pretrain', images, tmp_path, *FLAGS, '--compile')
 
 
-def test_bad_steps_leave_running_statistics(data):
+def test_bad_steps_leave_running_statistics(images):
     """An image that is not finite: neither weights nor running statistics change; the next good one moves both."""
     model = models_a2mim.a2mim_resnet_tiny(img_size=32)
     groups = optim.param_groups(model, models_a2mim.param_rules(model), 0.05)
@@ -84,11 +79,11 @@ def test_memory_format(name, convolves):
     assert batch.is_contiguous(memory_format=default)
 
 
-def test_channels_last_changes_no_loss(data, tmp_path):
+def test_channels_last_changes_no_loss(images, tmp_path):
     """Over eight steps; and it reaches weights, moments and averages."""
     losses = {}
     for last, flag in ((True, '--channels_last'), (False, '--no_channels_last')):
-        saved = train('finetune', data, tmp_path / flag, *FLAGS, flag, '--use_ema')
+        saved = train('finetune', images, tmp_path / flag, *FLAGS, flag, '--use_ema')
         losses[last] = [json.loads(line)['train_loss'] for line in (tmp_path / flag / 'log.txt').open()]
         moments = [state['exp_avg'] for state in saved['optimizer']['state'].values()]
         for weights in (saved['model'].values(), saved['ema'].values(), moments):
@@ -99,7 +94,7 @@ def test_channels_last_changes_no_loss(data, tmp_path):
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 
-def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch):
     """With LAMB's counter, running statistics, and weights in NHWC: to the bit, from the middle of an epoch."""
     flags = [*FLAGS, '--opt', 'lamb', '--clip_grad', '1', '--use_ema', '--ema_warmup_epochs', '1', '--criterion', 'bce']
     flags += ['--mixup', '0.1', '--cutmix', '1', '--drop_path', '0.05', '--save_freq_steps', '1']
@@ -110,8 +105,8 @@ def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
             shutil.copy(self.args.output_dir / name, tmp_path / 'middle.pth')
 
     monkeypatch.setattr(Run, 'save', save_and_copy)
-    whole = train('finetune', data, tmp_path / 'whole', *flags)
-    resumed = train('finetune', data, tmp_path / 'resumed', *flags, '--resume', tmp_path / 'middle.pth')
+    whole = train('finetune', images, tmp_path / 'whole', *flags)
+    resumed = train('finetune', images, tmp_path / 'resumed', *flags, '--resume', tmp_path / 'middle.pth')
     assert load(tmp_path, 'middle.pth')['model']['bn1.num_batches_tracked'] == 3
     assert whole['model']['bn1.num_batches_tracked'] == 8
     assert {int(group['step']) for group in whole['optimizer']['param_groups']} == {8}
@@ -119,7 +114,7 @@ def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
         assert same(resumed[key], whole[key]), key
 
 
-def test_evaluation_at_another_size(data, tmp_path, capsys, monkeypatch):
+def test_evaluation_at_another_size(images, tmp_path, capsys, monkeypatch):
     """Trained at 32 and tested at 40, by --eval too; a network for one size says so."""
     sides = []
 
@@ -129,42 +124,42 @@ def test_evaluation_at_another_size(data, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(timm.models.resnet.ResNet, 'forward', forward)
     flags = [*FLAGS, '--eval_size', '40', '--crop_pct', '1']
-    train('finetune', data, tmp_path, *flags)
+    train('finetune', images, tmp_path, *flags)
     assert set(sides) == {(True, 32), (False, 40)}
     line = re.findall(r'^\* Acc@1 .*', capsys.readouterr().out, re.MULTILINE)[-1]
-    train('finetune', data, tmp_path, *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
+    train('finetune', images, tmp_path, *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
     assert line in capsys.readouterr().out
     with pytest.raises(UserError, match=r'mirl_vit_tiny cannot take 2 images of 40 pixels: .*40'):
-        train('finetune', data, tmp_path / 'vit', *flags, '--model', 'mirl_vit_tiny')
+        train('finetune', images, tmp_path / 'vit', *flags, '--model', 'mirl_vit_tiny')
 
 
-def test_repeated_augmentation(data, tmp_path):
+def test_repeated_augmentation(images, tmp_path):
     """Other images, as many steps; workers change nothing; not to be changed on resume."""
-    plain = train('finetune', data, tmp_path / 'plain', *FLAGS)
+    plain = train('finetune', images, tmp_path / 'plain', *FLAGS)
     flags = [*FLAGS, '--repeated_aug', '3']
-    three = train('finetune', data, tmp_path / 'three', *flags)
+    three = train('finetune', images, tmp_path / 'three', *flags)
     assert not same(three['model'], plain['model'])
     assert three['steps'] == plain['steps']
-    assert same(train('finetune', data, tmp_path / 'workers', *flags, '--num_workers', '2')['model'], three['model'])
+    assert same(train('finetune', images, tmp_path / 'workers', *flags, '--num_workers', '2')['model'], three['model'])
     with pytest.raises(UserError, match='repeated_aug: 3 then, 1 now'):
-        train('finetune', data, tmp_path / 'three', *FLAGS, '--resume', 'auto')
+        train('finetune', images, tmp_path / 'three', *FLAGS, '--resume', 'auto')
 
 
-def test_rule_kwargs_reach_the_rules(data, tmp_path):
+def test_rule_kwargs_reach_the_rules(images, tmp_path):
     rates = []
     for more in ([], ['--rule_kwargs', 'gamma_as_weight=False']):
-        saved = train('pretrain', data, tmp_path / str(len(rates)), *FLAGS, '--weight_decay', '0.3', *more)
+        saved = train('pretrain', images, tmp_path / str(len(rates)), *FLAGS, '--weight_decay', '0.3', *more)
         [group] = [g for g in saved['optimizer']['param_groups'] if 'mask_gamma' in g['names']]
         rates.append((group['lr_scale'], group['weight_decay']))
     assert rates == [(1.0, 0.3), (0.1, 0.0)]
     with pytest.raises(UserError, match=r'param_rules has no option gamma_weight; did you mean gamma_as_weight\?'):
-        train('pretrain', data, tmp_path / 'not', *FLAGS, '--rule_kwargs', 'gamma_weight=True')
+        train('pretrain', images, tmp_path / 'not', *FLAGS, '--rule_kwargs', 'gamma_weight=True')
 
 
-def test_two_ranks(data, tmp_path, monkeypatch):
+def test_two_ranks(images, tmp_path, monkeypatch):
     """Statistics are rank 0's wherever ranks meet: evaluated as saved, and the same to the bit after a resume."""
     flags = [*FLAGS, '--batch_size', '8', '--accum_iter', '2', '--save_freq_steps', '1']
-    tuned = run('finetune', data, tmp_path / 'tuned', *flags, '--use_ema', ranks=2)
+    tuned = run('finetune', images, tmp_path / 'tuned', *flags, '--use_ema', ranks=2)
     assert tuned.returncode == 0, tuned.stderr
     assert tuned.stdout.count('BatchNorm keeps its running statistics per process on CPU') == 1
     logged = json.loads((tmp_path / 'tuned' / 'log.txt').read_text().splitlines()[-1])
@@ -172,22 +167,22 @@ def test_two_ranks(data, tmp_path, monkeypatch):
     monkeypatch.setattr(main_finetune, 'report', reports.append)
     source = ['--eval', '--resume', tmp_path / 'tuned' / 'checkpoint-last.pth']
     for prefix, more in (('test', []), ('test_ema', ['--use_ema'])):
-        train('finetune', data, tmp_path / 'tuned', *flags, *source, *more)
+        train('finetune', images, tmp_path / 'tuned', *flags, *source, *more)
         assert reports[-1] == {key: pytest.approx(logged[f'{prefix}_{key}'], rel=1e-6) for key in reports[-1]}
 
-    assert run('pretrain', data, tmp_path / 'whole', *flags, ranks=2).returncode == 0
-    assert run('pretrain', data, tmp_path / 'part', *flags, ranks=2, fault='exit:0:1').returncode == 1
-    resumed = run('pretrain', data, tmp_path / 'part', *flags, '--resume', 'auto', ranks=2)
+    assert run('pretrain', images, tmp_path / 'whole', *flags, ranks=2).returncode == 0
+    assert run('pretrain', images, tmp_path / 'part', *flags, ranks=2, fault='exit:0:1').returncode == 1
+    resumed = run('pretrain', images, tmp_path / 'part', *flags, '--resume', 'auto', ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     whole, part = load(tmp_path / 'whole'), load(tmp_path / 'part')
     assert whole['model']['encoder.bn1.num_batches_tracked'] == 8
     assert all(same(part[key], whole[key]) for key in ('model', 'optimizer'))
 
 
-def test_gradient_checkpointing(data, tmp_path):
+def test_gradient_checkpointing(images, tmp_path):
     """The same run, byte for byte, BatchNorm's running statistics included."""
     flags = [*FLAGS, '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.1']
-    kept = train('finetune', data, tmp_path / 'kept', *flags)
-    made_again = train('finetune', data, tmp_path / 'again', *flags, '--grad_checkpoint')
+    kept = train('finetune', images, tmp_path / 'kept', *flags)
+    made_again = train('finetune', images, tmp_path / 'again', *flags, '--grad_checkpoint')
     assert same(made_again['optimizer'], kept['optimizer'])
     assert same(made_again['model'], kept['model'])

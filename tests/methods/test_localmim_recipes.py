@@ -14,7 +14,7 @@ from training import draw_plan
 
 import main_finetune
 import main_pretrain
-from util import config
+from util import optim
 from util.errors import UserError
 from util.recipes import RECIPES, load_recipe
 
@@ -217,11 +217,11 @@ def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
         args = resolve(name)
         if args.batch_size * world_size > args.effective_batch_size:
             with pytest.raises(UserError, match='is not a multiple of'):
-                config.accumulation(args)
+                optim.accumulation(args)
             args = resolve(name, f'--batch_size={args.effective_batch_size // world_size}')
-        accum_iter = config.accumulation(args)
+        accum_iter = optim.accumulation(args)
         assert args.batch_size * world_size * accum_iter == TABLE[name]['effective_batch_size']
-        assert config.scaled_lr(args, accum_iter)[0] == pytest.approx(TABLE[name]['lr'], rel=1e-12)
+        assert optim.scaled_lr(args, accum_iter)[0] == pytest.approx(TABLE[name]['lr'], rel=1e-12)
 
 
 @pytest.mark.parametrize('name', TABLE)

@@ -116,7 +116,7 @@ def test_out_of_requeues(slurm):
     job.wait_for_state('FAILED')
     assert job.field('ExitCode') == '75:0'
     [line] = [line for line in job.log().splitlines() if line.startswith(f'job {job.id} ')]
-    assert f'job {job.id} is not queued again: its --max_requeues 1 are used up; to go on, ' in line
+    assert f'job {job.id} is not queued again: its --max_requeues 1 are used up; to resume, ' in line
     assert 'Traceback' not in job.log()
     go_on = line.partition('submit it with ')[2].split()
     again = slurm.submit('often-again', *go_on, *ONE_RANK)

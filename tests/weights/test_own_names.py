@@ -160,7 +160,7 @@ def test_evaluation_takes_no_new_head(tmp_path, monkeypatch):
     classes = len(list((data / 'val').iterdir()))
     for file in ({'model': drawn(FifthClassifier(classes + 1)).state_dict()}, pretraining_file(Fifth())):
         checkpoint.save(tmp_path / 'a.pth', file)
-        with pytest.raises(UserError, match=r'cannot be evaluated as .* missing, start anew \('):
+        with pytest.raises(UserError, match=r'cannot be evaluated as .* missing, stay as initialised \('):
             main.main(args)
     checkpoint.save(tmp_path / 'a.pth', {'model': drawn(FifthClassifier(classes)).state_dict()})
     main.main(args)

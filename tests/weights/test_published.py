@@ -1,6 +1,6 @@
 """Published and own checkpoints, file by file: recognised, loaded weight by weight, and refused in one line.
 
-`FULL_SIZE=1 pytest tests/test_published.py` also writes and loads whole files of the published sizes (2 GB, minutes).
+`FULL_SIZE=1 pytest tests/weights/test_published.py` also writes and loads whole files of the published sizes: 2 GB.
 """
 
 import argparse
@@ -358,7 +358,7 @@ def test_other_classes_start_a_new_head():
     assert torch.equal(model.head.weight, head)
     assert str(report) == (
         'state dict: ViT: 78 loaded, 2 ignored (head.weight [10, 16], head.bias [10]), '
-        '2 missing, start anew (head.weight, head.bias)'
+        '2 missing, stay as initialised (head.weight, head.bias)'
     )
 
 
@@ -516,7 +516,7 @@ def test_mistaken_architectures(measured):
         'encoder alone': (
             toy(),
             encoder_of(tuned),
-            ': ViT: holds no decoders: main_finetune.py --finetune takes it, pretraining cannot go on from it',
+            ': ViT: holds no decoders: main_finetune.py --finetune takes it, pretraining cannot resume from it',
         ),
         'MAE': (
             toy(),

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from util import rng, signals
-from util.data.images import Reader, printable, reason
+from util.data.images import Reader, reason
 from util.data.loader import Loader
-from util.errors import RunError, UserError
+from util.errors import RunError, UserError, printable
 
 Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
 SKIPPED = -1  # the label of the blank that stands for a bad image in evaluation

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from util.errors import StorageError, UserError
+from util.errors import StorageError, UserError, printable
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
 BITS_PER_SAMPLE = 258  # a tag of TIFF
@@ -66,11 +66,6 @@ def reason(error: Exception) -> str:
     if not text or not isinstance(error, OSError | ValueError):
         text = f'{type(error).__name__}: {text}'.removesuffix(': ')
     return printable(text)
-
-
-def printable(text: str) -> str:
-    """In one line of valid Unicode: newlines, control characters and what is not UTF-8 are escaped, and backslashes."""
-    return ''.join(c if c.isprintable() and c != '\\' else c.encode('unicode_escape').decode() for c in text)
 
 
 class Reader(NamedTuple):

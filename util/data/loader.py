@@ -13,8 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from util import dist, signals
-from util.data.images import printable
-from util.errors import LostError, RunError
+from util.errors import LostError, RunError, printable
 
 NAMED = 3  # files in a message
 
@@ -22,9 +21,8 @@ NAMED = 3  # files in a message
 class Loader(DataLoader):
     """A DataLoader whose iteration raises RunErrors as such, and LostError for a process that died or does not answer.
 
-    The data set's `__getitems__` gives samples, or the RunError that kept it from them: an exception, torch would raise
-    again with a traceback for its text. `name(index)` is what it calls an image. `patience_s` is how long loader
-    processes may take for a batch.
+    The data set's `__getitems__` returns samples or a RunError; torch would put the traceback of an exception into its
+    text. `name(index)` is what it calls an image. `patience_s` is how long loader processes may take for a batch.
     """
 
     def __init__(self, *args, patience_s: float, **kwargs):
@@ -41,10 +39,11 @@ class Loader(DataLoader):
                     raise of_this_rank(batch)
                 yield batch
         except (LostError, RuntimeError, OSError, EOFError) as error:
-            dead = wait_for_dead(getattr(batches, '_workers', ()))
-            if not self.num_workers or (str(error).startswith('Caught ') and not dead):  # raised by our own code
+            if not self.num_workers or str(error).startswith('Caught '):  # raised by our own code
                 raise
-            raise of_this_rank(self.lost(received, how_it_died(dead[0]) if dead else error)) from None
+            dead = wait_for_dead(getattr(batches, '_workers', ()))
+            why = how_it_died(dead[0]) if dead else str(error) or type(error).__name__
+            raise of_this_rank(self.lost(received, why)) from None
 
     def begin(self) -> Iterator:
         """The batches of an epoch, without torch's handler of SIGCHLD: it raises wherever the main thread is just then.
@@ -67,7 +66,7 @@ class Loader(DataLoader):
         with self.patience():
             return next(batches, None)
 
-    def lost(self, received: int, why: object) -> LostError:
+    def lost(self, received: int, why: str) -> LostError:
         """What to say when a loader process is lost after so many batches. The others are ended, stuck ones too."""
         signals.end_workers()
         batch = next(itertools.islice(self.batch_sampler, received, None), [])

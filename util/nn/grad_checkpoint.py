@@ -28,7 +28,7 @@ def checkpointed(forward: Callable, *args, **kwargs):
     options = {}
     if not torch.compiler.is_compiling():
         norms = [module for module in forward.__self__.modules() if isinstance(module, _BatchNorm)]
-        options = {'context_fn': partial(statistics_once, norms)} if norms else {}
+        options = {'context_fn': partial(running_statistics_once, norms)} if norms else {}
     return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
 
@@ -45,7 +45,7 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def statistics_once(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
+def running_statistics_once(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Contexts of the forward and of its repetition, after which BatchNorm's running statistics are as before it."""
 
     @contextlib.contextmanager

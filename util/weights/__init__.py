@@ -7,6 +7,5 @@ from util.weights import download
 from util.weights.files import read_checkpoint
 from util.weights.intake import Origin
 from util.weights.published import load_published
-from util.weights.unpickle import printable
 
-__all__ = ['Origin', 'download', 'load_published', 'printable', 'read_checkpoint']
+__all__ = ['Origin', 'download', 'load_published', 'read_checkpoint']

@@ -3,6 +3,7 @@
 They are kept in torch's cache, `$TORCH_HOME/hub/checkpoints`.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -15,12 +16,12 @@ from urllib.request import HTTPRedirectHandler, build_opener
 import torch
 
 from util import digests
-from util.errors import CheckpointError, StorageError
+from util.errors import CheckpointError, StorageError, printable
 from util.log import info
-from util.weights.unpickle import printable
 
 FORM = 'https://host/path/file.pth#sha256=<64 hexadecimal digits>'
 TIMEOUT_S = 60
+UNREACHABLE = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException, ValueError)
 
 
@@ -42,15 +43,17 @@ def fetch(source: str | Path) -> Path:
     try:
         with digests.alone(path.with_name(f'.{name}.lock')):
             if not (path.is_file() and digests.sum_of(path) == sha256):
+                for unfinished in path.parent.glob(f'.{name}.*.tmp'):  # of a process that was killed
+                    unfinished.unlink()
                 info(f'downloading {url} to {path}')
                 download(url, path, sha256)
     except HTTPError as error:
-        raise CheckpointError(f'{url}: the server answers {error.code} {printable(error.reason)}') from error
-    except NETWORK as error:
+        raise CheckpointError(f'{url}: the server answers {error.code} {printable(error.reason, 80)}') from error
+    except (*NETWORK, OSError) as error:
+        if not isinstance(error, NETWORK) and error.errno not in UNREACHABLE:
+            raise StorageError(f'{path} cannot be written: {error.strerror or error}') from error
         why = getattr(error, 'reason', None) or str(error) or type(error).__name__
         raise CheckpointError(f'{url} cannot be downloaded: {printable(why, 200)}') from error
-    except OSError as error:
-        raise StorageError(f'{path} cannot be written: {error.strerror or error}') from error
     return path
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from util import digests
-from util.errors import CheckpointError, DamagedError
-from util.weights.unpickle import Refused, printable, run
+from util.errors import CheckpointError, DamagedError, printable
+from util.weights.unpickle import Refused, run
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # what a reader may raise for a malformed file
@@ -79,7 +79,7 @@ def read_zip(path: Path):
         for record in records:
             folders = record.filename.split('/')
             if folders[0] != roots[0] or '..' in folders:
-                raise Refused(f'holds {printable(record.filename)}, which torch.save never writes')
+                raise Refused(f'holds {printable(record.filename, 80)}, which torch.save never writes')
         if any(r.compress_type for r in records) or sum(r.file_size for r in records) > path.stat().st_size:
             raise Refused('holds compressed or overlapping records, which torch.save never writes')
         storages: dict[str, Tensor] = {}

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.errors import CheckpointError
+from util.errors import CheckpointError, printable
 from util.nn.pos_embed import resize_bias_table, resize_pos_embed
-from util.weights.unpickle import printable
 
 State = dict[str, Tensor]
 
@@ -29,14 +28,14 @@ class Origin:
     args: dict
 
     def __str__(self) -> str:
-        return f'main_{self.stage}.py --model {printable(self.args["model"])}'
+        return f'main_{self.stage}.py --model {printable(self.args["model"], 80)}'
 
 
 def find_origin(container: dict) -> Origin | None:
     """None for files of others."""
     args, run = container.get('args'), container.get('run', {'stage': 'finetune'})  # checkpoint-best.pth has no `run`
     ours = isinstance(args, dict) and isinstance(args.get('model_kwargs'), dict) and isinstance(run, dict)
-    return Origin(printable(run.get('stage')), args) if ours and 'model' in args else None
+    return Origin(printable(run.get('stage'), 80), args) if ours and 'model' in args else None
 
 
 @dataclass
@@ -53,7 +52,11 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f'{len(self.loaded)} loaded']
-        for keys, what in ((self.resized, 'resized'), (self.ignored, 'ignored'), (self.missing, 'missing, start anew')):
+        for keys, what in (
+            (self.resized, 'resized'),
+            (self.ignored, 'ignored'),
+            (self.missing, 'missing, stay as initialised'),
+        ):
             if keys:
                 parts.append(f'{len(keys)} {what} ({shortened(keys)})')
         return f'{self.source}: {self.format}: ' + ', '.join(parts)
@@ -115,7 +118,7 @@ def load(model: nn.Module, container: dict, intake: Intake | None, label: str, e
     intake = intake or own_names(model, state, found is container.get('encoder'))
     layout = recognise(state, intake.formats)
 
-    name = layout.name + ' (Paddle)' * from_paddle + ', averaged weights' * averaged
+    name = layout.name + (' (Paddle)' if from_paddle else '') + (', averaged weights' if averaged else '')
     report = Report(label, name, find_origin(container))
     report.ignored = [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     report.ignored += [key for key in state if layout.rename(key) is None]
@@ -136,7 +139,7 @@ def own_names(model: nn.Module, state: State, is_encoder: bool) -> Intake:
     """For a class that no table knows: our own checkpoints, in the names of the model.
 
     All of them strictly. But a classifier gets its head, and whatever else it has that an encoder has nothing of, not
-    from an encoder; and a head for other classes is dropped and starts anew.
+    from an encoder; and a head for other classes is dropped and stays as initialised.
     """
     formats, target = (Format(f'own names of {type(model).__name__}', set()),), model.state_dict()
     if hasattr(model, 'encoder_state_dict'):
@@ -182,7 +185,7 @@ def as_tensor(key: str, value):
     if not isinstance(value, np.ndarray):
         return value
     value = torch.from_numpy(value.astype(value.dtype.newbyteorder('='), copy=False))
-    # linear layers are told by their names, never by their shapes: many are square
+    # linear layers are recognised by name, never by shape: many are square
     return value.t() if value.ndim == 2 and key.endswith(('.weight', '.weight_v')) else value
 
 
@@ -190,7 +193,7 @@ def unique(items: Iterable[tuple[str, Tensor]]) -> State:
     state = {}
     for name, value in items:
         if name in state:
-            raise CheckpointError(f'two of its keys stand for {printable(name)}')
+            raise CheckpointError(f'two of its keys stand for {printable(name, 80)}')
         state[name] = value
     return state
 
@@ -266,13 +269,15 @@ def check(renamed: State, target: State, intake: Intake, report: Report) -> None
         and not (name not in renamed and any(re.fullmatch(pattern, name) for pattern in intake.may_lack))
     ]
     if differing:
-        first = '; '.join(f'{printable(n)}: file {shape(renamed, n)}, model {shape(target, n)}' for n in differing[:5])
+        first = '; '.join(
+            f'{printable(n, 80)}: file {shape(renamed, n)}, model {shape(target, n)}' for n in differing[:5]
+        )
         raise CheckpointError(
             f'{report.format}, but of another architecture; differing keys ({len(differing)}): {first}'
-            + '; ...' * (len(differing) > 5)
+            + ('; ...' if len(differing) > 5 else '')
         )
 
 
 def shortened(keys: list, most: int = 4) -> str:
     """'a, b, c, d, ...'"""
-    return ', '.join(map(printable, keys[:most])) + ', ...' * (len(keys) > most)
+    return ', '.join(printable(key, 80) for key in keys[:most]) + (', ...' if len(keys) > most else '')

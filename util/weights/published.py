@@ -75,7 +75,7 @@ INTO_MIRL = (
     Format(
         'ViT',
         VIT_MARKS,
-        refusal='holds no decoders: main_finetune.py --finetune takes it, pretraining cannot go on from it',
+        refusal='holds no decoders: main_finetune.py --finetune takes it, pretraining cannot resume from it',
     ),
 )
 
@@ -100,7 +100,7 @@ SWIN_BUFFERS = (r'.*\.relative_position_index', r'.*\.attn_mask')
 def merging_order(state: State, model: nn.Module) -> State:
     """The published Swin was pretrained with neighbours merged row by row; other Swins merge them column by column.
 
-    A model that is to be correct gets the weights in its order: the middle two of four parts change places.
+    A model that is to be correct gets the weights in its order: the middle two of four parts are swapped.
     """
     if model.coords != 'correct':
         return state
@@ -402,7 +402,7 @@ INTAKES = {
     'VisionTransformer': Intake(
         wrappers=('encoder',),
         formats=INTO_VIT,
-        # a head for other classes starts anew, as does the norm that the pooling asks for
+        # a head for other classes stays as initialised, and so does the norm that the pooling needs
         may_lack=(r'(head|fc_norm|norm)\..*',),
         may_drop=(r'(head|fc_norm|norm)\..*',),
     ),

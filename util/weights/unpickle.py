@@ -19,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.errors import printable
+
 
 class Refused(Exception):
     """What a file is, or asks for, that no checkpoint should. The message completes 'FILE ...'."""
-
-
-def printable(text: object, most: int = 80) -> str:
-    """Text out of a file, fit for a line on a terminal."""
-    return repr(str(text)[:most])[1:-1]
 
 
 # --------------------------------------------------------------------------
@@ -45,7 +42,7 @@ class Dtype:
 
     def __init__(self, code: str, *flags):
         if not re.fullmatch('[fiub][1248]', code):
-            raise Refused(f'holds an array of dtype {printable(code)}, which is not plain data')
+            raise Refused(f'holds an array of dtype {printable(code, 80)}, which is not plain data')
         self.code, self.order = code, '='
 
     def numpy(self) -> np.dtype:
@@ -109,7 +106,7 @@ ALLOWED = {
 def look_up(name: str):
     name = re.sub(r'^__builtin__\.', 'builtins.', name)  # protocol 2 keeps Python 2's name
     if name not in ALLOWED:
-        raise Refused(f'asks for {printable(name)}, which is not plain data; nothing in it was run')
+        raise Refused(f'asks for {printable(name, 80)}, which is not plain data; nothing in it was run')
     return ALLOWED[name]
 
 

@@ -28,7 +28,7 @@ def test_fifth_is_fine_tuned_and_evaluated(pretrained, images, tmp_path, capsys)
     tuned = train('finetune', images, tmp_path, *flags, '--finetune', pretrained / 'checkpoint-last.pth')
     told = capsys.readouterr().out
     assert 'checkpoint-last.pth: own names of FifthClassifier: ' in told
-    assert '2 missing, start anew (head.weight, head.bias)' in told
+    assert '2 missing, stay as initialised (head.weight, head.bias)' in told
     assert torch.equal(load(tmp_path)['model']['head.bias'], tuned['model']['head.bias'])
     train('finetune', images, tmp_path, *flags, '--eval', '--resume', tmp_path / 'checkpoint-last.pth')
     assert 'Accuracy of the network on the 15 test images' in capsys.readouterr().out

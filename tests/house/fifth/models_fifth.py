@@ -60,8 +60,7 @@ class Fifth(Encoder):
         return self.pred(self.encode(x * (1 - hidden) + self.mask_token * hidden))
 
     def forward(self, imgs: Tensor, plan: FifthPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        if plan is None:
-            plan = random_plan(self, imgs)
+        plan = plan or random_plan(self, imgs)
         error = (self.predict(imgs, plan).float() - patchify(imgs.float(), self.patch_size)).square().mean(dim=-1)
         loss = (error * plan.mask).sum() / plan.mask.sum()
         return loss, {'hidden_loss': loss.detach()}
