@@ -131,7 +131,7 @@ def val_loader(
     transform = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
     reader = Reader.of(args, 'bad_images_val.txt')
     if here.rank == 0:
-        reader.start_anew()  # each evaluation meets all of them
+        reader.clear_list()  # each evaluation meets all of them
     images = datasets.ImageFiles(images, labels, transform, args.seed, reader, replace=False)
     batches = datasets.eval_batches(len(images), args.batch_size, here.rank, here.world_size)
     return loader(images, batches, args, device)

@@ -155,7 +155,7 @@ class Run:
         if dist.is_main():
             self.tidy_folder()
             if not self.resumed_from:  # no rank trains before all are past this
-                images.reader.start_anew()
+                images.reader.clear_list()
         first = self.axis(self.first_epoch, self.first_step)
         self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, self.first_epoch, first)
         signals.install()

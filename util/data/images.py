@@ -152,7 +152,7 @@ class Reader(NamedTuple):
         """What a log shows: nothing where a bad image ends the run."""
         return {'bad_images': len(self.skipped())} if self.listing else {}
 
-    def start_anew(self) -> None:
+    def clear_list(self) -> None:
         """Delete the list of an earlier run: the images may have been mended since."""
         if self.listing:
             self.listing.unlink(missing_ok=True)

@@ -52,13 +52,8 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f'{len(self.loaded)} loaded']
-        for keys, what in (
-            (self.resized, 'resized'),
-            (self.ignored, 'ignored'),
-            (self.missing, 'missing, stay as initialised'),
-        ):
-            if keys:
-                parts.append(f'{len(keys)} {what} ({shortened(keys)})')
+        rest = {'resized': self.resized, 'ignored': self.ignored, 'missing, stay as initialised': self.missing}
+        parts += [f'{len(keys)} {what} ({shortened(keys)})' for what, keys in rest.items() if keys]
         return f'{self.source}: {self.format}: ' + ', '.join(parts)
 
 
