@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 
 import pytest
 from training import MAINS
@@ -157,6 +158,15 @@ def test_arguments_are_plain(stage):
 
 # --------------------------------------------------------------------------
 # --help
+
+
+def test_help_with_a_recipe(capsys):
+    """It shows the recipe's values, and flags beside it change nothing."""
+    for argv in (['--config', 'mirl_vit_base_finetune', '--help'], ['--help', '--config=mirl_vit_base_finetune']):
+        with pytest.raises(SystemExit):
+            MAINS['finetune'].get_args_parser().parse(argv, stage='finetune')
+        [line] = re.findall(r'--layer_decay float .*\n.*', capsys.readouterr().out)
+        assert '(default: 0.6)' in line
 
 
 @pytest.mark.parametrize('module', [*MAINS.values(), visualize, run_with_submitit])

@@ -1,7 +1,9 @@
 """Checkpoints by URL: https and a hash or nothing, downloaded once, and never believed without the hash."""
 
+import errno
 import hashlib
 import http.server
+import os
 import resource
 import shutil
 import ssl
@@ -181,6 +183,20 @@ def test_names_are_made_from_the_hash(host, path, name):
     assert kept(host) == [name]
 
 
+def test_what_a_kill_has_left_is_removed(host):
+    """A part of a file under the name of the process that was killed; not that of another download."""
+    host.cache.mkdir(parents=True)
+    for name in (f'.{SHA256}-net.pth.999999.tmp', f'.{WRONG}-net.pth.999999.tmp'):
+        (host.cache / name).write_bytes(FILE[:10])
+    download.fetch(host.url())
+    assert kept(host) == sorted([f'.{WRONG}-net.pth.999999.tmp', f'{SHA256}-net.pth'])
+
+
+def unreachable(*args) -> None:
+    """What a network that breaks in the middle of a download raises."""
+    raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+
 def test_what_a_host_does_wrong(host, monkeypatch, tmp_path):
     """One line each, and nothing stays."""
     host.files |= {'/cut': len(FILE), '/open': 'http://localhost/a', '/etc': 'file:///etc/passwd', '/loop': '/loop'}
@@ -194,6 +210,9 @@ def test_what_a_host_does_wrong(host, monkeypatch, tmp_path):
     assert kept(host) == []
     assert download.fetch(host.url('/moved')).read_bytes() == FILE
 
+    with monkeypatch.context() as patch:
+        patch.setattr(download.shutil, 'copyfileobj', unreachable)
+        assert 'net.pth cannot be downloaded: [Errno 113] No route to host' in refused(host.url(sha256=WRONG))
     assert 'cannot be downloaded' in refused(f'https://localhost:1/net.pth#sha256={WRONG}')
     assert 'cannot be downloaded' in refused(f'https://no-such-host.invalid/net.pth#sha256={WRONG}')
     monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path / 'none.pem'))
