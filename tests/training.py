@@ -38,14 +38,14 @@ def make_images(folder: Path, per_class: int = 22, classes: int = 3, val_per_cla
     return folder
 
 
-def arguments(stage: str, data: Path, output: Path, *more: str) -> list[str]:
+def arguments(data: Path, output: Path, *more: str) -> list[str]:
     return [*MODEL, '--data_path', str(data), '--output_dir', str(output), *map(str, more)]
 
 
 def train(stage: str, data: Path, output: Path, *more: str) -> dict:
     """Run a main in this process; returns the last checkpoint."""
     main = MAINS[stage]
-    main.main(main.get_args_parser().parse(arguments(stage, data, output, *more), stage=stage))
+    main.main(main.get_args_parser().parse(arguments(data, output, *more), stage=stage))
     return load(output)
 
 
@@ -58,7 +58,7 @@ def command(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, sc
     launcher = [sys.executable]
     if ranks:
         launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--master_port={free_port()}']
-    return [*launcher, str(ROOT / (script or f'main_{stage}.py')), *arguments(stage, data, output, *more)]
+    return [*launcher, str(ROOT / (script or f'main_{stage}.py')), *arguments(data, output, *more)]
 
 
 def run(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, fault: str = '', timeout: float = 300):

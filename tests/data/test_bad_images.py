@@ -81,7 +81,7 @@ def said(tmp_path, capsys, workers):
 
     def end(stage, data, *flags) -> tuple[int, str]:
         main = MAINS[stage]
-        argv = arguments(stage, data, tmp_path / 'out', *flags)
+        argv = arguments(data, tmp_path / 'out', *flags)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_main(lambda: main.main(main.get_args_parser().parse(argv, stage=stage)))
@@ -460,7 +460,7 @@ def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys)
     def lines(folder, *more) -> list[str]:
         capsys.readouterr()
         main = MAINS['finetune']
-        main.main(main.get_args_parser().parse(arguments('finetune', folder, tmp_path / 'eval', *flags, *more)))
+        main.main(main.get_args_parser().parse(arguments(folder, tmp_path / 'eval', *flags, *more)))
         return capsys.readouterr().out.splitlines()[-2:]
 
     without = shutil.copytree(data, tmp_path / 'without')

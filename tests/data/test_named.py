@@ -225,7 +225,7 @@ def test_training_and_evaluation(make, tmp_path, capsys, measured, name):
     assert saved['model']['head.weight'].shape[0] == 2
     assert saved['run']['dataset'] == name
     line = capsys.readouterr().out.partition('* Acc@1')[2].partition('\n')[0]
-    argv = arguments('finetune', data, output, '--dataset', name, '--eval', '--resume', output / 'checkpoint-last.pth')
+    argv = arguments(data, output, '--dataset', name, '--eval', '--resume', output / 'checkpoint-last.pth')
     main_finetune.main(main_finetune.get_args_parser().parse(argv, stage='finetune'))
     evaluated = capsys.readouterr().out
     assert f'* Acc@1{line}\n' in evaluated
@@ -268,7 +268,7 @@ def said(tmp_path, capsys, monkeypatch, measured):
     monkeypatch.setattr(dist, 'init', lambda *args: pytest.fail('a process group or training was started'))
 
     def run(name, folder, *flags) -> str:
-        argv = arguments('finetune', folder, tmp_path / 'out', '--dataset', name, '--batch_size', '2', *flags)
+        argv = arguments(folder, tmp_path / 'out', '--dataset', name, '--batch_size', '2', *flags)
         with pytest.raises(SystemExit) as end:
             run_main(lambda: main_finetune.main(main_finetune.get_args_parser().parse(argv, stage='finetune')))
         assert end.value.code == 2

@@ -66,7 +66,7 @@ class Chain:
 
     def __init__(self, server, stage: str, images: Path, folder: Path, flags: list[str]):
         self.server, self.stage, self.folder = server, stage, folder
-        self.flags = arguments(stage, images, folder, *flags, '--resume', 'auto')
+        self.flags = arguments(images, folder, *flags, '--resume', 'auto')
         self.log = folder.with_suffix('.log')
 
     def go(self, seconds: float | None) -> int | None:

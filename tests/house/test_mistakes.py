@@ -36,7 +36,7 @@ def said(images, tmp_path, capsys, monkeypatch):
 
     def run(stage: str, *flags, data=images) -> str:
         module = MAINS[stage]
-        argv = arguments(stage, data, tmp_path / 'out', *flags)
+        argv = arguments(data, tmp_path / 'out', *flags)
         with pytest.raises(SystemExit) as end:
             run_main(lambda: module.main(module.get_args_parser().parse(argv, stage=stage)))
         assert end.value.code == 2
@@ -355,7 +355,7 @@ def test_a_trial_changes_nothing_and_takes_little_time(measured):
 
 def test_a_process_ends_like_this(images, tmp_path):
     """The same in a process of its own: nothing but the line on stderr, once on a machine."""
-    argv = [str(ROOT / 'main_pretrain.py'), *arguments('pretrain', images, tmp_path / 'out', '--epoch', '3')]
+    argv = [str(ROOT / 'main_pretrain.py'), *arguments(images, tmp_path / 'out', '--epoch', '3')]
     alone = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=180, env=environment())
     assert alone.returncode == 2
     assert alone.stderr.startswith('main_pretrain.py: error: unknown argument --epoch; did you mean --epochs')

@@ -41,7 +41,7 @@ def test_the_whole_way(images, tmp_path, capsys):
     # the best weights, and the averaged ones
     best = load(tuned, 'checkpoint-best.pth')
     assert best['best_acc1'] == checkpoint['record']['best_acc1']
-    argv = arguments('finetune', images, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-best.pth')
+    argv = arguments(images, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-best.pth')
     main_finetune.main(main_finetune.get_args_parser().parse(argv))
     assert f'* Acc@1 {best["best_acc1"]:.3f}' in capsys.readouterr().out
 
@@ -154,7 +154,7 @@ def test_flags_reach_the_network_and_its_optimiser(images, tmp_path, monkeypatch
     monkeypatch.setattr(main_finetune, 'WeightAverage', average)
     flags = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--drop_path', '0.3', '--use_ema']
     flags += ['--ema_decay', '0.5', '--ema_warmup_epochs', '2.5', '--ema_warmup_ratio', '0.7']
-    args = main_finetune.get_args_parser().parse(arguments('finetune', images, tmp_path, *flags))
+    args = main_finetune.get_args_parser().parse(arguments(images, tmp_path, *flags))
     network = main_finetune.create_classifier(args, 3)
     rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in network.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])

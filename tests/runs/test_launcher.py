@@ -26,7 +26,7 @@ def local_job(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp('local')
 
     def story() -> tuple[Path, int, int, str]:
-        process = start([*LOCAL, '1', '--job-dir', str(folder), *arguments('pretrain', images, folder, *SHORT)])
+        process = start([*LOCAL, '1', '--job-dir', str(folder), *arguments(images, folder, *SHORT)])
         controller = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
         log = folder / f'{controller}_0_log.out'
         while not (log.exists() and '[3/8]' in log.read_text()):
@@ -234,7 +234,7 @@ def test_local_job_is_requeued(local_job, images, tmp_path):
 
 def test_local_job_of_two_ranks_ends_well(images, tmp_path):
     """Both leave their results to submitit, without which the launcher would call the job failed."""
-    flags = arguments('pretrain', images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')
+    flags = arguments(images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')
     done = subprocess.run(
         [*LOCAL, '2', '--job-dir', str(tmp_path), *flags],
         capture_output=True,

@@ -253,12 +253,12 @@ def test_evaluated_from_a_url(host, tmp_path, capsys):
     lines = []
     for source in (path, url):
         main = MAINS['finetune']
-        argv = arguments('finetune', data, tmp_path / 'out', '--eval', '--resume', source)
+        argv = arguments(data, tmp_path / 'out', '--eval', '--resume', source)
         main.main(main.get_args_parser().parse(argv, stage='finetune'))
         lines.append(capsys.readouterr().out.splitlines())
     assert lines[0][-2:] == lines[1][-2:]
     assert lines[1][0].startswith(f'downloading {url.partition("#")[0]} to ')
-    argv = arguments('finetune', data, tmp_path / 'out', '--eval', '--resume', host.url('/best.pth', WRONG))
+    argv = arguments(data, tmp_path / 'out', '--eval', '--resume', host.url('/best.pth', WRONG))
     with pytest.raises(SystemExit) as end:
         run_main(lambda: main.main(main.get_args_parser().parse(argv, stage='finetune')))
     assert end.value.code == 2

@@ -155,7 +155,7 @@ def test_evaluation_takes_no_new_head(tmp_path, monkeypatch):
     """--eval: every weight comes from the file."""
     main, data = MAINS['finetune'], make_images(tmp_path / 'images')
     monkeypatch.setattr(main, 'create_classifier', lambda args, num_classes: drawn(FifthClassifier(num_classes)))
-    argv = arguments('finetune', data, tmp_path / 'out', '--eval', '--resume', tmp_path / 'a.pth')
+    argv = arguments(data, tmp_path / 'out', '--eval', '--resume', tmp_path / 'a.pth')
     args = main.get_args_parser().parse(argv, stage='finetune')
     classes = len(list((data / 'val').iterdir()))
     for file in ({'model': drawn(FifthClassifier(classes + 1)).state_dict()}, pretraining_file(Fifth())):
