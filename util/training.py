@@ -98,6 +98,10 @@ class Training:
         self.optimizer.restore(saved)
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
+        if made := saved['epoch'] * saved['steps'] + saved['step']:
+            # the rate of the last step: where only an evaluation is left, it is saved again
+            epoch, step = divmod(made - 1, saved['steps'])
+            self.set_lr(epoch + step / saved['steps'])
 
 
 def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:

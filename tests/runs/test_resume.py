@@ -52,7 +52,7 @@ def test_resumed_equals_uninterrupted(stage, flags, images, tmp_path, monkeypatc
     log = (tmp_path / 'whole' / 'log.txt').read_text()
     before_evaluations = 3 if stage == 'finetune' else 0
     assert len(moments) == 12 + before_evaluations  # 66 images, 16 a step: 4 steps an epoch, 3 epochs
-    evaluating = [(1, 4, False)] if before_evaluations else []
+    evaluating = [(1, 4, False), (2, 4, False)] if before_evaluations else []  # the second: of the last epoch
     for moment in ((0, 1, True), (1, 2, True), (1, 4, True), *evaluating):
         resumed = train(stage, images, tmp_path / moments[moment].stem, *flags, '--resume', moments[moment])
         assert equal_states(resumed, whole)
