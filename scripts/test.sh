@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 . scripts/venv.sh
 
 export OMP_NUM_THREADS=1
-workers=(-n "${WORKERS:-2}") # test processes
+workers=(-n "${WORKERS:-2}" --dist loadgroup) # test processes
 case "${1:-}" in
   --oldest)
     shift

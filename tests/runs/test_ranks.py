@@ -13,6 +13,8 @@ from training import SHORT, command, environment, free_port, load, processes_of,
 
 FLAGS = [*SHORT, '--batch_size', '4', '--save_freq_steps', '2', '--dist_timeout', '5']  # 8 steps of 2 ranks an epoch
 
+pytestmark = pytest.mark.xdist_group('ranks')  # one test process, so that `whole` is made once
+
 
 @pytest.fixture(scope='module')
 def whole(images, tmp_path_factory):
