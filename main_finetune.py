@@ -85,7 +85,12 @@ def get_args_parser() -> config.Parser:
     )
 
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
-    add('--finetune', default='', metavar='PATH', help='pretrained weights, a path or URL#sha256=...; default: random')
+    add(
+        '--finetune',
+        default='',
+        metavar='PATH',
+        help='pretrained weights, a path or URL#sha256=...; default: none, random weights',
+    )
     # MAE's scripts pass these: evaluation is always distributed, and --resplit has no effect there either
     add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
     add('--resplit', action=Switch, help=argparse.SUPPRESS)
@@ -101,7 +106,7 @@ def add_augmentation_args(parser: config.Parser) -> None:
         type=AT_LEAST_1,
         default=1,
         at_resume='same',
-        help='augmented copies of each image, in a row; epochs stay as long',
+        help='how often an image is repeated, augmented apart; epochs keep their number of steps',
     )
     add('--color_jitter', type=number(float, 0), help='strength, used without --aa only; default: off')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augment policy, or 'none'")
@@ -113,7 +118,7 @@ def add_augmentation_args(parser: config.Parser) -> None:
     add('--cutmix_minmax', type=some, nargs=2, help='smallest and largest share of a side; replaces --cutmix')
     add('--mixup_prob', type=SHARE, default=1.0, help='share of batches that are mixed')
     add('--mixup_switch_prob', type=SHARE, default=0.5, help='share of cutmix where both are on')
-    add('--mixup_mode', choices=('batch', 'pair', 'elem'), default='batch', help='what shares one mixing ratio')
+    add('--mixup_mode', choices=('batch', 'pair', 'elem'), default='batch', help='unit that shares one mixing ratio')
 
 
 def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:

@@ -173,8 +173,7 @@ def check_unused(folder: Path) -> None:
     """Raise UserError if a new run's output folder holds the checkpoints of another."""
     if found := any_in(folder):
         raise UserError(
-            f'{found[0]} is of an earlier run, which would be lost: --resume auto resumes it, '
-            f'another --output_dir keeps it'
+            f'{found[0]} belongs to an earlier run: resume it with --resume auto, or choose another --output_dir'
         )
 
 

@@ -315,14 +315,14 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
     add('--lr', type=ABOVE_0, help='learning rate; default: from --blr')
     add('--blr', type=ABOVE_0, default=blr, instead_of='lr', help='base rate: lr = blr * images per step / 256')
     add('--min_lr', type=number(float, 0), default=min_lr, help='where the cosine ends')
-    add('--min_lr_absolute', action=Switch, help="--min_lr holds for every parameter, not times the parameter's scale")
+    add('--min_lr_absolute', action=Switch, help='the final rate is --min_lr for all parameters, whatever their scale')
     add('--warmup_epochs', type=number(float, 0), default=warmup_epochs, help='epochs of linear warm-up')
     add('--warmup_lr_ratio', type=SHARE, default=0.0, help='share of the rate that the warm-up starts from')
     add(
         '--warmup_shape',
         choices=('flat', 'scaled'),
         default='flat',
-        help="the warm-up scales the peak (flat, MAE's) or the scheduled rate (scaled, mmcv's)",
+        help='warm-up to the peak rate (flat, as MAE), or as a factor of the scheduled rate (scaled, as mmcv)',
     )
     add('--lr_sched', choices=('cosine', 'step'), default='cosine', help='schedule after the warm-up')
     add(
@@ -349,7 +349,13 @@ def add_optimiser_args(parser: Parser, betas: list[float]) -> None:
 
 def add_data_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Data')
-    add('--data_path', type=Path, default=Path('data'), at_resume='free', help='folder with train/ and val/')
+    add(
+        '--data_path',
+        type=Path,
+        default=Path('data'),
+        at_resume='free',
+        help='train/ and val/ with a folder per class; for pretraining any folder of images',
+    )
     add('--num_workers', type=AT_LEAST_0, default=10, at_resume='free', help='loader processes per rank')
     add('--pin_mem', action=Switch, default=True, at_resume='free', help='pinned batches, for faster copies to a GPU')
     add(

@@ -15,7 +15,7 @@ from training import MAINS, ROOT, arguments, environment, same, train
 
 import main_pretrain
 from scripts import visualize
-from util import checkpoint, dist
+from util import build, checkpoint, dist
 from util.errors import UserError, run_main
 
 NEVER = pytest.fail
@@ -373,7 +373,7 @@ def test_an_earlier_run_is_not_lost(images, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for stage in BOTH:
         with pytest.raises(
-            UserError, match=r'checkpoint-0\.pth is of an earlier run, which would be lost: --resume auto'
+            UserError, match=r'checkpoint-0\.pth belongs to an earlier run: resume it with --resume auto'
         ):
             train(stage, images, tmp_path, '--batch_size', 32, '--epochs', 1, '--warmup_epochs', 0)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -409,3 +409,13 @@ def test_pictures_take_a_recipe(trained, images, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             parse(text)
+
+
+def test_functions_without_annotations():
+    """Of a new method, perhaps: an unknown option is a line there too."""
+
+    def make(*, img_size):
+        return None
+
+    with pytest.raises(UserError, match=r'^make has no option foo$'):
+        build.construct(make, img_size=32, model_kwargs={'foo': 1})

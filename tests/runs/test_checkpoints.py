@@ -149,7 +149,7 @@ def test_another_runs_folder(images, trained, tmp_path):
         other.mkdir()
         shutil.copy(trained / 'run' / checkpoint.LAST, other / name)
         resume = 'auto' if name == checkpoint.BEST else trained / 'run' / checkpoint.LAST
-        with pytest.raises(UserError, match='is of an earlier run, which would be lost'):
+        with pytest.raises(UserError, match='belongs to an earlier run'):
             train('pretrain', images, other, *FLAGS, '--resume', resume)
 
 
