@@ -24,16 +24,16 @@ def test_links():
 
 
 def test_python(tmp_path, monkeypatch, capsys):
-    """The example, with an encoder in MAE's names for the file that it loads."""
+    """The example, of a smaller size, with an encoder in MAE's names for the file that it loads."""
     monkeypatch.chdir(tmp_path)
-    state = create_classifier('mirl_vit_base', num_classes=1).state_dict()
+    state = create_classifier('mirl_vit_small', num_classes=1).state_dict()
     torch.save(
         {'model': {key: value for key, value in state.items() if not key.startswith(('head', 'fc_norm'))}},
         'mae_pretrain_vit_base.pth',
     )
     [example] = re.findall(r'```python\n(.*?)```', README, re.S)
     names: dict = {}
-    exec(example, names)
-    assert names['features'].shape == (2, 197, 768)
+    exec(example.replace('mirl_vit_base', 'mirl_vit_small'), names)
+    assert names['features'].shape == (2, 197, 384)
     assert names['loss'].isfinite()
     assert 'mae_pretrain_vit_base.pth: ViT: 148 loaded, 4 missing' in capsys.readouterr().out
