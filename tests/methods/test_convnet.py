@@ -156,6 +156,7 @@ def test_rule_kwargs_reach_the_rules(images, tmp_path):
         train('pretrain', images, tmp_path / 'not', *FLAGS, '--rule_kwargs', 'gamma_weight=True')
 
 
+@pytest.mark.faults  # four runs of two ranks
 def test_two_ranks(images, tmp_path, monkeypatch):
     """Statistics are rank 0's wherever ranks meet: evaluated as saved, and the same to the bit after a resume."""
     flags = [*FLAGS, '--batch_size', '8', '--accum_iter', '2', '--save_freq_steps', '1']

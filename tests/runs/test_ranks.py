@@ -77,6 +77,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
     )
 
 
+@pytest.mark.faults  # four ranks on two cores
 def test_only_the_lost_one_of_four_is_named(images, tmp_path):
     """A rank that waits for one that has noticed must notice, too."""
     process = start_ranks(images, tmp_path, '--epochs', '100', '--batch_size', '2', '--dist_timeout', '300', ranks=4)
