@@ -343,7 +343,7 @@ def test_buffers_are_not_averaged():
     assert ema.module[1].running_mean.any()
 
 
-def test_a_step_that_was_left_out_moves_no_average():
+def test_a_skipped_step_moves_no_average():
     """To the bit; any other step moves it as timm would."""
     torch.manual_seed(0)
     model, last = nn.Linear(4, 4), nn.Linear(4, 4)

@@ -1,6 +1,9 @@
 """Checkpoints by URL and hash, `https://host/path/file.pth#sha256=...`: downloaded once, and checked before every use.
 
 They are kept in torch's cache, `$TORCH_HOME/hub/checkpoints`.
+
+Not by `torch.hub.download_url_to_file`: it follows redirects to http and has no timeout, unless an opener is installed
+for the whole process.
 """
 
 import errno
