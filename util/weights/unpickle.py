@@ -1,8 +1,9 @@
 """Pickles of plain data, read without running anything in them: those of Paddle, and those inside torch's files.
 
 A pickle is a program for a small machine, and its opcodes may call any Python function. `run` is that machine for the
-opcodes of plain data. All it can call is in `ALLOWED`: functions of ours that do nothing but build data. A size that a
-file declares is believed only as far as there are bytes for it.
+opcodes of plain data. All it can call is in `ALLOWED`: functions of ours that do nothing but build data. Objects of
+other packages (settings and callbacks of a trainer) are dropped; what else a file asks of Python, torch or numpy is
+refused. A size that a file declares is believed only as far as there are bytes for it.
 
 `torch.load(weights_only=True)` runs no foreign code either, but it does not do for files of others: it allocates the
 4 GB that a pickle of 100 bytes asks of `bytearray`, hashes a nested key of 60 tuples for ever, takes a tensor of a
@@ -12,6 +13,7 @@ terabyte (stride 0), looks at no checksum, and does not know pickle protocol 4.
 import math
 import pickletools
 import re
+import sys
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -28,6 +30,9 @@ class Refused(Exception):
 
 # --------------------------------------------------------------------------
 # what a pickle may call
+
+
+MOST_AXES = 32
 
 
 class Dropped:
@@ -61,7 +66,7 @@ def numpy_scalar(dtype: Dtype, data: bytes) -> int | float | bool:
 
 
 def rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *flags) -> Tensor:
-    if math.prod(size) > storage.numel():  # with strides of 0, as_strided takes any size
+    if len(size) > MOST_AXES or math.prod(size) > storage.numel():  # with strides of 0, as_strided takes any size
         raise ValueError(f'more than its storage of {storage.numel()} numbers')
     return storage.as_strided(size, stride, offset)
 
@@ -93,21 +98,24 @@ ALLOWED = {
     'torch._utils._rebuild_tensor_v2': rebuild_tensor,
     'torch._utils._rebuild_parameter': lambda data, *flags: data,
     **{f'torch.{name}Storage': dtype for name, dtype in STORAGES.items()},
-    'torch.Size': Dropped,
-    'torch.device': Dropped,
-    'argparse.Namespace': Dropped,
-    'pathlib.PosixPath': Dropped,
-    'pathlib._local.PosixPath': Dropped,  # Python 3.13
+    'collections.defaultdict': lambda *factory: {},
     'yacs.config.CfgNode': lambda: {},  # Microsoft's runs
-    'mmengine.logging.history_buffer.HistoryBuffer': Dropped,  # OpenMMLab's
 }
+OWN = {*sys.stdlib_module_names, 'torch', '__torch__', 'numpy'}  # what of these is not allowed is refused
+DROPPED = re.compile(  # of these, what settings are made of
+    r'torch\.(Size|device|dtype)|argparse\.Namespace|types\.SimpleNamespace|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path'
+    r'|builtins\.(bool|complex|dict|float|frozenset|int|list|object|range|slice|str)|collections\.(Counter|deque)'
+    r'|typing\.\w+|datetime\.\w+|uuid\.UUID|decimal\.Decimal'
+)
 
 
 def look_up(name: str):
     name = re.sub(r'^__builtin__\.', 'builtins.', name)  # protocol 2 keeps Python 2's name
-    if name not in ALLOWED:
+    if name in ALLOWED:
+        return ALLOWED[name]
+    if name.partition('.')[0] in OWN and not DROPPED.fullmatch(name):
         raise Refused(f'asks for {printable(name, 80)}, which is not plain data; nothing in it was run')
-    return ALLOWED[name]
+    return Dropped
 
 
 # --------------------------------------------------------------------------
@@ -158,6 +166,8 @@ def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
             case 'SETITEM' | 'SETITEMS', [dict() as target, *more] if all(isinstance(k, str | int) for k in more[::2]):
                 stack.append(target)
                 target.update(zip(more[::2], more[1::2], strict=True))
+            case 'APPEND' | 'APPENDS' | 'SETITEM' | 'SETITEMS', [Dropped() as target, *_]:
+                stack.append(target)
             case 'BINPUT' | 'LONG_BINPUT', []:
                 memo[value] = stack[-1]
             case 'MEMOIZE', [item]:
@@ -174,7 +184,9 @@ def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
             case 'BUILD', [target, state]:
                 stack.append(target)
                 build(target, state)
-            case 'BINPERSID', [('storage', torch.dtype() as dtype, str() as key, _, numel, *view)] if not any(view):
+            case 'BINPERSID', [('storage', torch.dtype() as dtype, str() as key, _, int() as numel, *view)] if not any(
+                view
+            ):
                 stack.append(find_storage(dtype, key, numel))
             case name, _:
                 raise ValueError(f'{name} is not for plain data, or not for what it is given')
@@ -185,7 +197,11 @@ def build(target, state) -> None:
     """Give an object its state: an array its data, a dtype its byte order. That of other objects is dropped."""
     if isinstance(target, np.ndarray):
         _, shape, dtype, fortran, data = state
-        if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.numpy().itemsize != len(data):
+        if (
+            len(shape) > MOST_AXES
+            or any(type(n) is not int or n < 0 for n in shape)
+            or math.prod(shape) * dtype.numpy().itemsize != len(data)
+        ):
             raise ValueError(f'not the {len(data)} bytes of its shape')
         target.__setstate__((1, shape, dtype.numpy(), fortran, bytes(data)))
     elif isinstance(target, Dtype):
