@@ -91,6 +91,7 @@ def get_args_parser() -> config.Parser:
         metavar='PATH',
         help='pretrained weights, a path or URL#sha256=...; default: none, random weights',
     )
+    add('--finetune_ema', action=Switch, help='start from the averaged weights in that file')
     # MAE's scripts pass these: evaluation is always distributed, and --resplit has no effect there either
     add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
     add('--resplit', action=Switch, help=argparse.SUPPRESS)
@@ -229,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
         core = create_classifier(args, num_classes)
         check_steps(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
-        loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
+        run.load(core, args.finetune, ema=args.finetune_ema, flag='--finetune_ema')
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
@@ -242,8 +243,6 @@ def main(args: argparse.Namespace) -> None:
 
         images = datasets.ImageFiles(*train, crop, args.seed, Reader.of(args))
         run.resume(training, images)
-        if loaded:
-            info(str(loaded))
         batches = build.loader(images, sampler, args, device)
         val_batches = build.val_loader(args, *val, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)

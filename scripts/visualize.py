@@ -33,6 +33,7 @@ def get_args_parser() -> config.Parser:
         metavar='PATH',
         help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
+    add('--use_ema', action=config.Switch, help='take its averaged weights')
     add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
     add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = main_pretrain.create_model(args)
     main_pretrain.check_step(core, args)
-    print(load_published(core, args.checkpoint))
+    print(load_published(core, args.checkpoint, ema=args.use_ema))
     picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)

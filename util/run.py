@@ -25,7 +25,7 @@ from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import read_checkpoint
+from util.weights import Report, load_published, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -47,6 +47,7 @@ class Run:
         self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
         self.saved: dict | None = None  # what it holds, until it is restored
+        self.weights = f'weights: random, from seed {args.seed}'  # where a new run's come from
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
 
     def __enter__(self) -> 'Run':
@@ -116,11 +117,20 @@ class Run:
             self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
         return path, saved
 
+    def load(self, core: nn.Module, source: str | None, **options) -> Report | None:
+        """Fill the network of a new run from a file; a run that is resumed has its weights. None without a file."""
+        if not source or self.saved:
+            return None
+        report = load_published(core, source, **options)
+        self.weights = f'weights from {report}'
+        return report
+
     def join(self, core: nn.Module, ema: WeightAverage | None = None) -> torch.device:
         """Check the network against the checkpoint, then meet the other processes; returns this process's device."""
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
+            checkpoint.check_healthy(self.saved, self.resumed_from)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         signals.restore()  # while it waits for other processes, Python could not obey
@@ -203,9 +213,8 @@ class Run:
             info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
-        if self.resumed_from:
-            position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
-            info(f'resumed from {self.resumed_from} at {position}')
+        position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
+        info(f'resumed from {self.resumed_from} at {position}' if self.resumed_from else self.weights)
         if dist.is_main():
             resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
             digests.replace(args.output_dir / 'args.json', (json.dumps(resolved, indent=2) + '\n').encode())

@@ -4,8 +4,8 @@
 """
 
 from util.weights import download
-from util.weights.files import read_checkpoint
-from util.weights.intake import Origin
+from util.weights.files import plain_field, read_checkpoint
+from util.weights.intake import Origin, Report, check_finite
 from util.weights.published import load_published
 
-__all__ = ['Origin', 'download', 'load_published', 'read_checkpoint']
+__all__ = ['Origin', 'Report', 'check_finite', 'download', 'load_published', 'plain_field', 'read_checkpoint']

@@ -245,15 +245,19 @@ def recognise(state: State, formats: tuple[Format, ...], own: list[str]) -> tupl
     """
     layouts = [(layout, layout.marks or set(own[:5])) for layout in formats]
     whole = ((layout, '') for layout, marks in layouts if state.keys() >= marks)
-    under = ((layout, prefix) for layout, marks in layouts if (prefix := find_prefix(state, marks, own)))
-    layout, prefix = next(whole, None) or next(under, None) or (formats[-1], '')
-    if layout.refusal:
-        raise OtherFormatError(f'{layout.name}: {layout.refusal}')
-    if not prefix and not state.keys() >= layout.marks:
+    under = (
+        (layout, prefix)
+        for layout, marks in layouts
+        if not layout.refusal and (prefix := find_prefix(state, marks, own))
+    )
+    layout, prefix = next(whole, None) or next(under, None) or (formats[-1], None)
+    if prefix is None and layout.marks:
         known = ', '.join(dict.fromkeys(layout.name for layout in formats if not layout.refusal))
         keys = shortened(list(state))
         raise OtherFormatError(f'not a checkpoint for this model: its keys are {keys}; known are {known}')
-    return layout, prefix
+    if layout.refusal:
+        raise OtherFormatError(f'{layout.name}: {layout.refusal}')
+    return layout, prefix or ''
 
 
 def take_off(prefix: str, state: State, report: Report) -> State:

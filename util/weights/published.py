@@ -76,7 +76,7 @@ INTO_MIRL = (
     Format(
         'ViT',
         VIT_MARKS,
-        refusal='holds no decoders: main_finetune.py --finetune takes it, pretraining cannot resume from it',
+        refusal='holds no decoders: main_finetune.py --finetune and main_pretrain.py --init take it',
     ),
 )
 
@@ -193,7 +193,6 @@ def hugging_face(adapt: Callable[[State, nn.Module], State]) -> tuple[Format, ..
 
 
 INTO_VIT = (
-    *hugging_face(joined_qkv),
     Format(
         'our MIRL pretraining',
         OUR_MIRL_MARKS,
@@ -220,6 +219,7 @@ INTO_VIT = (
     ),
     Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),
     Format('ViT', VIT_MARKS),  # MAE's and MIRL's encoders, fine-tuned ones, timm's, our own
+    *hugging_face(joined_qkv),
 )
 
 # --------------------------------------------------------------------------
@@ -440,7 +440,11 @@ INTO_MIXMAE = (
     Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=COMPUTED),  # the published one and our own
     Format('mmpretrain MixMIM pretraining', MM_MIXMAE_MARKS, MM_RENAMES, MM_IGNORABLE, adapt=mmcv_mergings),
     *(
-        Format(f'{origin}MixMIM classifier', marks, refusal='holds no decoder: main_finetune.py --finetune takes it')
+        Format(
+            f'{origin}MixMIM classifier',
+            marks,
+            refusal='holds no decoder: main_finetune.py --finetune and main_pretrain.py --init take it',
+        )
         for origin, marks in (('', MIXMIM_MARKS), ('mmpretrain ', MM_MIXMIM_MARKS))
     ),
 )
@@ -508,7 +512,7 @@ INTAKES = {
             *into_classifier(FAMILIES['ConvNeXt']),
             Format('ConvNeXt', {'stem.0.weight'}, adapt=convnext_version),
         ),
-        may_lack=(r'head\.(fc|norm)\..*',),  # SparK's have no norm
+        may_lack=(r'head\.fc\..*',),
         may_drop=(r'head\.fc\..*',),
     ),
     'SwinTransformer': Intake(

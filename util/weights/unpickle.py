@@ -2,8 +2,8 @@
 
 A pickle is a program for a small machine, and its opcodes may call any Python function. `run` is that machine for the
 opcodes of plain data. All it can call is in `ALLOWED`: functions of ours that do nothing but build data. Objects of
-other packages (settings and callbacks of a trainer) are dropped; what else a file asks of Python, torch or numpy is
-refused. A size that a file declares is believed only as far as there are bytes for it.
+other packages (settings and callbacks of a trainer) are dropped. Calls of them, and what else is asked of Python,
+torch or numpy, are refused. A size that a file declares is believed only as far as there are bytes for it.
 
 `torch.load(weights_only=True)` runs no foreign code either, but it does not do for files of others: it allocates the
 4 GB that a pickle of 100 bytes asks of `bytearray`, hashes a nested key of 60 tuples for ever, takes a tensor of a
@@ -40,6 +40,16 @@ class Dropped:
 
     def __init__(self, *args):
         pass
+
+
+class Foreign:
+    """A class of another package, of which instances are dropped. A call of it, or of a function, is refused."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *args):
+        raise Refused(refusal(self.name))
 
 
 class Dtype:
@@ -100,6 +110,7 @@ ALLOWED = {
     **{f'torch.{name}Storage': dtype for name, dtype in STORAGES.items()},
     'collections.defaultdict': lambda *factory: {},
     'yacs.config.CfgNode': lambda: {},  # Microsoft's runs
+    'mmengine.logging.history_buffer.HistoryBuffer': Dropped,  # OpenMMLab's
 }
 OWN = {*sys.stdlib_module_names, 'torch', '__torch__', 'numpy'}  # what of these is not allowed is refused
 DROPPED = re.compile(  # of these, what settings are made of
@@ -113,9 +124,15 @@ def look_up(name: str):
     name = re.sub(r'^__builtin__\.', 'builtins.', name)  # protocol 2 keeps Python 2's name
     if name in ALLOWED:
         return ALLOWED[name]
-    if name.partition('.')[0] in OWN and not DROPPED.fullmatch(name):
-        raise Refused(f'asks for {printable(name, 80)}, which is not plain data; nothing in it was run')
-    return Dropped
+    if DROPPED.fullmatch(name):
+        return Dropped
+    if name.partition('.')[0] in OWN:
+        raise Refused(refusal(name))
+    return Foreign(name)
+
+
+def refusal(name: str) -> str:
+    return f'asks for {printable(name, 80)}, which is not plain data; nothing in it was run'
 
 
 # --------------------------------------------------------------------------
@@ -179,15 +196,17 @@ def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
                 stack.append(look_up(value.replace(' ', '.')))
             case 'STACK_GLOBAL', [str() as module, str() as name]:
                 stack.append(look_up(f'{module}.{name}'))
+            case 'NEWOBJ', [Foreign(), tuple()]:
+                stack.append(Dropped())
             case 'REDUCE' | 'NEWOBJ', [function, tuple() as args]:
                 stack.append(function(*args))  # nothing callable is on the stack but what look_up gave
             case 'BUILD', [target, state]:
                 stack.append(target)
                 build(target, state)
-            case 'BINPERSID', [('storage', torch.dtype() as dtype, str() as key, _, int() as numel, *view)] if not any(
-                view
+            case 'BINPERSID', [('storage', torch.dtype() as dtype, str() as key, _, int() as n, *rest)] if not any(
+                rest
             ):
-                stack.append(find_storage(dtype, key, numel))
+                stack.append(find_storage(dtype, key, n))
             case name, _:
                 raise ValueError(f'{name} is not for plain data, or not for what it is given')
     raise EOFError
