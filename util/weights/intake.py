@@ -214,7 +214,7 @@ def torch_state(weights: dict) -> State:
     tensors = {str(key): as_tensor(str(key), value) for key, value in weights.items()}
     tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f'no weights in it; its keys are {shortened(list(weights))}')
+        raise OtherFormatError(f'no weights in it; its keys are {shortened(list(weights))}')
     wrapped = re.compile(r'(?<=\d\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
     return unique((wrapped.sub('', key), value) for key, value in tensors.items())
 
@@ -245,11 +245,7 @@ def recognise(state: State, formats: tuple[Format, ...], own: list[str]) -> tupl
     """
     layouts = [(layout, layout.marks or set(own[:5])) for layout in formats]
     whole = ((layout, '') for layout, marks in layouts if state.keys() >= marks)
-    under = (
-        (layout, prefix)
-        for layout, marks in layouts
-        if not layout.refusal and (prefix := find_prefix(state, marks, own))
-    )
+    under = ((layout, prefix) for layout, marks in layouts if (prefix := find_prefix(state, marks, own)))
     layout, prefix = next(whole, None) or next(under, None) or (formats[-1], None)
     if prefix is None and layout.marks:
         known = ', '.join(dict.fromkeys(layout.name for layout in formats if not layout.refusal))
