@@ -119,6 +119,8 @@ class Run:
 
     def load(self, core: nn.Module, source: str | None, **options) -> Report | None:
         """Fill the network of a new run from a file; a run that is resumed has its weights. None without a file."""
+        if options['ema'] and not source:
+            raise UserError(f'{options["flag"]} needs {options["flag"].removesuffix("_ema")} PATH')
         if not source or self.saved:
             return None
         report = load_published(core, source, **options)

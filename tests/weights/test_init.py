@@ -118,4 +118,6 @@ def test_runs(images, tmp_path, capsys):
     assert 'resumed from' in out
     with pytest.raises(UserError, match=r'seed: 0 then, 4 now; to start a new run from its weights: --init .*a/check'):
         train('pretrain', images, tmp_path / 'c', *FLAGS, '--resume', start[1], '--seed', '4')
+    with pytest.raises(UserError, match='--init_ema needs --init PATH'):
+        train('pretrain', images, tmp_path / 'c', *FLAGS, '--init_ema')
     assert not load(tmp_path / 'b')['model'].keys() ^ first['model'].keys()
