@@ -33,7 +33,7 @@ def get_args_parser() -> config.Parser:
         metavar='PATH',
         help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
-    add('--use_ema', action=config.Switch, help='take its averaged weights')
+    add('--use_ema', action=config.Switch, heading='Weight average', help='take its averaged weights')
     add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
     add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
