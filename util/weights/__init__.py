@@ -5,7 +5,7 @@
 
 from util.weights import download
 from util.weights.files import read_checkpoint
-from util.weights.intake import Origin
+from util.weights.intake import Origin, Report, find_origin
 from util.weights.published import load_published
 
-__all__ = ['Origin', 'download', 'load_published', 'read_checkpoint']
+__all__ = ['Origin', 'Report', 'download', 'find_origin', 'load_published', 'read_checkpoint']
