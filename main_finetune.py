@@ -24,7 +24,7 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Origin, Report, download, find_origin, load_published, read_checkpoint
+from util.weights import Origin, Report, fetch, find_origin, load_published, read_checkpoint
 
 
 def get_args_parser() -> config.Parser:
@@ -197,7 +197,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if args.finetune:
         raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
-    saved = read_checkpoint(download.fetch(args.resume))
+    saved = read_checkpoint(fetch(args.resume))
     origin = find_origin(saved)
     [val] = named.labelled_splits(args, ('val',), origin and origin.classes)
     num_classes = args.nb_classes or len(val.classes)

@@ -536,7 +536,7 @@ def test_more_than_the_share_end_the_run(data, said, tmp_path, measured):
 def test_replacements(data, tmp_path):
     """Another image with its own label, drawn from (seed, epoch, index, attempt) alone."""
     spoil(data, *(f'train/class0/{i}.png' for i in range(22)))
-    files, labels, _ = datasets.labelled_files(data, 'train')
+    files, labels, *_ = datasets.labelled_files(data, 'train')
     reader = Reader(listing=tmp_path / 'list.txt', max_share=0.9)
     transform = augment.eval_transform(32, 1.0)
     forward, backward = ({} for _ in range(2))

@@ -72,7 +72,7 @@ def test_fine_tuning_starts_from_the_encoder(images, tmp_path):
 
 
 def test_evaluate_is_the_plain_average(images):
-    files, labels, _ = datasets.labelled_files(images, 'val')
+    files, labels, *_ = datasets.labelled_files(images, 'val')
     dataset = datasets.ImageFiles(files, labels, augment.eval_transform(32, 0.875), 0)
     core = main_finetune.find_method('mirl_vit_tiny').create_classifier('mirl_vit_tiny', num_classes=7, img_size=32)
     normalise = datasets.Normalisation.of((0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
