@@ -199,6 +199,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     config.check_common_args(args)
     saved = read_checkpoint(fetch(args.resume))
     origin = find_origin(saved)
+    named.check_same_share(args, origin.args if origin else {})
     [val] = named.labelled_splits(args, ('val',), origin and origin.classes)
     num_classes = args.nb_classes or len(val.classes)
     core = create_classifier(args, num_classes)

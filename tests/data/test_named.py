@@ -235,6 +235,18 @@ def test_training_and_evaluation(make, tmp_path, capsys, measured, name):
         train('finetune', make('folder'), output, *flags, '--dataset', 'folder', '--resume', 'auto')
 
 
+@pytest.mark.parametrize('name', ['cifar10', 'places205'])
+def test_pretraining(make, tmp_path, capsys, name):
+    """Without labels, pictures too, from pixels in memory as from files; another data set does not resume it."""
+    data, output = make(name), tmp_path / 'out'
+    flags = ['--batch_size', '2', '--epochs', '1', '--warmup_epochs', '0', '--vis_freq', '1']
+    train('pretrain', data, output, *flags, '--dataset', name)
+    assert f'{name}, train: 6 images of 2 classes; no label is used\n' in capsys.readouterr().out
+    assert (output / 'pictures-0.png').is_file()
+    with pytest.raises(UserError, match=f'dataset: {name} then, folder now'):
+        train('pretrain', make('folder'), output, *flags, '--resume', 'auto')
+
+
 def test_layouts_that_differ_by_where_the_images_are(make):
     """What torchvision's download of iNaturalist leaves; Places205 as its archive unpacks, or flat; large Places365."""
 
@@ -434,8 +446,8 @@ def test_classes(make, said):
     assert 'the classes of train/ and val/ in' in said('inat2018', folder)
     folder = make('places205')
     path = folder / 'trainvalsplit_places205' / 'val_places205.csv'
-    path.write_text(path.read_text().replace(' 1', ' 0'))
-    assert "differ: ['1']" in said('places205', folder)
+    path.write_text(path.read_text().replace(' 1', ' 2') + 'a/abbey1/val1.jpg 1\n')
+    assert "differ: val/ alone has '2'" in said('places205', folder)
 
 
 def test_an_image_in_the_middle_that_is_not_there_is_named(make):

@@ -227,7 +227,7 @@ class LeftOut:
 
 def listed(names: Iterable[str], most: int = 3) -> str:
     """'a, b, c, ...': the first names, of a Counter the commonest."""
-    names = [name for name, _ in names.most_common()] if isinstance(names, Counter) else list(names)
+    names = sorted(names, key=lambda name: (-names[name], name)) if isinstance(names, Counter) else list(names)
     return ', '.join(printable(name, 200) for name in names[:most]) + (', ...' if len(names) > most else '')
 
 
@@ -304,10 +304,15 @@ def no_images(where: str, left: LeftOut) -> str:
     return '; '.join([f'no images in {where} (looked for {", ".join(IMG_EXTENSIONS)})', *left.notes()])
 
 
-def pretraining_files(data_path: Path, left: LeftOut | None = None) -> list[str]:
-    """The images of `data_path/train` if there is such a folder, else of `data_path`; labels are not needed."""
+def pretraining_folder(data_path: Path) -> Path:
+    """`data_path/train` if there is such a folder, else `data_path`; labels are not needed."""
     train = data_path / 'train'
-    return list_images(train if os.path.isdir(train) else data_path, left)
+    return train if os.path.isdir(train) else data_path
+
+
+def pretraining_files(data_path: Path, left: LeftOut | None = None) -> list[str]:
+    """The images of pretraining, as `list_images` gives them."""
+    return list_images(pretraining_folder(data_path), left)
 
 
 def folders_in(folder: Path) -> list[Path]:
