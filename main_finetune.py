@@ -159,7 +159,7 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
 def report(stats: dict[str, float], reader: Reader) -> None:
     """MAE's closing lines, and before them how many images the reader has skipped."""
     if skipped := reader.skipped():
-        info(f'{len(skipped)} images that cannot be read were skipped; {reader.listing} lists them')
+        info(f'bad images skipped: {len(skipped)}, listed in {reader.listing}')
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     info(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
 
