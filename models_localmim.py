@@ -170,14 +170,15 @@ class LocalMIM(nn.Module):
     def reconstruct(self, imgs: Tensor, plan: Plan) -> dict[str, Tensor]:
         """Panels [N, 3, H, W] in the input's normalised space: `first_panels` and each scale's, 0 the finest.
 
-        The composite has the finest scale. What is wholly visible is left out of predictions, since nothing is trained
-        there.
+        The composite has the deepest scale whose cells are hidden whole. In finer ones, normalisation takes more of the
+        image away. What is wholly visible is left out of predictions, since nothing is trained there.
         """
         with eval_mode(self):
             preds = self.forward_decoders(self.forward_encoder(imgs, plan), plan)
         scales = zip(preds, self.forward_targets(imgs), self.cells, strict=True)
         scales = [self.draw(imgs, pred.float(), target, plan.mask, cell) for pred, target, cell in scales]
-        panels = first_panels(imgs, patch_mask_to_pixels(plan.mask, self.mask_size), scales[0])
+        shown = max(k for k, cell in enumerate(self.cells) if cell <= self.mask_size)
+        panels = first_panels(imgs, patch_mask_to_pixels(plan.mask, self.mask_size), scales[shown])
         for k, (pictures, pred, cell) in enumerate(zip(scales, preds, self.cells, strict=True)):
             hidden = patch_mask_to_pixels(self.loss_weights(plan.mask, pred.shape[1]), cell)
             panels |= {f'scale {k}{kind}': left_out(picture, hidden) for kind, picture in pictures.items()}
@@ -192,7 +193,7 @@ class LocalMIM(nn.Module):
         if self.target == 'hog':
             dark, bright = imgs.amin((0, 2, 3), keepdim=True), imgs.amax((0, 2, 3), keepdim=True)
             hidden = self.loss_weights(mask, pred.shape[1]).unsqueeze(-1) > 0  # strokes reach beyond their cells
-            hists = {'': pred * hidden, ' (target)': target * hidden}
+            hists = {'': pred * hidden, ' (true edges)': target * hidden}
             return {kind: dark + (bright - dark) * draw_hog(h, self.hog_bins, cell) for kind, h in hists.items()}
         stats = pixel_scales(imgs, mask, cell, self.norm_pix_loss)
         return {kind: unpatchify(pred * std + mean, cell) for kind, (mean, std) in stats.items()}

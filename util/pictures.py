@@ -22,7 +22,7 @@ NOTES = {  # written below the picture, if the word is in a panel's name
     'prediction': 'plain gray parts were visible, so nothing is predicted there',
     'part': 'main and residual add up to the prediction of the same number',
     'scale': 'the prediction for cells of one size, 0 the smallest; plain gray parts were visible',
-    'target': 'what the prediction should be',
+    'edges': 'strokes along the edges of the image, as they should be predicted',
     'oracle': "with each hidden patch's true brightness and contrast, which the network does not predict",
     'spectrum': 'log amplitudes, low frequencies in the middle',
 }
@@ -60,7 +60,7 @@ def grid(panels: dict[str, Tensor], mean: list[float], std: list[float], tile: i
     side *= max(1, -(-tile // side))
     step = side + MARGIN
     width = max(NARROWEST, MARGIN + step * len(panels))
-    titles = [wrapped(name, side) for name in panels]
+    titles = [wrapped(name, side - MARGIN) for name in panels]
     notes = [
         line
         for word, note in NOTES.items()

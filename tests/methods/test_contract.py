@@ -216,7 +216,7 @@ def test_reconstruct(module, name):
     visible = patch_mask_to_pixels(plan.mask, size_of(name) // math.isqrt(plan.mask.shape[1])).expand_as(imgs) == 0
     assert torch.equal(panels['masked'][visible], imgs[visible])
     assert (panels['masked'] != imgs)[~visible].all()
-    for key in panels.keys() & {'composite', 'composite (oracle)', 'composite (target)'}:
+    for key in panels.keys() & {'composite', 'composite (oracle)', 'composite (true edges)'}:
         assert torch.equal(panels[key][visible], imgs[visible])
         assert (panels[key] != imgs)[~visible].float().mean() > 0.99
 
