@@ -229,15 +229,15 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         )
     instead = f'; to start a new run from its weights: {FROM_WEIGHTS[current["stage"]]} {path}'
     whole = all(isinstance(state.get(name), kind) for name, kind in STATE.items())
-    if not isinstance(saved, dict) or not whole:
+    if not isinstance(saved, dict) or 'stage' not in saved or not whole:
         raise CheckpointError(
             f'{path} holds weights but no state of a run; --resume needs one that this program wrote{instead}'
         )
-    saved = {key: plain_field(saved.get(key)) for key in current}
-    differing = [k for k in current if saved[k] != current[k]]
+    saved = {k: plain_field(saved[k]) for k in current if k in saved}
+    differing = [k for k in saved if saved[k] != current[k]]  # older versions wrote fewer
     if differing:
         listed = '; '.join(f'{k}: {printable(saved[k], 200)} then, {current[k]} now' for k in differing)
-        instead = instead if saved['model'] == current['model'] else ''
+        instead = instead if saved.get('model') == current['model'] else ''
         raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}{instead}')
 
 

@@ -27,6 +27,7 @@ class Origin:
 
     stage: str
     args: dict
+    classes: list[str] | None = None
 
     def __str__(self) -> str:
         return f'main_{self.stage}.py --model {printable(self.args["model"], 80)}'
@@ -38,7 +39,15 @@ def find_origin(container: dict) -> Origin | None:
     ours = isinstance(args, dict) and isinstance(args.get('model_kwargs'), dict) and isinstance(run, dict)
     if not ours or 'model' not in args:
         return None
-    return Origin(printable(plain_field(run.get('stage')), 80), {key: plain_field(args[key]) for key in args})
+    stage = printable(plain_field(run.get('stage')), 80)
+    return Origin(stage, {key: plain_field(args[key]) for key in args}, class_names(container))
+
+
+def class_names(container: dict) -> list[str] | None:
+    """The classes that a fine-tuned network of our own knows, in their order; None if the file does not tell."""
+    names = container.get('classes')
+    plain = isinstance(names, list) and 0 < len(names) <= 1_000_000
+    return list(names) if plain and all(isinstance(name, str) and len(name) <= 1000 for name in names) else None
 
 
 class OtherFormatError(CheckpointError):

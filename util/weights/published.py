@@ -549,6 +549,7 @@ def load_published(
     source: str | Path | dict,
     *,
     ema: bool = False,
+    label: str = 'state dict',
     flag: str = '--use_ema',
     new_decoder: bool = False,
 ) -> Report:
@@ -558,10 +559,11 @@ def load_published(
     torch's layout, or numpy arrays in Paddle's. A class that INTAKES does not list takes our own checkpoints of it.
     Names may stand under a prefix. Positions for another image size or window are resized. `ema` asks for the averaged
     weights; `flag` is what the user knows it by. With `new_decoder`, a pretraining model takes an encoder alone, too.
+    `label` is what a dict is called, such as the path that it was read from.
     Raises CheckpointError when the source is not for this model, naming the first five keys that differ with both
     shapes, or holds values that are not finite; the model is then unchanged.
     """
-    label = 'state dict' if isinstance(source, dict) else str(source).partition('#')[0]
+    label = label if isinstance(source, dict) else str(source).partition('#')[0]
     container = source if isinstance(source, dict) else read_checkpoint(download.fetch(source))
     intake = intake_of(type(model).__name__, model)
     try:
