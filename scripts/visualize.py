@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from util import config, dist
+from util import config, dist, resources
 from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -40,6 +40,7 @@ def get_args_parser() -> config.Parser:
     return parser
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
     device = dist.own_device(args.device)

@@ -17,9 +17,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from util import checkpoint, config, diagnosis, digests, dist, optim, rng, signals
+from util import checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
 from util.data.datasets import EpochBatches, ImageFiles
-from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
+from util.errors import (
+    STOPPED,
+    DivergedError,
+    LostError,
+    ResourceError,
+    RunError,
+    StorageError,
+    UserError,
+    exit_code,
+)
 from util.log import MetricLogger, RunLog, info
 from util.optim import WeightAverage
 from util.recipes import recipes_for
@@ -75,7 +84,9 @@ class Run:
     def named(self, error: BaseException | None) -> BaseException | None:
         """What storage or another process has caused, with the position of the run; other faults as they are."""
         position = f'epoch {self.folder.epoch}, after {self.folder.step} of {self.sampler.steps} steps'
-        if dist.is_lost(error):
+        if (line := resources.named(error, self.args)) is not error:
+            error = ResourceError(f'{position}: {line}')
+        elif dist.is_lost(error):
             error = LostError(f'{position}: {self.folder.lost(error)}')
         elif isinstance(error, OSError) and (error.errno in STORAGE or not self.args.output_dir.is_dir()):
             error = StorageError(f'{position}: {error}')
