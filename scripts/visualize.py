@@ -44,6 +44,8 @@ def get_args_parser() -> config.Parser:
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
     device = dist.own_device(args.device)
+    if not args.output.parent.is_dir():
+        raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = main_pretrain.create_model(args)
     main_pretrain.check_step(core, args)

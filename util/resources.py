@@ -97,7 +97,7 @@ def named(error: BaseException, args: argparse.Namespace) -> BaseException:
     where = doing(error, cause)
     before = f'{error}; ' if isinstance(error, RunError) else ''
     at = f' at --batch_size {args.batch_size}' if where in BATCHES else ''
-    told = [f'{what} is used up{f" in {where}" if where else ""}{at}', numbers(what, cause, args)]
+    told = [f'out of {what}{f" in {where}" if where else ""}{at}', numbers(what, cause, args)]
     return ResourceError(before + '; '.join(filter(None, [*told, to_change(what, where, args)])))
 
 
@@ -124,7 +124,7 @@ def needed_for(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         if name := kind(error):
-            raise ResourceError(f'{name} is used up in {what}; {numbers(name, error)}') from error
+            raise ResourceError(f'out of {name} in {what}; {numbers(name, error)}') from error
         raise
 
 
@@ -198,7 +198,7 @@ def batches_at_once(args: argparse.Namespace) -> int:
 def why_killed(number: int) -> str:
     """What a signal that nobody here has sent to a loader process says of the machine."""
     if number == signal.SIGBUS:
-        return f': shared memory is used up; {room_of_shm()[1]}; {LESS_SHM}'
+        return f': out of shared memory; {room_of_shm()[1]}; {LESS_SHM}'
     return f' (by the system, if memory is used up: {memory()})' if number == signal.SIGKILL else ''
 
 

@@ -6,9 +6,11 @@ takes a training to the position of the checkpoint, `epochs` leads it to its end
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +53,9 @@ class Run:
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
-        prepare(args.log_dir or args.output_dir)
+        if args.log_dir:
+            with contextlib.suppress(StorageError):  # the run can go on without events, which `RunLog` says
+                prepare(args.log_dir)
         self.notices: list[str] = []  # printed when training begins
         self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
@@ -320,7 +324,11 @@ class Run:
         requeue = signals.requeue_handler()
         if request == signals.REQUEUE and requeue:
             if dist.is_main():
-                requeue(signal.SIGUSR2, None)  # does not return
+                try:
+                    requeue(signal.SIGUSR2, None)  # does not return
+                except (OSError, subprocess.SubprocessError) as error:  # scontrol is missing, fails or does not answer
+                    again = f'submit it with --output_dir {self.args.output_dir} --resume auto'
+                    info(f'the job was not queued again: {error}; if nobody else has done it, {again}')
             dist.wait_for_main_to_end()
         else:
             dist.cleanup()
