@@ -96,8 +96,9 @@ def named(error: BaseException, args: argparse.Namespace) -> BaseException:
         return error
     where = doing(error, cause)
     before = f'{error}; ' if isinstance(error, RunError) else ''
-    at = f' at --batch_size {args.batch_size}' if where in BATCHES else ''
-    told = [f'out of {what}{f" in {where}" if where else ""}{at}', numbers(what, cause, args)]
+    at = f' in {where}' if where and what.endswith('memory') else ''
+    at += f' at --batch_size {args.batch_size}' if at and where in BATCHES else ''
+    told = [f'out of {what}{at}', numbers(what, cause, args)]
     return ResourceError(before + '; '.join(filter(None, [*told, to_change(what, where, args)])))
 
 
@@ -204,7 +205,8 @@ def why_killed(number: int) -> str:
 
 def cannot_start(workers: int, error: OSError) -> str:
     """What to say when `workers` loader processes cannot all be started: room for locks, memory, processes, files."""
-    there = f'{memory()}; {room_of_shm()[1]}'
+    known = {errno.ENOSPC: room_of_shm()[1], errno.EAGAIN: 'ulimit -u limits processes'}
+    there = known.get(error.errno) or numbers(kind(error), error)
     return f'{workers} loader processes cannot be started: {error.strerror or error}; {there}; fewer --num_workers'
 
 

@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f'{path} {"is a folder, not a checkpoint" if path.is_dir() else "does not exist"}')
     try:
-        with resources.needed_for(f'reading {path}'):
+        with resources.needed_for(f'reading {path}, of {resources.size(path.stat().st_size)}'):
             kind, read = recognise(path)
             if not digests.agrees(path):
                 raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
