@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine_finetune import LossOf, evaluate, train_one_epoch
 from main_pretrain import find_method
-from util import build, checkpoint, config, dist, rng
+from util import build, checkpoint, config, dist, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -242,6 +242,7 @@ def notice_classes(loaded: Report, classes: list[str]) -> None:
         info(f'the head that was loaded was trained for other classes: {differing}')
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
     method = find_method(args.model)

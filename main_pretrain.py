@@ -15,7 +15,7 @@ import models_localmim
 import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
-from util import build, config, dist, rng
+from util import build, config, dist, resources, rng
 from util.config import AT_LEAST_0, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -83,6 +83,7 @@ def get_args_parser() -> config.Parser:
     return parser
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Pretrain as the arguments say."""
     config.check_common_args(args)

@@ -23,7 +23,7 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from util import build, checkpoint, config, diagnosis, dist
+from util import build, checkpoint, config, diagnosis, dist, resources
 from util.data import augment, datasets, named
 from util.errors import UserError, run_main
 from util.training import Training
@@ -255,6 +255,7 @@ class Replay:
         return f'rank {rank}, micro-step {micro}: {listed}\n  {found or finite_findings(self.watch, precision)}'
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Every bad micro-step of every bad rank, or if no loss was bad, all of them."""
     device = dist.own_device(args.device)

@@ -132,11 +132,9 @@ class Job:
             return
         except submitit.core.utils.UncompletedJobError:
             why = f'is not queued again: its --max_requeues {self.max_requeues} are used up; to resume'
-        except subprocess.SubprocessError:  # of a job that is back in the queue already, by its administrator
-            why = 'was not queued again by scontrol, as it says above; if nobody else has done it'
-        resume = f'submit it with --output_dir {args.output_dir} --resume auto'
-        print(f'job {submitit.JobEnvironment().job_id} {why}, {resume}', flush=True)
-        raise SystemExit(STOPPED)
+            resume = f'submit it with --output_dir {args.output_dir} --resume auto'
+            print(f'job {submitit.JobEnvironment().job_id} {why}, {resume}', flush=True)
+            raise SystemExit(STOPPED) from None
 
     def set_environment(self, job: submitit.JobEnvironment) -> None:
         """Ranks come from SLURM, or locally from here; never from the shell that submitted the job."""
@@ -308,7 +306,7 @@ def slurm_executor(folder: Path, options: argparse.Namespace, gpus: int) -> subm
     return executor
 
 
-def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job]) -> None:
+def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job], options: argparse.Namespace) -> None:
     """Queue the jobs, several as a SLURM array, and say where they are. Raises UserError with sbatch's own words."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
@@ -318,10 +316,21 @@ def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job]) -> None:
                 with executor.batch():
                     queued = [executor.submit(job) for job in jobs.values()]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        raise UserError(f'SLURM refused: {error}') from error
+        raise UserError(f'SLURM refused: {error}{too_many_cpus(str(error), options)}') from error
     for label, job in zip(jobs, queued, strict=True):
         announce(label, job, jobs[label])
     tell_state(queued[0].job_id)
+
+
+def too_many_cpus(error: str, options: argparse.Namespace) -> str:
+    """What to change where SLURM's words are about CPUs, whose number nobody may have asked for."""
+    if not re.search('processors|CPU count|node configuration', error):
+        return ''
+    tasks, cpus = options.ngpus, options.cpus_per_task
+    return (
+        f'; --ngpus {tasks} tasks of --cpus_per_task {cpus} take {tasks * cpus} CPUs of a machine: take fewer, '
+        f'such as --cpus_per_task 2 with --num_workers 1'
+    )
 
 
 def announce(label: str, queued: submitit.Job, job: Job) -> None:
@@ -410,7 +419,7 @@ def main(argv: list[str]) -> None:
     if options.local:
         run_here(folder, options, jobs, gpus)
     else:
-        submit(slurm_executor(folder, options, gpus), jobs)
+        submit(slurm_executor(folder, options, gpus), jobs, options)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from util import config, dist
+from util import config, dist, resources
 from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -40,9 +40,12 @@ def get_args_parser() -> config.Parser:
     return parser
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
     device = dist.own_device(args.device)
+    if not args.output.parent.is_dir():
+        raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = main_pretrain.create_model(args)
     main_pretrain.check_step(core, args)

@@ -13,7 +13,7 @@ MEANING = {
     2: 'a mistake in arguments, data or files',
     3: 'diverged: too many steps in a row were not finite',
     4: 'none of the checkpoints can be read',
-    5: 'storage: full, read-only, or gone',
+    5: 'a resource is used up or gone: disk, memory, shared memory, open files',
     6: 'a rank or a loader process was lost',
     STOPPED: 'stopped on request with the state saved; can be resumed',
     130: 'interrupted at once; what was saved before can be resumed',
@@ -53,10 +53,14 @@ class NoCheckpointError(CheckpointError):
     code = 4
 
 
-class StorageError(RunError):
-    """A disk that is full, read-only or gone."""
+class ResourceError(RunError):
+    """Something that the machine has no more of: memory, shared memory, open files."""
 
     code = 5
+
+
+class StorageError(ResourceError):
+    """A disk that is full, read-only or gone."""
 
 
 class LostError(RunError):

@@ -6,9 +6,11 @@ takes a training to the position of the checkpoint, `epochs` leads it to its end
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +19,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from util import checkpoint, config, diagnosis, digests, dist, optim, rng, signals
+from util import checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
 from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles
-from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
+from util.errors import (
+    STOPPED,
+    DivergedError,
+    LostError,
+    ResourceError,
+    RunError,
+    StorageError,
+    UserError,
+    exit_code,
+)
 from util.log import MetricLogger, RunLog, info
 from util.optim import WeightAverage
 from util.recipes import recipes_for
@@ -51,7 +62,9 @@ class Run:
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
-        prepare(args.log_dir or args.output_dir)
+        if args.log_dir:
+            with contextlib.suppress(StorageError):  # the run can go on without events, which `RunLog` says
+                prepare(args.log_dir)
         self.notices: list[str] = []  # printed when training begins
         self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
@@ -85,7 +98,9 @@ class Run:
     def named(self, error: BaseException | None) -> BaseException | None:
         """What storage or another process has caused, with the position of the run; other faults as they are."""
         position = f'epoch {self.folder.epoch}, after {self.folder.step} of {self.sampler.steps} steps'
-        if dist.is_lost(error):
+        if (line := resources.named(error, self.args)) is not error:
+            error = ResourceError(f'{position}: {line}')
+        elif dist.is_lost(error):
             error = LostError(f'{position}: {self.folder.lost(error)}')
         elif isinstance(error, OSError) and (error.errno in STORAGE or not self.args.output_dir.is_dir()):
             error = StorageError(f'{position}: {error}')
@@ -328,7 +343,11 @@ class Run:
         requeue = signals.requeue_handler()
         if request == signals.REQUEUE and requeue:
             if dist.is_main():
-                requeue(signal.SIGUSR2, None)  # does not return
+                try:
+                    requeue(signal.SIGUSR2, None)  # does not return
+                except (OSError, subprocess.SubprocessError) as error:  # scontrol is missing, fails or does not answer
+                    again = f'submit it with --output_dir {self.args.output_dir} --resume auto'
+                    info(f'the job was not queued again: {error}; if nobody else has done it, {again}')
             dist.wait_for_main_to_end()
         else:
             dist.cleanup()

@@ -101,7 +101,7 @@ def test_util_weights_has_one_door(path):
 
 @pytest.mark.parametrize('path', of('util.weights'))
 def test_util_weights_knows_no_run(path):
-    rooms = ('util.weights', 'util.nn', 'util.digests', 'util.errors', 'util.log')
+    rooms = ('util.weights', 'util.nn', 'util.digests', 'util.errors', 'util.log', 'util.resources')
     assert all(inside(module, *rooms) for module in imports(path) if inside(module, 'util'))
 
 

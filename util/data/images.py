@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from util import resources
 from util.errors import StorageError, UserError, printable
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
@@ -25,8 +26,8 @@ BITS_PER_SAMPLE = 258  # a tag of TIFF
 TRANSIENT = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO),
     *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ESHUTDOWN),
+    *(errno.ENFILE, errno.ENOMEM),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
 }
 PAUSE_S = 0.5  # before the second attempt; doubles with each
 
@@ -107,9 +108,11 @@ class Reader(NamedTuple):
             except OSError as error:
                 if not self.may_come_back(error):
                     raise
-                why = reason(error)
+                last, why = error, reason(error)
             if not attempt:
                 print(f'waiting for {printable(path)}: {why}', file=sys.stderr, flush=True)
+        if resources.starved(last):
+            raise last
         waited = time.monotonic() - began
         raise StorageError(f'{printable(path)} is gone: {self.retries + 1} attempts over {waited:.1f} s; {why}')
 
