@@ -128,6 +128,8 @@ class Job:
 
         Then it has saved, and the exception comes out of submitit's handler of SIGUSR2.
         """
+        from util import console
+
         try:
             main(args)
             return

@@ -1,8 +1,9 @@
 """A run's hold on its output folder: one writer at a time, `status.json`, and a sign of life of every rank.
 
 `.lock` is held by rank 0 until the run ends, whatever ends it. `console.txt` has what was printed. `status.json` says
-how the run goes or ended, since launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is the position of a rank: when a rank is lost, the
-others read there which one, and at which step. They name it and end; to end a rank that hangs is the launcher's work.
+how the run goes or ended, since launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is the position of
+a rank: when a rank is lost, the others read there which one, and at which step. They name it and end; to end a rank
+that hangs is the launcher's work.
 """
 
 import contextlib
