@@ -21,7 +21,8 @@ def settle() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, 'errors', '') == 'strict' and hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
+            with contextlib.suppress(ValueError):  # it was closed
+                stream.reconfigure(errors='backslashreplace')
 
 
 def say(text: str, *, error: bool = False, fleeting: bool | None = None) -> None:

@@ -39,10 +39,13 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, stage: str, sampler: EpochBatches, roles: dict[str, config.AtResume]):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
+        log_dir = args.log_dir or args.output_dir
+        if any('\ud800' <= letter <= '\udfff' for letter in str(log_dir)):
+            raise UserError(f'TensorBoard cannot write to {log_dir}, whose name is not UTF-8: give another --log_dir')
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
-        prepare(args.log_dir or args.output_dir)
+        prepare(log_dir)
         self.notices: list[str] = []  # printed when training begins
         self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
