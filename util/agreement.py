@@ -57,7 +57,7 @@ def facts(args: argparse.Namespace, device: torch.device, **data: Labelled) -> d
     """What must be the same on all ranks, by name."""
     files = {name: vars(args).get(name) for name in ('finetune', 'resume')}
     return {
-        **{f'--{name}': str(value) for name, value in vars(args).items() if name not in MAY_DIFFER},
+        **{f'--{name}': in_words(value) for name, value in vars(args).items() if name not in MAY_DIFFER},
         **{f'the SHA-256 of --{name}': str(digests.read_sums(Path(file))) for name, file in files.items() if file},
         'the kind of --device': device.type,
         'the precision': str(amp_dtype(args, device)),
@@ -66,6 +66,10 @@ def facts(args: argparse.Namespace, device: torch.device, **data: Labelled) -> d
         **{module.__name__: module.__version__ for module in (torch, torchvision, timm, np, PIL)},
         **{f'the code in {name}': digest for name, digest in code()},
     }
+
+
+def in_words(value: object) -> str:
+    return 'not set' if value is None else str(value) or 'empty'
 
 
 def code() -> Iterator[tuple[str, str]]:

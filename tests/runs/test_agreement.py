@@ -81,7 +81,7 @@ def test_the_checkpoint_alone(monkeypatch):
     """A disk shows ranks different ones."""
     meet(monkeypatch, {agreement.CHECKPOINT: 'none'})
     args = argparse.Namespace(**ARGS)
-    with pytest.raises(StorageError, match='checkpoint to resume is epoch 3 on ranks 0-6, none on rank 7$'):
+    with pytest.raises(StorageError, match=r'checkpoint to resume is epoch 3 on ranks 0-6, none on rank 7$'):
         agreement.check(args, CPU, 'epoch 3', images=(FILES, LABELS))
 
 
