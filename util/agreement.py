@@ -4,6 +4,7 @@ Each rank lists facts, by name; what differs is one line on all of them.
 """
 
 import argparse
+import contextlib
 import hashlib
 import platform
 from collections.abc import Iterable, Iterator
@@ -47,6 +48,8 @@ def check(args: argparse.Namespace, device: torch.device, checkpoint: str = '', 
     names = dict.fromkeys(name for facts in found for name in facts)
     differing = [name for name in names if any(facts.get(name) != mine.get(name) for facts in found)]
     if differing:
+        with contextlib.suppress(RuntimeError):  # who ends first breaks the connections of who still listens
+            dist.barrier()
         listed = [f'{name} is {on_which([facts.get(name) for facts in found])}' for name in differing]
         more = f'; and {len(listed) - SHOWN} more' if len(listed) > SHOWN else ''
         line = f'the ranks do not agree: {"; ".join(listed[:SHOWN])}{more}'
@@ -55,13 +58,12 @@ def check(args: argparse.Namespace, device: torch.device, checkpoint: str = '', 
 
 def facts(args: argparse.Namespace, device: torch.device, **data: Labelled) -> dict[str, str]:
     """What must be the same on all ranks, by name."""
-    files = {name: vars(args).get(name) for name in ('finetune', 'resume')}
     return {
         **{f'--{name}': in_words(value) for name, value in vars(args).items() if name not in MAY_DIFFER},
-        **{f'the SHA-256 of --{name}': str(digests.read_sums(Path(file))) for name, file in files.items() if file},
+        **{f'the SHA-256 of --{name}': sums(vars(args).get(name)) for name in ('finetune', 'resume')},
         'the kind of --device': device.type,
         'the precision': str(amp_dtype(args, device)),
-        **{f'{split} in --data_path': contents(args.data_path, *of) for split, of in data.items()},
+        **{f'what --data_path holds ({split})': contents(args.data_path, *of) for split, of in data.items()},
         'Python': platform.python_version(),
         **{module.__name__: module.__version__ for module in (torch, torchvision, timm, np, PIL)},
         **{f'the code in {name}': digest for name, digest in code()},
@@ -70,6 +72,13 @@ def facts(args: argparse.Namespace, device: torch.device, **data: Labelled) -> d
 
 def in_words(value: object) -> str:
     return 'not set' if value is None else str(value) or 'empty'
+
+
+def sums(file: str | None) -> str:
+    """What is written beside a file, if something is."""
+    with contextlib.suppress(OSError):
+        return ' or '.join(digests.read_sums(Path(file or '')))
+    return ''
 
 
 def code() -> Iterator[tuple[str, str]]:
@@ -87,9 +96,8 @@ def contents(data_path: Path, images: Images, labels: list[int] | None) -> str:
     if isinstance(images, np.ndarray):
         content = images.tobytes()
     else:
-        content = (
-            ''.join(f'\0{name}' for name in images).replace(f'\0{data_path}/', '\0').encode(errors='surrogateescape')
-        )
+        names = ''.join(f'\0{name}' for name in images)
+        content = names.replace(f'\0{data_path}/', '\0').encode(errors='surrogateescape')
     labelled = b'' if labels is None else np.array(labels, np.int64).tobytes()
     return f'{len(images)} images, digest {shortened(content + labelled)}'
 

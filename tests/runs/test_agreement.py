@@ -13,6 +13,7 @@ from util import agreement
 from util.errors import DisagreementError, StorageError
 
 CPU = torch.device('cpu')
+DATA = 'what --data_path holds (images)'
 ARGS = {'lr': 0.001, 'data_path': Path('/a/data'), 'num_workers': 2, 'amp_dtype': None, 'device': 'cpu', 'resume': ''}
 FILES, LABELS = [f'/a/data/train/x/{i}.png' for i in range(3)], [0, 0, 1]
 
@@ -23,7 +24,7 @@ def facts(files=FILES, labels=LABELS, **args) -> dict[str, str]:
 
 def meet(monkeypatch, change) -> None:
     """Have this process meet seven others; `change` is what is other on the last one."""
-    ranks = SimpleNamespace(active=lambda: True, gather=lambda mine: [mine] * 7 + [mine | change])
+    ranks = SimpleNamespace(active=lambda: True, barrier=lambda: None, gather=lambda mine: [mine] * 7 + [mine | change])
     monkeypatch.setattr(agreement, 'dist', ranks)
 
 
@@ -33,12 +34,12 @@ def meet(monkeypatch, change) -> None:
     [
         ({'lr': 0.002}, ['--lr']),
         ({'added': 1}, ['--added']),
-        ({'resume': 'a.pth'}, ['--resume', 'the SHA-256 of --resume']),
-        ({'files': FILES[:2], 'labels': LABELS[:2]}, ['images in --data_path']),
-        ({'files': [*FILES[:2], '/a/data/train/x/8.png']}, ['images in --data_path']),
-        ({'files': FILES[::-1]}, ['images in --data_path']),
-        ({'labels': [0, 1, 1]}, ['images in --data_path']),
-        ({'labels': None}, ['images in --data_path']),
+        ({'resume': 'a.pth'}, ['--resume']),
+        ({'files': FILES[:2], 'labels': LABELS[:2]}, [DATA]),
+        ({'files': [*FILES[:2], '/a/data/train/x/8.png']}, [DATA]),
+        ({'files': FILES[::-1]}, [DATA]),
+        ({'labels': [0, 1, 1]}, [DATA]),
+        ({'labels': None}, [DATA]),
         # a disk of each machine, and what no number depends on
         ({'data_path': Path('/b'), 'files': [f.replace('/a/data', '/b') for f in FILES], 'num_workers': 0}, []),
         ({'device': 'cuda:3'}, []),
