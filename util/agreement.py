@@ -77,7 +77,7 @@ def in_words(value: object) -> str:
 def sums(file: str | None) -> str:
     """What is written beside a file, if something is."""
     with contextlib.suppress(OSError):
-        return ' or '.join(digests.read_sums(Path(file or '')))
+        return ' or '.join(digests.read_sums(Path(file))) if file else ''
     return ''
 
 
