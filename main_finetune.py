@@ -5,17 +5,19 @@ Examples:
     torchrun --nproc_per_node=8 main_finetune.py --eval --resume runs/NAME/checkpoint-best.pth --model ...
 """
 
+from util import start  # noqa: F401
+
+# isort: split
 import argparse
 import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from engine_finetune import LossOf, evaluate, train_one_epoch
 from main_pretrain import find_method
-from util import build, checkpoint, config, dist, resources, rng
+from util import agreement, build, checkpoint, config, dist, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -28,7 +30,7 @@ from util.weights import Origin, Report, fetch, find_origin, load_published, rea
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain', usage=config.USAGE)
+    parser = config.Parser(__doc__, other='main_pretrain', usage=config.USAGE)
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -210,8 +212,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(
             f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
-    batches = build.val_loader(args, val.images, val.labels, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    agreement.check(args, device, val=(val.images, val.labels))
+    batches = build.val_loader(args, val.images, val.labels, device)
     info(str(loaded))
     info(*val.notes)
     if loaded.origin:
@@ -270,7 +273,7 @@ def main(args: argparse.Namespace) -> None:
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
 
-        device = run.join(core, ema)
+        device = run.join(core, ema, train=(train.images, train.labels), val=(val.images, val.labels))
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)
@@ -312,6 +315,7 @@ def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dic
     if acc1 > run.record.get('best_acc1', -math.inf):
         run.record |= {'best_acc1': acc1, 'best_epoch': epoch.number}
         if dist.is_main():
+            run.folder.check_lock()
             state = {
                 'model': networks[name].state_dict(),
                 'weights': name,

@@ -4,6 +4,9 @@ python main_pretrain.py --config scripts/recipes/NAME.yaml --data_path /data/ima
 torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --batch_size 64 --data_path ...
 """
 
+from util import start  # noqa: F401
+
+# isort: split
 import argparse
 from functools import partial
 from types import ModuleType
@@ -62,7 +65,7 @@ def add_target_args(parser: config.Parser) -> None:
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune', usage=config.USAGE)
+    parser = config.Parser(__doc__, other='main_finetune', usage=config.USAGE)
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -98,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
         rules = build.param_rules(method, core, args.rule_kwargs)
         build.apply_options(core, args)
 
-        device = run.join(core)
+        device = run.join(core, train=(train.images, None))
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)

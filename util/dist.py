@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from util import dist_faults, signals
+from util import console, dist_faults
 from util.errors import LostError, RunError, UserError, printable
 
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts decide together; None: the default group
@@ -70,10 +70,11 @@ def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch
     global HOST_GROUP
     here, timeout = place(), timedelta(seconds=timeout_s)
     if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun
-        signals.end_with_parent()
         restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0'))
         if restarts and here.rank == 0 and os.environ.get('TORCH_DISABLE_SHARE_RDZV_TCP_STORE') != '1':
-            print('torchrun --max-restarts can fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment')
+            console.say(
+                'torchrun --max-restarts can fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment'
+            )
     own = own_device(device)
     if own.type == 'cuda':
         torch.cuda.set_device(own)

@@ -5,8 +5,6 @@ import itertools
 import json
 import math
 import re
-import shutil
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -17,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import digests, dist
+from util import console, digests, dist
 
 
 def info(text: str) -> None:
     """Print on rank 0."""
     if dist.is_main():
-        print(text, flush=True)
+        console.say(text)
 
 
 def clock(seconds: float) -> str:
@@ -151,11 +149,7 @@ class MetricLogger:
     def _print(text: str, last: bool) -> None:
         """A line of its own, or on a terminal one that the next overwrites."""
         if dist.is_main():
-            if not sys.stdout.isatty():
-                print(text, flush=True)
-            else:
-                width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be overwritten
-                print(f'\r\x1b[K{text if last else text[:width]}', end='\n' if last else '', flush=True)
+            console.say(text, fleeting=not last)
 
 
 class RunLog:

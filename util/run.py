@@ -19,19 +19,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from util import checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
+from util import agreement, checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
 from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles
-from util.errors import (
-    STOPPED,
-    DivergedError,
-    LostError,
-    ResourceError,
-    RunError,
-    StorageError,
-    UserError,
-    exit_code,
-)
+from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
 from util.log import MetricLogger, RunLog, info
 from util.optim import WeightAverage
 from util.recipes import recipes_for
@@ -59,6 +50,9 @@ class Run:
     ):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
         self.classes = classes  # their names, where there are labels
+        log_dir = args.log_dir or args.output_dir
+        if any('\ud800' <= letter <= '\udfff' for letter in str(log_dir)):
+            raise UserError(f'TensorBoard cannot write to {log_dir}, whose name is not UTF-8: give another --log_dir')
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
@@ -104,7 +98,7 @@ class Run:
             error = LostError(f'{position}: {self.folder.lost(error)}')
         elif isinstance(error, OSError) and (error.errno in STORAGE or not self.args.output_dir.is_dir()):
             error = StorageError(f'{position}: {error}')
-        if isinstance(error, RunError) and dist.active() and not isinstance(error, DivergedError):
+        if isinstance(error, RunError) and dist.active() and not error.common:
             error.rank = dist.rank()
         return error
 
@@ -149,8 +143,11 @@ class Run:
             differing = named.difference(then, self.classes, 'it', f'{self.args.data_path}')
             raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
 
-    def join(self, core: nn.Module, ema: WeightAverage | None = None) -> torch.device:
-        """Check the network against the checkpoint, then meet the other processes; returns this process's device."""
+    def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: agreement.Labelled) -> torch.device:
+        """Check the network against the checkpoint, then meet the other processes; returns this process's device.
+
+        `data` are images and labels of each split, on which the ranks must agree.
+        """
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
@@ -159,19 +156,18 @@ class Run:
         signals.restore()  # while it waits for other processes, Python could not obey
         device = dist.init(args.device, args.dist_url, args.dist_timeout)
         signals.install_early()
-        self.agree_on_saved()
+        self.folder.run = dist.gather(self.folder.run)[0]
+        agreement.check(args, device, self.found(), **data)
         rng.settle_kernels(args.deterministic)
         return device
 
-    def agree_on_saved(self) -> None:
-        """Raise StorageError unless all ranks have read one checkpoint: a disk can show them different ones."""
-        saved = self.saved or {}
-        sums = digests.read_sums(self.resumed_from) if self.resumed_from else []
-        mine = (str(self.resumed_from), sums, *(saved.get(key) for key in ('epoch', 'step', 'closed')))
-        runs, found = zip(*dist.gather((self.folder.run, mine)), strict=True)
-        self.folder.run = runs[0]
-        if any(other != mine for other in found):
-            raise StorageError(f'the ranks see different checkpoints in {self.args.output_dir}: {found}')
+    def found(self) -> str:
+        """The checkpoint to resume, in words: a disk can show ranks different ones."""
+        if not self.saved:
+            return 'none'
+        sums = ' or '.join(digest[:12] for digest in digests.read_sums(self.resumed_from))
+        position = ', '.join(f'{key} {self.saved.get(key)}' for key in ('epoch', 'step', 'closed'))
+        return f'{self.resumed_from} ({position}, SHA-256 {sums})'
 
     def resume(self, training: Training, images: ImageFiles) -> None:
         """Take the training to the position that was saved, if one was; then open the logs and tell what will run.
@@ -295,6 +291,7 @@ class Run:
         args, number = self.args, epoch.number
         counts = {'bad_steps': self.bad_steps(epoch, epoch.steps), **self.images.reader.counted()}
         tests = {name: value for name, value in values.items() if name.startswith('test')}
+        self.folder.check_lock()
         self.log.scalars(self.axis(number + 1, 0), **tests)
         self.log.epoch(**values, **counts, epoch=number)
         if (number + 1) % args.save_freq == 0 or number + 1 == args.epochs:
@@ -359,6 +356,7 @@ class Run:
         `closed` is False after the last step of an epoch whose evaluation is still to come. After too many bad steps in
         a row nothing is written: they end the run, and what was written before stays.
         """
+        self.folder.check_lock()
         self.bad_steps(epoch, step)
         position = {'epoch': epoch.number, 'step': step, 'steps': epoch.steps, 'closed': closed}
         sums = epoch.meters.sums()

@@ -112,6 +112,17 @@ def test_who_alone_imports(path):
             assert not [module for module in imports(path) if inside(module, library)]
 
 
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_console_alone_prints(path):
+    """`say`, which never ends a run."""
+    calls = [node.func.id for node in ast.walk(ast.parse(path.read_text())) if is_call(node)]
+    assert path.name == 'console.py' or 'print' not in calls
+
+
+def is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
 def test_no_circle():
     """Not even for typing: files that import each other, each once all that it imports has been taken away."""
     left = {name: {m for m in imports(path) if m in MODULES and m != name} for name, path in MODULES.items()}

@@ -9,7 +9,6 @@ import argparse
 import errno
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from util import resources
+from util import console, resources
 from util.errors import StorageError, UserError, printable
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
@@ -110,7 +109,7 @@ class Reader(NamedTuple):
                     raise
                 last, why = error, reason(error)
             if not attempt:
-                print(f'waiting for {printable(path)}: {why}', file=sys.stderr, flush=True)
+                console.say(f'waiting for {printable(path)}: {why}', error=True)
         if resources.starved(last):
             raise last
         waited = time.monotonic() - began

@@ -90,17 +90,21 @@ def collate(samples: list | RunError) -> Any:
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise LostError in what takes longer.
+    """Raise LostError in what takes longer. Time in which this process was stopped (Ctrl-Z) does not count.
 
     By a signal, since torch's own timeout is only for the news of a batch. Then it fetches the batch's memory from the
-    loader process, for which it waits without end.
+    loader process, for which it waits without end. The signal comes every second: those of a pause come as one.
     """
+    ticks, tick_s = 0, min(1, seconds / 10)
 
-    def expire(number, frame):
-        raise LostError(f'no loader process has answered for {seconds:g} seconds')
+    def tick(number, frame):
+        nonlocal ticks
+        ticks += 1
+        if ticks == round(seconds / tick_s):
+            raise LostError(f'no loader process has answered for {seconds:g} seconds')
 
-    handler = signal.signal(signal.SIGALRM, expire)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGALRM, tick)
+    timer = signal.setitimer(signal.ITIMER_REAL, tick_s, tick_s)
     try:
         yield
     finally:
