@@ -26,7 +26,7 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Origin, Report, fetch, find_origin, load_published, read_checkpoint
+from util.weights import Origin, fetch, find_origin, load_published, read_checkpoint
 
 
 def get_args_parser() -> config.Parser:
@@ -99,10 +99,11 @@ def get_args_parser() -> config.Parser:
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
     add(
         '--finetune',
-        default='',
+        type=config.source,
         metavar='PATH',
         help='pretrained weights, a path or URL#sha256=...; default: none, random weights',
     )
+    add('--finetune_ema', action=Switch, help='start from the averaged weights in that file')
     # MAE's scripts pass these: evaluation is always distributed, and --resplit has no effect there either
     add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
     add('--resplit', action=Switch, help=argparse.SUPPRESS)
@@ -237,14 +238,6 @@ def notice_differences(args: argparse.Namespace, origin: Origin) -> None:
         info(f'not as it was fine-tuned: {listed}')
 
 
-def notice_classes(loaded: Report, classes: list[str]) -> None:
-    """Say where a head was loaded that was trained for other classes."""
-    then = loaded.origin and loaded.origin.classes
-    if then and then != classes and not loaded.missing:
-        differing = named.difference(then, classes, loaded.source, 'train/')
-        info(f'the head that was loaded was trained for other classes: {differing}')
-
-
 @resources.program
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
@@ -268,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
         core = create_classifier(args, num_classes)
         check_steps(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
-        loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
+        run.load(core, args.finetune, ema=args.finetune_ema, flag='--finetune_ema')
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
@@ -281,9 +274,6 @@ def main(args: argparse.Namespace) -> None:
 
         images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))
         run.resume(training, images)
-        if loaded:
-            info(str(loaded))
-            notice_classes(loaded, train.classes)
         batches = build.loader(images, sampler, args, device)
         val_batches = build.val_loader(args, val.images, val.labels, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)

@@ -60,7 +60,7 @@ def facts(args: argparse.Namespace, device: torch.device, **data: Labelled) -> d
     """What must be the same on all ranks, by name."""
     return {
         **{f'--{name}': in_words(value) for name, value in vars(args).items() if name not in MAY_DIFFER},
-        **{f'the SHA-256 of --{name}': sums(vars(args).get(name)) for name in ('finetune', 'resume')},
+        **{f'the SHA-256 of --{name}': sums(vars(args).get(name)) for name in ('finetune', 'init', 'resume')},
         'the kind of --device': device.type,
         'the precision': str(amp_dtype(args, device)),
         **{f'what --data_path holds ({split})': contents(args.data_path, *of) for split, of in data.items()},

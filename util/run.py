@@ -28,7 +28,7 @@ from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import find_origin, read_checkpoint
+from util.weights import Origin, find_origin, load_published, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -63,6 +63,7 @@ class Run:
         self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
         self.saved: dict | None = None  # what it holds, until it is restored
+        self.weights = f'weights: random, from seed {args.seed}'  # where a new run's come from
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
 
     def __enter__(self) -> 'Run':
@@ -117,7 +118,7 @@ class Run:
     def branches(self) -> bool:
         """Whether the run resumes from a checkpoint of its own folder that was named: a branch begins there."""
         resume = self.args.resume
-        return resume not in ('', 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
+        return resume not in (None, 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
 
     def find_saved(self) -> tuple[Path | None, dict | None]:
         """The checkpoint that --resume means, and what it holds. A damaged one is skipped, with a warning."""
@@ -137,11 +138,26 @@ class Run:
 
     def check_same_classes(self) -> None:
         """Raise UserError if the checkpoint was trained for classes of other names; old ones do not tell."""
-        origin = find_origin(self.saved)
-        then = origin and origin.classes
-        if then and self.classes and then != self.classes:
-            differing = named.difference(then, self.classes, 'it', f'{self.args.data_path}')
+        if differing := self.other_classes(find_origin(self.saved), 'it', str(self.args.data_path)):
             raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
+
+    def other_classes(self, origin: Origin | None, theirs: str, ours: str) -> str:
+        """How the classes of a checkpoint's network differ from this run's; '' if they are equal, or not known."""
+        then = origin and origin.classes
+        return (
+            named.difference(then, self.classes, theirs, ours) if then and self.classes and then != self.classes else ''
+        )
+
+    def load(self, core: nn.Module, source: str | None, **options) -> None:
+        """Fill the network of a new run from a file, if one is given; a run that is resumed has its weights."""
+        if options['ema'] and not source:
+            raise UserError(f'{options["flag"]} needs {options["flag"].removesuffix("_ema")} PATH')
+        if not source or self.saved:
+            return
+        report = load_published(core, source, **options)
+        self.weights = f'weights from {report}'
+        if not report.missing and (differing := self.other_classes(report.origin, report.source, 'train/')):
+            self.notices.append(f'the head that was loaded was trained for other classes: {differing}')
 
     def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: agreement.Labelled) -> torch.device:
         """Check the network against the checkpoint, then meet the other processes; returns this process's device.
@@ -151,6 +167,7 @@ class Run:
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
+            checkpoint.check_healthy(self.saved, self.resumed_from)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         signals.restore()  # while it waits for other processes, Python could not obey
@@ -232,9 +249,8 @@ class Run:
             info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
-        if self.resumed_from:
-            position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
-            info(f'resumed from {self.resumed_from} at {position}')
+        position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
+        info(f'resumed from {self.resumed_from} at {position}' if self.resumed_from else self.weights)
         if dist.is_main():
             resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
             resolved |= {'classes': self.classes} if self.classes else {}
