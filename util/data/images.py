@@ -140,15 +140,17 @@ class Reader(NamedTuple):
             raise StorageError(f'cannot write the list of bad images {self.listing}: {error.strerror}') from error
         if count > self.most(images):
             given = '' if self.max_share is None else f' {self.max_share:g}'
-            limit = f'--max_bad_images{given or f" allows by default ({self.most(images):g})"}'
+            limit = f'--max_bad_images{given or f" allows by default ({self.most(images)})"}'
             raise UserError(
                 f'{count} of {images} images cannot be read, more than {limit}; '
                 f'they are listed in {self.listing}; the last: {name}: {why}'
             )
 
-    def most(self, images: int) -> float:
+    def most(self, images: int) -> int:
         """How many of so many images may be bad."""
-        return max(0.001 * images, min(10, images // 2)) if self.max_share is None else self.max_share * images
+        if self.max_share is None:
+            return max(images // 1000, min(10, images // 2))
+        return int(self.max_share * images)
 
     def skipped(self) -> set[str]:
         """The bad images on the list."""
