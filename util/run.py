@@ -18,14 +18,15 @@ from PIL import Image
 from torch import nn
 
 from util import agreement, checkpoint, config, diagnosis, digests, dist, optim, rng, signals
-from util.data.datasets import EpochBatches, ImageFiles
+from util.data import named
+from util.data.datasets import EpochBatches, ImageFiles, Split
 from util.errors import STOPPED, LostError, RunError, StorageError, UserError, exit_code
 from util.log import MetricLogger, RunLog, info
 from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import read_checkpoint
+from util.weights import find_origin, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -37,8 +38,16 @@ class Run:
     disk or another process has caused. What belongs to the loop (training, images, log) is there after `resume`.
     """
 
-    def __init__(self, args: argparse.Namespace, stage: str, sampler: EpochBatches, roles: dict[str, config.AtResume]):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        stage: str,
+        sampler: EpochBatches,
+        roles: dict[str, config.AtResume],
+        classes: list[str] | None = None,
+    ):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
+        self.classes = classes  # their names, where there are labels
         log_dir = args.log_dir or args.output_dir
         if any('\ud800' <= letter <= '\udfff' for letter in str(log_dir)):
             raise UserError(f'TensorBoard cannot write to {log_dir}, whose name is not UTF-8: give another --log_dir')
@@ -60,6 +69,7 @@ class Run:
             self.resumed_from, self.saved = self.find_saved()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
+                self.check_same_classes()
                 self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args), self.roles)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -119,10 +129,18 @@ class Run:
             self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
         return path, saved
 
-    def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: agreement.Labelled) -> torch.device:
+    def check_same_classes(self) -> None:
+        """Raise UserError if the checkpoint was trained for classes of other names; old ones do not tell."""
+        origin = find_origin(self.saved)
+        then = origin and origin.classes
+        if then and self.classes and then != self.classes:
+            differing = named.difference(then, self.classes, 'it', f'{self.args.data_path}')
+            raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
+
+    def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: Split) -> torch.device:
         """Check the network against the checkpoint, then meet the other processes; returns this process's device.
 
-        `data` are images and labels of each split, on which the ranks must agree.
+        `data` are the splits by name, on which the ranks must agree.
         """
         args = self.args
         if self.saved:
@@ -213,6 +231,7 @@ class Run:
             info(f'resumed from {self.resumed_from} at {position}')
         if dist.is_main():
             resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
+            resolved |= {'classes': self.classes} if self.classes else {}
             digests.replace(args.output_dir / 'args.json', (json.dumps(resolved, indent=2) + '\n').encode())
 
     # --------------------------------------------------------------------------
@@ -341,6 +360,7 @@ class Run:
                 'record': self.record,
                 'run': self.identity(),
                 'args': config.plain(self.args),
+                **({'classes': self.classes} if self.classes else {}),
             }
             checkpoint.save(self.args.output_dir / name, state)
             if not self.folder.has_failed():
