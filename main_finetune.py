@@ -214,10 +214,11 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
             f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
-    agreement.check(args, device, val=(val.images, val.labels))
+    agreement.check(args, device, val=val)
     batches = build.val_loader(args, val.images, val.labels, device)
     info(str(loaded))
-    info(*val.notes)
+    for note in val.notes:
+        info(note)
     if loaded.origin:
         notice_differences(args, loaded.origin)
     layout = memory_format(args, core)

@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         run.load(core, args.init, ema=args.init_ema, flag='--init_ema', new_decoder=True)
         build.apply_options(core, args)
 
-        device = run.join(core, train=(train.images, None))
+        device = run.join(core, train=train)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)

@@ -17,11 +17,10 @@ import torch
 import torchvision
 
 from util import digests, dist
-from util.data.datasets import Images
+from util.data.datasets import Split
 from util.errors import DisagreementError, StorageError, printable
 from util.training import amp_dtype
 
-Labelled = tuple[Images, list[int] | None]
 MAY_DIFFER = {  # arguments, and why
     'data_path': 'a disk of each machine; the names below it are compared',
     'config': 'a path; what it sets is compared',
@@ -36,10 +35,10 @@ SHOWN = 5  # differences in the line
 CHECKPOINT = 'the checkpoint to resume'
 
 
-def check(args: argparse.Namespace, device: torch.device, checkpoint: str = '', **data: Labelled) -> None:
+def check(args: argparse.Namespace, device: torch.device, checkpoint: str = '', **data: Split) -> None:
     """Raise DisagreementError on all ranks if they differ, StorageError if it is in the checkpoint alone.
 
-    `data` are images, and their labels if they have any, of each split. Every rank must call it.
+    `data` are the splits by name. Every rank must call it.
     """
     if not dist.active():
         return
@@ -56,14 +55,14 @@ def check(args: argparse.Namespace, device: torch.device, checkpoint: str = '', 
         raise StorageError(line) if differing == [CHECKPOINT] else DisagreementError(line)
 
 
-def facts(args: argparse.Namespace, device: torch.device, **data: Labelled) -> dict[str, str]:
+def facts(args: argparse.Namespace, device: torch.device, **data: Split) -> dict[str, str]:
     """What must be the same on all ranks, by name."""
     return {
         **{f'--{name}': in_words(value) for name, value in vars(args).items() if name not in MAY_DIFFER},
         **{f'the SHA-256 of --{name}': sums(vars(args).get(name)) for name in ('finetune', 'init', 'resume')},
         'the kind of --device': device.type,
         'the precision': str(amp_dtype(args, device)),
-        **{f'what --data_path holds ({split})': contents(args.data_path, *of) for split, of in data.items()},
+        **{f'what --data_path holds ({split})': contents(args.data_path, of) for split, of in data.items()},
         'Python': platform.python_version(),
         **{module.__name__: module.__version__ for module in (torch, torchvision, timm, np, PIL)},
         **{f'the code in {name}': digest for name, digest in code()},
@@ -88,18 +87,18 @@ def code() -> Iterator[tuple[str, str]]:
         yield str(path.relative_to(root)), shortened(path.read_bytes())
 
 
-def contents(data_path: Path, images: Images, labels: list[int] | None) -> str:
-    """How many images, and the digest of their names below `data_path`, or of their pixels, and of their labels.
+def contents(data_path: Path, split: Split) -> str:
+    """How many images, and the digest of their names below `data_path`, or of their pixels, of labels and classes.
 
     A second for a million files: none of them is looked at.
     """
-    if isinstance(images, np.ndarray):
-        content = images.tobytes()
+    if isinstance(split.images, np.ndarray):
+        content = split.images.tobytes()
     else:
-        names = ''.join(f'\0{name}' for name in images)
+        names = ''.join(f'\0{name}' for name in split.images)
         content = names.replace(f'\0{data_path}/', '\0').encode(errors='surrogateescape')
-    labelled = b'' if labels is None else np.array(labels, np.int64).tobytes()
-    return f'{len(images)} images, digest {shortened(content + labelled)}'
+    labelled = b'' if split.labels is None else np.array(split.labels, np.int64).tobytes()
+    return f'{len(split.images)} images, digest {shortened(content + labelled + repr(split.classes).encode())}'
 
 
 def shortened(content: bytes) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 from util import agreement, checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
 from util.data import named
-from util.data.datasets import EpochBatches, ImageFiles
+from util.data.datasets import EpochBatches, ImageFiles, Split
 from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
 from util.log import MetricLogger, RunLog, info
 from util.optim import WeightAverage
@@ -144,9 +144,8 @@ class Run:
     def other_classes(self, origin: Origin | None, theirs: str, ours: str) -> str:
         """How the classes of a checkpoint's network differ from this run's; '' if they are equal, or not known."""
         then = origin and origin.classes
-        return (
-            named.difference(then, self.classes, theirs, ours) if then and self.classes and then != self.classes else ''
-        )
+        known = then and self.classes
+        return named.difference(then, self.classes, theirs, ours) if known and then != self.classes else ''
 
     def load(self, core: nn.Module, source: str | None, **options) -> None:
         """Fill the network of a new run from a file, if one is given; a run that is resumed has its weights."""
@@ -159,10 +158,10 @@ class Run:
         if not report.missing and (differing := self.other_classes(report.origin, report.source, 'train/')):
             self.notices.append(f'the head that was loaded was trained for other classes: {differing}')
 
-    def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: agreement.Labelled) -> torch.device:
+    def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: Split) -> torch.device:
         """Check the network against the checkpoint, then meet the other processes; returns this process's device.
 
-        `data` are images and labels of each split, on which the ranks must agree.
+        `data` are the splits by name, on which the ranks must agree.
         """
         args = self.args
         if self.saved:

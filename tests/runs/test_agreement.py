@@ -10,6 +10,7 @@ import torch
 from training import SHORT, train
 
 from util import agreement
+from util.data.datasets import Split
 from util.errors import DisagreementError, StorageError
 
 CPU = torch.device('cpu')
@@ -18,8 +19,8 @@ ARGS = {'lr': 0.001, 'data_path': Path('/a/data'), 'num_workers': 2, 'amp_dtype'
 FILES, LABELS = [f'/a/data/train/x/{i}.png' for i in range(3)], [0, 0, 1]
 
 
-def facts(files=FILES, labels=LABELS, **args) -> dict[str, str]:
-    return agreement.facts(argparse.Namespace(**ARGS | args), CPU, images=(files, labels))
+def facts(files=FILES, labels=LABELS, classes=(), **args) -> dict[str, str]:
+    return agreement.facts(argparse.Namespace(**ARGS | args), CPU, images=Split(files, labels, classes, []))
 
 
 def meet(monkeypatch, change) -> None:
@@ -40,6 +41,7 @@ def meet(monkeypatch, change) -> None:
         ({'files': FILES[::-1]}, [DATA]),
         ({'labels': [0, 1, 1]}, [DATA]),
         ({'labels': None}, [DATA]),
+        ({'classes': ['x']}, [DATA]),
         # a disk of each machine, and what no number depends on
         ({'data_path': Path('/b'), 'files': [f.replace('/a/data', '/b') for f in FILES], 'num_workers': 0}, []),
         ({'device': 'cuda:3'}, []),
@@ -83,7 +85,7 @@ def test_the_checkpoint_alone(monkeypatch):
     meet(monkeypatch, {agreement.CHECKPOINT: 'none'})
     args = argparse.Namespace(**ARGS)
     with pytest.raises(StorageError, match=r'checkpoint to resume is epoch 3 on ranks 0-6, none on rank 7$'):
-        agreement.check(args, CPU, 'epoch 3', images=(FILES, LABELS))
+        agreement.check(args, CPU, 'epoch 3', images=Split(FILES, LABELS, [], []))
 
 
 def test_a_long_list_is_cut(monkeypatch):
