@@ -41,7 +41,8 @@ def save(path: Path, state: dict) -> None:
                 keep_previous(path)
             put(temporary, hashing.sum.hexdigest(), path)
     except OSError as error:
-        raise StorageError(f'cannot write {path}: {error.strerror or error}{what_is_left(path)}') from error
+        why = (error.strerror or error) if path.parent.is_dir() else f'there is no folder {path.parent}'
+        raise StorageError(f'cannot write {path}: {why}{what_is_left(path)}') from error
 
 
 def write(state: dict, file: digests.Hashing) -> None:
@@ -233,8 +234,8 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         raise CheckpointError(
             f'{path} holds weights but no state of a run; --resume needs one that this program wrote{instead}'
         )
-    saved = {k: plain_field(saved[k]) for k in current if k in saved}
-    differing = [k for k in saved if saved[k] != current[k]]  # older versions wrote fewer
+    saved = {key: plain_field(saved[key]) for key in current if key in saved}  # older versions wrote fewer
+    differing = [k for k in saved if saved[k] != current[k]]
     if differing:
         listed = '; '.join(f'{k}: {printable(saved[k], 200)} then, {current[k]} now' for k in differing)
         instead = instead if saved.get('model') == current['model'] else ''

@@ -549,9 +549,9 @@ def load_published(
     source: str | Path | dict,
     *,
     ema: bool = False,
-    label: str = 'state dict',
     flag: str = '--use_ema',
     new_decoder: bool = False,
+    label: str = 'state dict',
 ) -> Report:
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
