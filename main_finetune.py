@@ -19,12 +19,12 @@ from util import build, checkpoint, config, dist, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
-from util.errors import UserError, printable, run_main
+from util.errors import UserError, run_main
 from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Origin, load_published
+from util.weights import load_published
 
 
 def get_args_parser() -> config.Parser:
@@ -47,6 +47,7 @@ def get_args_parser() -> config.Parser:
         '--global_pool',
         action=Switch,
         default=True,
+        of_network=True,
         off=['--cls_token'],
         help='classify the mean of the patch tokens, or the class token',
     )
@@ -76,11 +77,12 @@ def get_args_parser() -> config.Parser:
 
     add = partial(parser.add_argument, heading='Evaluation')
     add('--eval', action=Switch, help='only evaluate the checkpoint of --resume')
-    add('--eval_size', type=AT_LEAST_1, help='image side in pixels; default: --input_size')
+    add('--eval_size', type=AT_LEAST_1, of_network=True, help='image side in pixels; default: --input_size')
     add(
         '--crop_pct',
         type=number(float, above=0, most=1),
         default=0.875,
+        of_network=True,
         help='centre crop, as a share of the resized side',
     )
 
@@ -178,20 +180,29 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if args.finetune:
         raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
+    source = checkpoint.Source.read(args.resume)
+    args = source.complete(args, get_args_parser())
     [val], num_classes = named.labelled_splits(args, ('val',))
-    core = create_classifier(args, num_classes)
-    check_steps(core, args)
-    loaded = load_published(core, args.resume, ema=args.use_ema)
+    with source.expected(args):
+        core = create_classifier(args, num_classes)
+        check_steps(core, args)
+        loaded = load_published(core, source.container, ema=args.use_ema, label=source.path)
     if loaded.missing:
         origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
         raise UserError(
-            f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
+            f'{source.path} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
     batches = build.val_loader(args, *val, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
-    if loaded.origin:
-        notice_differences(args, loaded.origin)
+    for notice in source.notices:
+        info(notice)
+    size = args.eval_size or args.input_size
+    if not source.origin and size > 224 and 'crop_pct' not in args.given:
+        info(
+            f'centre crop: --crop_pct {args.crop_pct}, the default; the scripts of MAE and MixMIM evaluate the whole '
+            f'image above 224 pixels: --crop_pct 1'
+        )
     layout = memory_format(args, core)
     normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
     core = core.to(device, memory_format=layout)
@@ -199,21 +210,11 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     dist.cleanup()
 
 
-def notice_differences(args: argparse.Namespace, origin: Origin) -> None:
-    """Say, in a line, what decides how a network sees an image and was otherwise when it was fine-tuned."""
-    names = ('input_size', 'eval_size', 'crop_pct', 'mean', 'std', 'model_kwargs', 'global_pool')
-    then, now = origin.args, vars(args)
-    differing = [name for name in names if name in then and then[name] != now[name]]
-    if differing:
-        listed = '; '.join(f'{name}: {printable(then[name], 80)} then, {now[name]} now' for name in differing)
-        info(f'not as it was fine-tuned: {listed}')
-
-
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
-    method = find_method(args.model)
     if args.eval:
         return evaluate_checkpoint(args)
+    method = find_method(args.model)
     config.check_common_args(args)
     config.check_schedule(args)
     (train, val), num_classes = named.labelled_splits(args, ('train', 'val'))
@@ -221,15 +222,15 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'
         )
-    crop = augment.finetune_transform(
-        args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
-    )
     sampler = build.epoch_batches(args, len(train[0]))
     with Run(args, 'finetune', sampler, get_args_parser().roles) as run:
-        core = create_classifier(args, num_classes)
-        check_steps(core, args)
+        if run.nothing_left():
+            return
+        args, core, told = first_network(run, num_classes)
+        crop = augment.finetune_transform(
+            args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
+        )
         rules = build.param_rules(method, core, args.rule_kwargs)
-        loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
@@ -242,8 +243,8 @@ def main(args: argparse.Namespace) -> None:
 
         images = datasets.ImageFiles(*train, crop, args.seed, Reader.of(args))
         run.resume(training, images)
-        if loaded:
-            info(str(loaded))
+        for line in told:
+            info(line)
         batches = build.loader(images, sampler, args, device)
         val_batches = build.val_loader(args, *val, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
@@ -265,6 +266,23 @@ def main(args: argparse.Namespace) -> None:
             run.after_epoch(epoch, **values, n_parameters=params)
         info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
         dist.cleanup()
+
+
+def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Module, list[str]]:
+    """The network, with the weights of --finetune unless the run is resumed, and lines that tell of them.
+
+    Images are normalised as in the file, unless flag or recipe says how; so the arguments are returned, too.
+    """
+    args = run.args
+    source = checkpoint.Source.of(run.resumed_from, run.saved) if run.saved else checkpoint.Source.read(args.finetune)
+    args = run.args = source.complete(args, get_args_parser(), take=('mean', 'std'))
+    with source.expected(args):
+        core = create_classifier(args, num_classes)
+        check_steps(core, args)
+        if run.saved or not args.finetune:
+            return args, core, []
+        loaded = load_published(core, source.container, label=source.path)
+    return args, core, [str(loaded), *source.notices]
 
 
 def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:

@@ -56,7 +56,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
 
 def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
-    add = partial(parser.add_argument, heading='Model', at_resume='same')
+    add = partial(parser.add_argument, heading='Model', at_resume='same', of_network=True)
     add('--mask_ratio', type=SHARE, help="share of patches that is hidden; default: the model's")
     add('--norm_pix_loss', action=Switch, default=None, help="per-patch normalised target; default: the model's")
 
@@ -91,6 +91,8 @@ def main(args: argparse.Namespace) -> None:
     files = datasets.pretraining_files(args.data_path)
     sampler = build.epoch_batches(args, len(files))
     with Run(args, 'pretrain', sampler, get_args_parser().roles) as run:
+        if run.nothing_left():
+            return
         core = create_model(args)
         check_step(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)

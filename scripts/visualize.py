@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from util import config, dist
+from util import checkpoint, config, dist
 from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -43,10 +43,13 @@ def get_args_parser() -> config.Parser:
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
     device = dist.own_device(args.device)
-    files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
-    core = main_pretrain.create_model(args)
-    main_pretrain.check_step(core, args)
-    print(load_published(core, args.checkpoint))
+    files = [file for path in args.images for file in datasets.images_at(path)]
+    source = checkpoint.Source.read(args.checkpoint)
+    args = source.complete(args, get_args_parser())
+    with source.expected(args):
+        core = main_pretrain.create_model(args)
+        main_pretrain.check_step(core, args)
+        print(load_published(core, source.container, label=source.path), *source.notices, sep='\n')
     picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)

@@ -9,19 +9,22 @@ A run keeps `checkpoint-last.pth` and the one before it, `checkpoint-previous.pt
 epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, which is checked before a file is used.
 """
 
+import argparse
+import contextlib
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from util import digests
-from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError
-from util.weights import read_checkpoint
+from util import config, digests
+from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
+from util.weights import Origin, download, find_origin, read_checkpoint, small
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
@@ -92,8 +95,13 @@ def good_sum(path: Path) -> str:
 
 def numbered(folder: Path) -> list[Path]:
     """`checkpoint-<epoch>.pth`, the latest epoch first."""
-    found = [(int(m[1]), f) for f in folder.glob('checkpoint-*.pth') if (m := re.search(r'-(\d+)\.pth$', f.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((f for f in folder.glob('checkpoint-*.pth') if number_of(f) >= 0), key=number_of, reverse=True)
+
+
+def number_of(path: Path) -> int:
+    """The epoch in `checkpoint-<epoch>.pth` and `pictures-<epoch>.png`; -1 in other names."""
+    match = re.search(r'-(\d+)$', path.stem)
+    return int(match[1]) if match else -1
 
 
 def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
@@ -129,7 +137,8 @@ def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Pa
     """Put aside what a run had written after the checkpoint that a branch starts from."""
     if resumed_from.name == LAST:
         return []
-    later = [path for path in numbered(folder) if int(path.stem.rpartition('-')[2]) >= first_epoch]
+    later = [path for path in numbered(folder) if number_of(path) >= first_epoch]
+    later += [path for path in folder.glob('pictures-*.png') if number_of(path) >= first_epoch]
     later += [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
     later = [path for path in later if path.name != resumed_from.name]
     for path in later:
@@ -206,6 +215,10 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
     saved = state.get('run')
     if not isinstance(saved, dict) or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys():
         raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
+    saved = {key: value for key, value in saved.items() if small(value)}
+    if saved.get('stage') != current['stage']:
+        start = '; use --finetune' if current['stage'] == 'finetune' else '; it cannot be resumed by another program,'
+        raise CheckpointError(f'{path} is a checkpoint of main_{printable(saved.get("stage"))}.py{start} {path}')
     differing = [k for k in current if saved.get(k) != current[k]]
     if differing:
         listed = '; '.join(f'{k}: {saved.get(k)} then, {current[k]} now' for k in differing)
@@ -221,3 +234,76 @@ def changed_settings(state: dict, current: dict, roles: dict[str, str]) -> list[
         return []
     listed = '; '.join(f'--{name} {saved[name]} then, {current[name]} now' for name in differing)
     return [f'WARNING: resumed with other settings, which hold from here on: {listed}']
+
+
+# --------------------------------------------------------------------------
+# what a file knows
+
+
+@dataclass
+class Source:
+    """A checkpoint of any origin, read once. Where our own program wrote it, it knows how its network was made."""
+
+    path: str
+    container: dict
+    origin: Origin | None = None
+    notices: list[str] = field(default_factory=list)  # what `complete` has found, to be printed
+
+    @classmethod
+    def read(cls, source: str) -> 'Source':
+        """From a path or a URL; nothing, from none. Raises CheckpointError."""
+        return cls.of(source.partition('#')[0], read_checkpoint(download.fetch(source)) if source else {})
+
+    @classmethod
+    def of(cls, path: str | Path, container: dict) -> 'Source':
+        return cls(str(path), container, find_origin(container))
+
+    def complete(
+        self, args: argparse.Namespace, parser: config.Parser, take: Collection[str] = ()
+    ) -> argparse.Namespace:
+        """The arguments, with those of `take`, by default all, as the file has them where no flag or recipe gives them.
+
+        What was taken, and what stays otherwise than in the file, becomes a notice.
+        """
+        if not self.origin:
+            return args
+        take = take or parser.of_network
+        then, kept = self.values(args, parser), {'model_kwargs', *args.given}
+        if 'input_size' in kept:
+            kept.add('eval_size')  # which would win over it
+        taken = {name: then[name] for name in then.keys() & set(take) - kept}
+        options = then.pop('model_kwargs')  # each is given for itself, as over a recipe's, but not to another model
+        if 'model_kwargs' in take and taken.get('model', args.model) == then['model']:
+            then['model_kwargs'], taken['model_kwargs'] = options, options | args.model_kwargs
+        completed = argparse.Namespace(**vars(args) | taken)
+        told = {name: taken[name] for name in then if name in taken and taken[name] != getattr(args, name)}
+        differing = [name for name in then if then[name] != getattr(completed, name)]
+        if told:
+            self.notices.append(f'taken from {self.path}: {printable(config.as_flags(told))}')
+        if differing:
+            listed = '; '.join(
+                f'{name}: {printable(then[name])} then, {getattr(completed, name)} now' for name in differing
+            )
+            trained = 'pretrained' if self.origin.stage == 'pretrain' else 'fine-tuned'
+            self.notices.append(f'not as it was {trained}: {listed}')
+        return completed
+
+    def values(self, args: argparse.Namespace, parser: config.Parser) -> dict:
+        """What the file says of the flags that describe a network, converted and checked as a recipe's values are."""
+        found = {}
+        for name, action in parser.of_network.items():
+            if name in self.origin.args:
+                # what is given is not needed from the file
+                with contextlib.suppress(*[UserError] if name in args.given else []):
+                    found[name] = config.converted(action, name, self.origin.args[name], f'{self.path}: its {name}')
+        return found
+
+    @contextlib.contextmanager
+    def expected(self, args: argparse.Namespace) -> Iterator[None]:
+        """What fails in the block with another model than the file's is told after just that."""
+        try:
+            yield
+        except UserError as error:
+            if not self.origin or self.origin.args['model'] == args.model:
+                raise
+            raise UserError(f'{self.path} is not of --model {args.model}, but of {self.origin}; {error}') from error

@@ -139,7 +139,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, main: 'Parser | None' = None, other: str = '', usage: str | None = None):
         self.flags: dict[str, argparse.Action] = {}  # by each of their names
-        self.roles: dict[str, AtResume] = {}  # by the names of their values
+        self.roles: dict[str, AtResume] = {'given': 'free'}  # by the names of their values
+        self.of_network: dict[str, argparse.Action] = {}
         self.instead_of: dict[str, str] = {}
         super().__init__(
             description=description,
@@ -151,11 +152,18 @@ class Parser(argparse.ArgumentParser):
         self.main, self.other = main, other
 
     def add_argument(
-        self, *names: str, heading: str = '', at_resume: AtResume = 'warn', instead_of: str = '', **kwargs
+        self,
+        *names: str,
+        heading: str = '',
+        at_resume: AtResume = 'warn',
+        instead_of: str = '',
+        of_network: bool = False,
+        **kwargs,
     ) -> argparse.Action:
         """argparse's, under a heading of --help.
 
-        `instead_of` is another flag's value, which is not taken from a recipe where this flag is given.
+        `instead_of` is another flag's value, which is not taken from a recipe where this flag is given. `of_network`:
+        it decides what a network is, or how that sees an image, and is known to its checkpoint (checkpoint.Source).
         """
         if heading and heading not in self.headings:
             self.headings[heading] = self.add_argument_group(heading)
@@ -166,6 +174,8 @@ class Parser(argparse.ArgumentParser):
         self.roles[action.dest] = at_resume
         if instead_of:
             self.instead_of[names[0]] = instead_of
+        if of_network:
+            self.of_network[action.dest] = action
         return action
 
     def error(self, message: str):
@@ -173,17 +183,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix('argument ').replace(': must be', ' must be', 1))
 
     def parse(self, argv: list[str] | None = None, stage: str = '') -> argparse.Namespace:
-        """Flags over recipe over defaults. Raises UserError naming the closest flag or key for one that is unknown."""
+        """Flags over recipe over defaults; `given` names those that are no defaults.
+
+        Raises UserError naming the closest flag or key for one that is unknown.
+        """
         argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument('--config', nargs='?')
         config = first.parse_known_args(argv)[0].config
+        flags, defaults = {word.partition('=')[0] for word in argv}, {}
         if config and 'config' in self.roles:
             values = (self.main or self).recipe(find_recipe(config), stage)
-            given = {word.partition('=')[0] for word in argv}
-            dropped = {other for flag, other in self.instead_of.items() if flag in given}
-            self.set_defaults(**{dest: values[dest] for dest in values.keys() & self.roles.keys() - dropped})
-        return self.parse_args(argv)
+            dropped = {other for flag, other in self.instead_of.items() if flag in flags}
+            defaults = {dest: values[dest] for dest in values.keys() & self.roles.keys() - dropped}
+            self.set_defaults(**defaults)
+        args = self.parse_args(argv)
+        args.given = sorted(defaults.keys() | {self.flags[flag].dest for flag in flags & self.flags.keys()})
+        return args
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
@@ -238,6 +254,18 @@ def converted(action: argparse.Action, name: str, value: Any, where: str) -> Any
     return items if many else items[0]
 
 
+def as_flags(values: dict[str, Any]) -> str:
+    """'--input_size 32 --no_global_pool --mean 0.5 0.5 0.5 --model_kwargs depth=4', to be read or typed."""
+    words = []
+    for name, value in values.items():
+        words.append(f'--no_{name}' if value is False else f'--{name}')
+        if isinstance(value, dict):
+            words += [f'{key}={item}'.replace(' ', '') for key, item in value.items()]
+        elif not isinstance(value, bool):
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return ' '.join(words)
+
+
 def underscored(word: str) -> str:
     """`--some-flag=a-b` -> `--some_flag=a-b`"""
     if not word.startswith('--'):
@@ -276,12 +304,13 @@ def add_common_args(
 def add_model_args(parser: Parser, model: str) -> None:
     """The model, its input, and where it runs."""
     add = partial(parser.add_argument, heading='Model', at_resume='same')
-    add('--model', default=model, help='name of a function in a models_*.py')
-    add('--model_kwargs', action=KeyValues, help='more arguments of the model')
-    add('--input_size', type=AT_LEAST_1, default=224, help='image side in pixels')
+    add('--model', default=model, of_network=True, help='name of a function in a models_*.py')
+    add('--model_kwargs', action=KeyValues, of_network=True, help='more arguments of the model')
+    add('--input_size', type=AT_LEAST_1, default=224, of_network=True, help='image side in pixels')
 
     add = partial(parser.add_argument, heading='Data')
     add('--max_pixels', type=AT_LEAST_1, default=50_000_000, help='larger images are not decoded')
+    add = partial(add, of_network=True)
     add('--mean', type=number(float), nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
     add('--std', type=ABOVE_0, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
 

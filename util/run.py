@@ -25,7 +25,7 @@ from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import read_checkpoint
+from util.weights import check_file, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -39,6 +39,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, stage: str, sampler: EpochBatches, roles: dict[str, config.AtResume]):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
+        if args.resume not in ('', 'auto'):
+            check_file(args.resume)  # or a wrong path would be told as something else
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
@@ -57,7 +59,6 @@ class Run:
             self.resumed_from, self.saved = self.find_saved()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
-                self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args), self.roles)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -121,6 +122,7 @@ class Run:
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
+            self.notices += checkpoint.changed_settings(self.saved, config.plain(args), self.roles)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         signals.restore()  # while it waits for other processes, Python could not obey
@@ -161,12 +163,26 @@ class Run:
         signals.install()
         self.announce()
 
+    def nothing_left(self) -> bool:
+        """Whether the run was at its end already, which is said; then it must not go on, for it would change files.
+
+        Raises UserError if it is beyond the end that --epochs asks for.
+        """
+        if not self.saved:
+            return False
+        (epoch, step), epochs = position(self.saved), self.args.epochs
+        done = f'{epoch} epochs' + (f' and {step} steps' if step else '')
+        if (epoch, step) > (epochs, 0):
+            raise UserError(f'{self.resumed_from} has done {done}, more than --epochs {epochs}')
+        if epoch == epochs:
+            info(f'nothing is left to train: {self.resumed_from} has done all of --epochs {epochs}')
+        return epoch == epochs
+
     def restore_position(self, saved: dict) -> None:
         self.record = saved['record']
-        if saved['step'] == saved['steps'] and saved.get('closed', True):
-            self.first_epoch = saved['epoch'] + 1
-        else:
-            self.first_epoch, self.first_step, self.sums = saved['epoch'], saved['step'], saved['logger']
+        self.first_epoch, self.first_step = position(saved)
+        if self.first_epoch == saved['epoch']:
+            self.sums = saved['logger']
 
     def tidy_folder(self) -> None:
         """Make the output folder as a save leaves it, whatever a kill has left. Raises StorageError without room."""
@@ -338,3 +354,10 @@ class Run:
             checkpoint.save(self.args.output_dir / name, state)
             if not self.folder.has_failed():
                 self.folder.write_status('running')
+
+
+def position(saved: dict) -> tuple[int, int]:
+    """The epoch that a checkpoint's run goes on with, and the steps done in it."""
+    if saved['step'] == saved['steps'] and saved.get('closed', True):
+        return saved['epoch'] + 1, 0
+    return saved['epoch'], saved['step']

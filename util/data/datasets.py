@@ -218,6 +218,13 @@ def cannot_list(error: OSError) -> NoReturn:
     raise UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}') from error
 
 
+def images_at(path: Path) -> list[str]:
+    """An image file, or those below a folder. Raises UserError if there is neither."""
+    if not os.path.exists(path):
+        raise UserError(f'no such file or folder: {path}')
+    return list_images(path) if os.path.isdir(path) else [str(path)]
+
+
 def pretraining_files(data_path: Path) -> list[str]:
     """The images of `data_path/train` if there is such a folder, else of `data_path`; labels are not needed."""
     train = data_path / 'train'

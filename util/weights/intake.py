@@ -22,20 +22,39 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that wrote a checkpoint of our own, as the file tells it."""
+    """The run that wrote a checkpoint of our own, as the file tells it: of its arguments those that are `small`."""
 
     stage: str
     args: dict
 
     def __str__(self) -> str:
-        return f'main_{self.stage}.py --model {printable(self.args["model"], 80)}'
+        options = ' '.join(f'{key}={value}' for key, value in self.args['model_kwargs'].items())
+        model = printable(self.args['model'], 80) + (f' --model_kwargs {printable(options, 200)}' if options else '')
+        return f'main_{self.stage}.py --model {model}'
 
 
 def find_origin(container: dict) -> Origin | None:
     """None for files of others."""
     args, run = container.get('args'), container.get('run', {'stage': 'finetune'})  # checkpoint-best.pth has no `run`
-    ours = isinstance(args, dict) and isinstance(args.get('model_kwargs'), dict) and isinstance(run, dict)
-    return Origin(printable(run.get('stage'), 80), args) if ours and 'model' in args else None
+    if not isinstance(args, dict) or not isinstance(run, dict):
+        return None
+    args = {key: value for key, value in args.items() if small(key) and small(value)}
+    if not isinstance(args.get('model'), str) or not isinstance(args.get('model_kwargs'), dict):
+        return None
+    return Origin('pretrain' if run.get('stage') == 'pretrain' else 'finetune', args)
+
+
+def small(value: object, depth: int = 3) -> bool:
+    """Whether a value of a foreign file is what an argument may be: a number, a short text, or a few of them."""
+    if isinstance(value, str):
+        return len(value) <= 500
+    if isinstance(value, int):
+        return abs(value) < 2**31
+    if isinstance(value, dict):
+        return len(value) <= 50 and small([*value, *value.values()], depth)
+    if isinstance(value, list | tuple):
+        return depth > 0 and len(value) <= 100 and all(small(part, depth - 1) for part in value)
+    return value is None or isinstance(value, float)
 
 
 @dataclass
