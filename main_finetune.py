@@ -24,7 +24,7 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import load_published
+from util.weights import Report, load_published
 
 
 def get_args_parser() -> config.Parser:
@@ -68,8 +68,12 @@ def get_args_parser() -> config.Parser:
     add('--ema_warmup_ratio', type=SHARE, default=0.9, help='share of the decay that this warm-up starts from')
 
     add = partial(parser.add_argument, heading='Data')
-    add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
-    add('--download', action=Switch, at_resume='free', help='get what is missing in --data_path, where torchvision can')
+    add(
+        '--val_share',
+        type=number(float, above=0, below=1),
+        at_resume='same',
+        help='share of every class that validates, where there is no val/; drawn from --seed',
+    )
 
     add = partial(parser.add_argument, heading='Loss')
     add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
@@ -84,6 +88,12 @@ def get_args_parser() -> config.Parser:
         default=0.875,
         of_network=True,
         help='centre crop, as a share of the resized side',
+    )
+    add(
+        '--eval_logits',
+        choices=('all', 'present'),
+        default='all',
+        help='which classes an answer may be: all of the network, or those that the validation images have',
     )
 
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
@@ -148,10 +158,19 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
         core.train()
 
 
-def report(stats: dict[str, float]) -> None:
-    """MAE's closing lines."""
+def report(stats: dict[str, float], reader: Reader) -> None:
+    """MAE's closing lines, and before them how many images the reader has skipped."""
+    if skipped := reader.skipped():
+        info(f'{len(skipped)} images that cannot be read were skipped; {reader.listing} lists them')
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     info(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
+
+
+def absent_classes(args: argparse.Namespace, val: named.Split) -> list[int]:
+    """The classes that no answer may be in an evaluation: with --eval_logits present, those without an image."""
+    if args.eval_logits == 'all':
+        return []
+    return sorted(set(range(args.nb_classes or len(val.classes))) - set(val.labels))
 
 
 def classification_loss(
@@ -182,7 +201,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     config.check_common_args(args)
     source = checkpoint.Source.read(args.resume)
     args = source.complete(args, get_args_parser())
-    [val], num_classes = named.labelled_splits(args, ('val',))
+    [val] = named.labelled_splits(args, ('val',), source.origin and source.origin.classes)
+    num_classes = args.nb_classes or len(val.classes)
     with source.expected(args):
         core = create_classifier(args, num_classes)
         check_steps(core, args)
@@ -192,10 +212,10 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(
             f'{source.path} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
-    batches = build.val_loader(args, *val, torch.device(args.device))
+    batches = build.val_loader(args, val.images, val.labels, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
-    for notice in source.notices:
+    for notice in (*source.notices, *val.notes):
         info(notice)
     size = args.eval_size or args.input_size
     if not source.origin and size > 224 and 'crop_pct' not in args.given:
@@ -206,8 +226,18 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     layout = memory_format(args, core)
     normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
     core = core.to(device, memory_format=layout)
-    report(evaluate(core, batches, normalise, amp_dtype(args, device)))
+    stats = evaluate(core, batches, normalise, amp_dtype(args, device), absent_classes(args, val))
+    report(stats, batches.dataset.reader)
     dist.cleanup()
+
+
+def notice_classes(loaded: Report, classes: list[str]) -> list[str]:
+    """A line where a head was loaded that was trained for other classes."""
+    then = loaded.origin and loaded.origin.classes
+    if not then or then == classes or loaded.missing:
+        return []
+    differing = named.difference(then, classes, loaded.source, 'train/')
+    return [f'the head that was loaded was trained for other classes: {differing}']
 
 
 def main(args: argparse.Namespace) -> None:
@@ -217,15 +247,17 @@ def main(args: argparse.Namespace) -> None:
     method = find_method(args.model)
     config.check_common_args(args)
     config.check_schedule(args)
-    (train, val), num_classes = named.labelled_splits(args, ('train', 'val'))
+    train, val = named.labelled_splits(args, ('train', 'val'))
+    num_classes = args.nb_classes or len(train.classes)
     if augment.mixes(args) and args.batch_size % 2:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'
         )
-    sampler = build.epoch_batches(args, len(train[0]))
-    with Run(args, 'finetune', sampler, get_args_parser().roles) as run:
+    sampler = build.epoch_batches(args, len(train.images))
+    with Run(args, 'finetune', sampler, get_args_parser().roles, train.classes) as run:
         if run.nothing_left():
             return
+        run.notices += [*train.notes, *val.notes]
         args, core, told = first_network(run, num_classes)
         crop = augment.finetune_transform(
             args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
@@ -241,13 +273,14 @@ def main(args: argparse.Namespace) -> None:
         model = dist.parallel(core, device, args.compile)
         training = Training(args, core, model, optimizer, sampler, device, ema)
 
-        images = datasets.ImageFiles(*train, crop, args.seed, Reader.of(args))
+        images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         for line in told:
             info(line)
         batches = build.loader(images, sampler, args, device)
-        val_batches = build.val_loader(args, *val, device)
+        val_batches = build.val_loader(args, val.images, val.labels, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
+        absent = absent_classes(args, val)
         loss_of = classification_loss(training, augmentation, augment.criterion(args))
 
         for epoch in run.epochs():
@@ -255,10 +288,10 @@ def main(args: argparse.Namespace) -> None:
             run.save_before_evaluation(epoch)
             networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
             tests = {
-                name: evaluate(network, val_batches, training.normalise, training.amp_dtype)
+                name: evaluate(network, val_batches, training.normalise, training.amp_dtype, absent)
                 for name, network in networks.items()
             }
-            report(tests['test'])
+            report(tests['test'], val_batches.dataset.reader)
             keep_best(run, epoch, networks, tests)
             values = {f'train_{name}': value for name, value in stats.items()}
             values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
@@ -282,7 +315,7 @@ def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Mo
         if run.saved or not args.finetune:
             return args, core, []
         loaded = load_published(core, source.container, label=source.path)
-    return args, core, [str(loaded), *source.notices]
+    return args, core, [str(loaded), *source.notices, *notice_classes(loaded, run.classes)]
 
 
 def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:
@@ -295,6 +328,7 @@ def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dic
             state = {
                 'model': networks[name].state_dict(),
                 'weights': name,
+                'classes': run.classes,
                 'args': config.plain(run.args),
                 **run.record,
             }

@@ -213,15 +213,20 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
             f'update it'
         )
     saved = state.get('run')
-    if not isinstance(saved, dict) or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys():
+    if (
+        not isinstance(saved, dict)
+        or 'stage' not in saved
+        or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys()
+    ):
         raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
-    saved = {key: value for key, value in saved.items() if small(value)}
-    if saved.get('stage') != current['stage']:
-        start = '; use --finetune' if current['stage'] == 'finetune' else '; it cannot be resumed by another program,'
-        raise CheckpointError(f'{path} is a checkpoint of main_{printable(saved.get("stage"))}.py{start} {path}')
-    differing = [k for k in current if saved.get(k) != current[k]]
+    if saved['stage'] != current['stage'] and small(saved['stage']):
+        advice = f'use --finetune {path}' if current['stage'] == 'finetune' else 'that program alone resumes it'
+        raise CheckpointError(f'{path} is a checkpoint of main_{printable(saved["stage"])}.py; {advice}')
+    differing = [k for k in current if k in saved and saved[k] != current[k]]  # older versions wrote fewer
     if differing:
-        listed = '; '.join(f'{k}: {saved.get(k)} then, {current[k]} now' for k in differing)
+        listed = '; '.join(
+            f'{k}: {printable(saved[k]) if small(saved[k]) else "..."} then, {current[k]} now' for k in differing
+        )
         raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}')
 
 

@@ -17,14 +17,16 @@ MARGIN, FONT_SIZE = 4, 14
 class Pictures:
     """A few images, reconstructed under masks that depend on the seed alone: the same every time.
 
-    At most `count` images are taken, evenly from all `files`; the reader says what becomes of bad ones.
+    At most `count` images are taken, evenly from all; the reader says what becomes of bad ones.
     """
 
-    def __init__(self, core: nn.Module, files: list[str], args: argparse.Namespace, reader: Reader, count: int = 6):
-        count = min(count, len(files))
+    def __init__(
+        self, core: nn.Module, images: datasets.Images, args: argparse.Namespace, reader: Reader, count: int = 6
+    ):
+        count, total = min(count, len(images)), len(images)
         transform = augment.eval_transform(args.input_size, 1.0, args.max_pixels)
-        images = datasets.ImageFiles(files, None, transform, args.seed, reader)
-        self.imgs = torch.stack([images[0, i * len(files) // count][0] for i in range(count)])
+        images = datasets.ImageFiles(images, None, transform, args.seed, reader)
+        self.imgs = torch.stack([images[0, i * total // count][0] for i in range(count)])
         self.plan = core.plan_from_noise(rng.picture_noise(core, args.seed, count))
         self.mean, self.std = args.mean, args.std
 

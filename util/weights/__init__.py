@@ -5,7 +5,7 @@
 
 from util.weights import download
 from util.weights.files import check_file, read_checkpoint
-from util.weights.intake import Origin, find_origin, small
+from util.weights.intake import Origin, Report, find_origin, small
 from util.weights.published import load_published
 
-__all__ = ['Origin', 'check_file', 'download', 'find_origin', 'load_published', 'read_checkpoint', 'small']
+__all__ = ['Origin', 'Report', 'check_file', 'download', 'find_origin', 'load_published', 'read_checkpoint', 'small']

@@ -26,6 +26,7 @@ class Origin:
 
     stage: str
     args: dict
+    classes: list[str] | None = None
 
     def __str__(self) -> str:
         options = ' '.join(f'{key}={value}' for key, value in self.args['model_kwargs'].items())
@@ -41,7 +42,7 @@ def find_origin(container: dict) -> Origin | None:
     args = {key: value for key, value in args.items() if small(key) and small(value)}
     if not isinstance(args.get('model'), str) or not isinstance(args.get('model_kwargs'), dict):
         return None
-    return Origin('pretrain' if run.get('stage') == 'pretrain' else 'finetune', args)
+    return Origin('pretrain' if run.get('stage') == 'pretrain' else 'finetune', args, class_names(container))
 
 
 def small(value: object, depth: int = 3) -> bool:
@@ -55,6 +56,13 @@ def small(value: object, depth: int = 3) -> bool:
     if isinstance(value, list | tuple):
         return depth > 0 and len(value) <= 100 and all(small(part, depth - 1) for part in value)
     return value is None or isinstance(value, float)
+
+
+def class_names(container: dict) -> list[str] | None:
+    """The classes that a fine-tuned network of our own knows, in their order; None if the file does not tell."""
+    names = container.get('classes')
+    plain = isinstance(names, list) and 0 < len(names) <= 1_000_000
+    return list(names) if plain and all(isinstance(name, str) and len(name) <= 1000 for name in names) else None
 
 
 @dataclass
