@@ -99,7 +99,7 @@ def get_args_parser() -> config.Parser:
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
     add(
         '--finetune',
-        default='',
+        type=config.source,
         metavar='PATH',
         help='pretrained weights, a path or URL#sha256=...; default: none, random weights',
     )

@@ -34,7 +34,7 @@ SHOWN = 5  # modules with the largest outputs
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0])
     add = parser.add_argument
-    add('diagnosis', type=Path, help='the diagnosis.json of a run')
+    add('diagnosis', type=config.path, help='the diagnosis.json of a run')
     add('--rank', type=int, help='of which rank; default: those whose loss was not finite, or else all')
     add('--amp_dtype', choices=('bf16', 'fp16', 'none'), default='none', help='autocast; none: all in float32')
     add('--device', default='cpu', help='cuda, cuda:N or cpu')

@@ -57,8 +57,13 @@ def get_args_parser() -> config.Parser:
     add = partial(parser.add_argument, heading='Jobs')
     add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
     add('--ngpus', type=AT_LEAST_1, default=8, help='GPUs, and tasks, of each machine; --device cpu: tasks only')
-    add('--job_dir', default='jobs/%j', help='pickles, logs, and without --output_dir checkpoints; %j: job id')
-    add('--array', nargs='+', default=[], metavar='RECIPE', help='a job for each recipe')
+    add(
+        '--job_dir',
+        type=config.path,
+        default=Path('jobs/%j'),
+        help='pickles, logs, and without --output_dir checkpoints; %j: job id',
+    )
+    add('--array', nargs='+', type=config.path, default=[], metavar='RECIPE', help='a job for each recipe')
     add('--seeds', nargs='+', type=AT_LEAST_0, default=[], metavar='SEED', help='a job for each seed')
     add('--local', action=config.Switch, help='run here, without SLURM, one job after the other')
 
@@ -220,10 +225,10 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f'--timeout {options.timeout} min is not longer than --signal_delay_s {options.signal_delay_s}')
     if options.local and options.nodes > 1:
         raise UserError(f'--local is this machine alone: --nodes 1, not {options.nodes}')
-    if re.search(r'%(?!j)', options.job_dir):
+    if re.search(r'%(?!j)', str(options.job_dir)):
         raise UserError(f'--job_dir {options.job_dir}: %j, the job id, is all that can be filled in')
-    if not options.job_dir.isprintable():
-        raise UserError(f'--job_dir must be one line of printable characters, got {options.job_dir!r}')
+    if not str(options.job_dir).isprintable():
+        raise UserError(f'--job_dir must be one line of printable characters, got {str(options.job_dir)!r}')
 
 
 def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
@@ -232,7 +237,7 @@ def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[st
     for own, other in (('array', '--config'), ('seeds', '--seed')):
         if getattr(options, own) and other in given:
             raise UserError(f'--{own} sets {other} of each job; give only one of the two')
-    recipes = [(Path(recipe).stem, ['--config', recipe]) for recipe in options.array] or [('', [])]
+    recipes = [(recipe.stem, ['--config', str(recipe)]) for recipe in options.array] or [('', [])]
     seeds = [(f'seed{seed}', ['--seed', str(seed)]) for seed in options.seeds] or [('', [])]
     pairs = list(itertools.product(recipes, seeds))
     jobs = {'-'.join(filter(None, (a, b))): [*flags, *first, *second] for (a, first), (b, second) in pairs}
@@ -257,7 +262,7 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
         if not getattr(args, 'eval', False):
             config.check_schedule(args)
         optim.accumulation(args)
-    paths = {key: value.expanduser().absolute() for key, value in vars(args).items() if isinstance(value, Path)}
+    paths = {key: value.absolute() for key, value in vars(args).items() if isinstance(value, Path)}
     apart = {key: paths[key] / label for key in ('output_dir', 'log_dir') if key in paths}
     return argparse.Namespace(**{**vars(args), **paths, **apart})
 
@@ -266,12 +271,12 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
 # from jobs to SLURM, or to this machine
 
 
-def private_folder(job_dir: str, several: bool) -> Path:
+def private_folder(job_dir: Path, several: bool) -> Path:
     """The absolute job folder, `%j` still in it; its part that exists from now on is ours alone to write in.
 
     Pickles in it are executed. Raises UserError where others could replace them.
     """
-    folder = Path(job_dir).expanduser().resolve()
+    folder = job_dir.resolve()
     if several and '%j' not in str(folder):
         folder /= '%j'
     root = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)

@@ -25,16 +25,17 @@ from util.weights import load_published
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0], main=main_pretrain.get_args_parser())
     add = parser.add_argument
-    add('images', nargs='+', type=Path, help='image files, or folders of them')
+    add('images', nargs='+', type=config.path, help='image files, or folders of them')
     add(
         '--checkpoint',
+        type=config.source,
         required=True,
         metavar='PATH',
         help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
-    add('--output', type=Path, default=Path('reconstruction.png'), help='the PNG to write')
+    add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
-    add('--config', default='', metavar='YAML', help="pretraining's recipe, for the model and its input")
+    add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
     config.add_model_args(parser, model='mirl_vit_base_depth48')
     main_pretrain.add_target_args(parser)
     return parser

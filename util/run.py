@@ -109,7 +109,7 @@ class Run:
     def branches(self) -> bool:
         """Whether the run resumes from a checkpoint of its own folder that was named: a branch begins there."""
         resume = self.args.resume
-        return resume not in ('', 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
+        return resume not in (None, 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
 
     def find_saved(self) -> tuple[Path | None, dict | None]:
         """The checkpoint that --resume means, and what it holds. A damaged one is skipped, with a warning."""

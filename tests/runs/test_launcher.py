@@ -143,18 +143,18 @@ def test_request_to_be_queued_again_that_is_not_granted(error, words, monkeypatc
 def test_job_folder_is_ours_alone(tmp_path):
     umask = os.umask(0o002)
     try:
-        assert launcher.private_folder(str(tmp_path / 'jobs' / '%j'), several=False) == tmp_path / 'jobs' / '%j'
+        assert launcher.private_folder(tmp_path / 'jobs' / '%j', several=False) == tmp_path / 'jobs' / '%j'
         assert stat.S_IMODE((tmp_path / 'jobs').stat().st_mode) == 0o700
-        assert launcher.private_folder(str(tmp_path / 'jobs'), several=True) == tmp_path / 'jobs' / '%j'
+        assert launcher.private_folder(tmp_path / 'jobs', several=True) == tmp_path / 'jobs' / '%j'
         (tmp_path / 'jobs').chmod(0o770)
         with pytest.raises(UserError, match='can be written by others'):
-            launcher.private_folder(str(tmp_path / 'jobs' / '%j'), several=False)
+            launcher.private_folder(tmp_path / 'jobs' / '%j', several=False)
         with pytest.raises(UserError, match='can be written by others'):
-            launcher.private_folder(str(tmp_path / 'other' / '%j' / '..' / '..' / 'jobs'), several=True)
+            launcher.private_folder(tmp_path / 'other' / '%j' / '..' / '..' / 'jobs', several=True)
         (tmp_path / 'jobs').chmod(0o700)
         tmp_path.chmod(0o777)
         with pytest.raises(UserError, match='others could replace'):
-            launcher.private_folder(str(tmp_path / 'jobs' / '%j'), several=False)
+            launcher.private_folder(tmp_path / 'jobs' / '%j', several=False)
     finally:
         os.umask(umask)
 
