@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine_finetune import LossOf, evaluate, train_one_epoch
 from main_pretrain import find_method
-from util import build, checkpoint, config, dist, rng
+from util import build, checkpoint, config, dist, predictions, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -42,7 +42,7 @@ def get_args_parser() -> config.Parser:
     add_augmentation_args(parser)
     below_1 = number(float, 0, below=1)
     add = partial(parser.add_argument, heading='Model')
-    add('--nb_classes', type=AT_LEAST_1, help="number of classes; default: the data's")
+    add('--nb_classes', type=AT_LEAST_1, of_network=True, help="number of classes; default: the data's")
     add(
         '--global_pool',
         action=Switch,
@@ -76,7 +76,13 @@ def get_args_parser() -> config.Parser:
     )
 
     add = partial(parser.add_argument, heading='Loss')
-    add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
+    add(
+        '--criterion',
+        choices=('ce', 'bce'),
+        default='ce',
+        of_network=True,
+        help='cross-entropy, or binary ones summed over classes',
+    )
     add('--smoothing', type=below_1, default=0.1, help='label smoothing')
 
     add = partial(parser.add_argument, heading='Evaluation')
@@ -94,6 +100,13 @@ def get_args_parser() -> config.Parser:
         choices=('all', 'present'),
         default='all',
         help='which classes an answer may be: all of the network, or those that the validation images have',
+    )
+    add(
+        '--predictions',
+        type=config.path,
+        metavar='CSV',
+        at_resume='free',
+        help='with --eval: the table to write of the answers to each image; --data_path may have no labels then',
     )
 
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
@@ -158,10 +171,12 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
         core.train()
 
 
-def report(stats: dict[str, float], reader: Reader) -> None:
-    """MAE's closing lines, and before them how many images the reader has skipped."""
+def report(stats: dict[str, float], reader: Reader, labelled: bool = True) -> None:
+    """How many images the reader has skipped, and where they have labels, MAE's closing lines."""
     if skipped := reader.skipped():
         info(f'{len(skipped)} images that cannot be read were skipped; {reader.listing} lists them')
+    if not labelled:
+        return
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     info(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
 
@@ -193,16 +208,41 @@ def classification_loss(
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
-    """`--eval`: load `--resume`, every weight of it, and evaluate it on the validation images."""
+    """`--eval`: load `--resume`, every weight of it, and evaluate it on the validation images, or answer others."""
     if not args.resume or args.resume == 'auto':
         raise UserError('--eval needs the checkpoint to evaluate: --resume PATH')
     if args.finetune:
         raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
+    args, core, val, told = evaluated_network(args)
+    batches = build.val_loader(args, val.images, val.labels, torch.device(args.device))
+    device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    for line in told:
+        info(line)
+    layout = memory_format(args, core)
+    normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
+    core = core.to(device, memory_format=layout)
+    absent = absent_classes(args, val)
+    outputs = (args.nb_classes or len(val.classes)) - len(absent)
+    answers = predictions.Answers(batches, outputs, independent=args.criterion == 'bce')
+    stats = evaluate(core, batches, normalise, amp_dtype(args, device), absent, answers if args.predictions else None)
+    if args.predictions:
+        for line in predictions.write(args.predictions, val, answers, device):
+            info(line)
+    report(stats, batches.dataset.reader, labelled=val.labels is not None)
+    dist.cleanup()
+
+
+def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Module, named.Split, list[str]]:
+    """The arguments, completed by the checkpoint of --resume, its network, the images, and lines that tell of them."""
     source = checkpoint.Source.read(args.resume)
     args = source.complete(args, get_args_parser())
-    [val] = named.labelled_splits(args, ('val',), source.origin and source.origin.classes)
+    if not args.model:
+        raise UserError(f'{source.path} does not say of which model it is: --model is needed')
+    val = predictions.images_to_answer(args, source.origin and source.origin.classes)
     num_classes = args.nb_classes or len(val.classes)
+    if not num_classes:
+        raise UserError(f'{source.path} does not say how many classes it knows: --nb_classes is needed')
     with source.expected(args):
         core = create_classifier(args, num_classes)
         check_steps(core, args)
@@ -212,23 +252,13 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(
             f'{source.path} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
-    batches = build.val_loader(args, val.images, val.labels, torch.device(args.device))
-    device = dist.init(args.device, args.dist_url, args.dist_timeout)
-    info(str(loaded))
-    for notice in (*source.notices, *val.notes):
-        info(notice)
-    size = args.eval_size or args.input_size
-    if not source.origin and size > 224 and 'crop_pct' not in args.given:
-        info(
+    told = [str(loaded), *source.notices, *val.notes]
+    if not source.origin and (args.eval_size or args.input_size) > 224 and 'crop_pct' not in args.given:
+        told.append(
             f'centre crop: --crop_pct {args.crop_pct}, the default; the scripts of MAE and MixMIM evaluate the whole '
-            f'image above 224 pixels: --crop_pct 1'
+            f'image above 224 pixels, as --crop_pct 1 does'
         )
-    layout = memory_format(args, core)
-    normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
-    core = core.to(device, memory_format=layout)
-    stats = evaluate(core, batches, normalise, amp_dtype(args, device), absent_classes(args, val))
-    report(stats, batches.dataset.reader)
-    dist.cleanup()
+    return args, core, val, told
 
 
 def notice_classes(loaded: Report, classes: list[str]) -> list[str]:
@@ -242,6 +272,7 @@ def notice_classes(loaded: Report, classes: list[str]) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
+    predictions.check(args)
     if args.eval:
         return evaluate_checkpoint(args)
     method = find_method(args.model)

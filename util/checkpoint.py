@@ -255,9 +255,9 @@ class Source:
     notices: list[str] = field(default_factory=list)  # what `complete` has found, to be printed
 
     @classmethod
-    def read(cls, source: str) -> 'Source':
-        """From a path or a URL; nothing, from none. Raises CheckpointError."""
-        return cls.of(source.partition('#')[0], read_checkpoint(download.fetch(source)) if source else {})
+    def read(cls, source: str | None) -> 'Source':
+        """From a path or a URL; None has nothing in it. Raises CheckpointError."""
+        return cls.of(source.partition('#')[0], read_checkpoint(download.fetch(source))) if source else cls('', {})
 
     @classmethod
     def of(cls, path: str | Path, container: dict) -> 'Source':

@@ -48,7 +48,7 @@ class Run:
     ):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
         self.classes = classes  # their names, where there are labels
-        if args.resume not in ('', 'auto'):
+        if args.resume not in (None, 'auto'):
             check_file(args.resume)  # or a wrong path would be told as something else
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
