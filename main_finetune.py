@@ -236,6 +236,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Module, named.Split, list[str]]:
     """The arguments, completed by the checkpoint of --resume, its network, the images, and lines that tell of them."""
     source = checkpoint.Source.read(args.resume)
+    source.expect('finetune', f'has no classifier to evaluate: fine-tune it, with --finetune {args.resume}')
     args = source.complete(args, get_args_parser())
     if not args.model:
         raise UserError(f'{source.path} does not say of which model it is: --model is needed')

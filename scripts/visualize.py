@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     device = dist.own_device(args.device)
     files = [file for path in args.images for file in datasets.images_at(path)]
     source = checkpoint.Source.read(args.checkpoint)
+    source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
     args = source.complete(args, get_args_parser())
     with source.expected(args):
         core = main_pretrain.create_model(args)

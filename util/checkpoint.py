@@ -24,7 +24,7 @@ from torch import Tensor
 
 from util import config, digests
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
-from util.weights import Origin, download, find_origin, read_checkpoint, small
+from util.weights import Origin, find_origin, read_checkpoint, read_source, small
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
@@ -218,7 +218,11 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         or 'stage' not in saved
         or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys()
     ):
-        raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
+        last = Path(path).with_name(LAST)
+        hint = f', such as {last}' if last.is_file() and last != Path(path) else ''
+        raise CheckpointError(
+            f'{path} holds weights but no state of a run; --resume needs one that this program wrote{hint}'
+        )
     if saved['stage'] != current['stage'] and small(saved['stage']):
         advice = f'use --finetune {path}' if current['stage'] == 'finetune' else 'that program alone resumes it'
         raise CheckpointError(f'{path} is a checkpoint of main_{printable(saved["stage"])}.py; {advice}')
@@ -257,7 +261,7 @@ class Source:
     @classmethod
     def read(cls, source: str | None) -> 'Source':
         """From a path or a URL; None has nothing in it. Raises CheckpointError."""
-        return cls.of(source.partition('#')[0], read_checkpoint(download.fetch(source))) if source else cls('', {})
+        return cls.of(source.partition('#')[0], read_source(source)) if source else cls('', {})
 
     @classmethod
     def of(cls, path: str | Path, container: dict) -> 'Source':
@@ -276,6 +280,8 @@ class Source:
         then, kept = self.values(args, parser), {'model_kwargs', *args.given}
         if 'input_size' in kept:
             kept.add('eval_size')  # which would win over it
+        if kept & {'mean', 'std'}:
+            kept |= {'mean', 'std'}  # they belong together
         taken = {name: then[name] for name in then.keys() & set(take) - kept}
         options = then.pop('model_kwargs')  # each is given for itself, as over a recipe's, but not to another model
         if 'model_kwargs' in take and taken.get('model', args.model) == then['model']:
@@ -287,7 +293,7 @@ class Source:
             self.notices.append(f'taken from {self.path}: {printable(config.as_flags(told))}')
         if differing:
             listed = '; '.join(
-                f'{name}: {printable(then[name])} then, {getattr(completed, name)} now' for name in differing
+                f'{name}: {shown(then[name])} then, {shown(getattr(completed, name))} now' for name in differing
             )
             trained = 'pretrained' if self.origin.stage == 'pretrain' else 'fine-tuned'
             self.notices.append(f'not as it was {trained}: {listed}')
@@ -305,10 +311,21 @@ class Source:
 
     @contextlib.contextmanager
     def expected(self, args: argparse.Namespace) -> Iterator[None]:
-        """What fails in the block with another model than the file's is told after just that."""
+        """What fails in the block with another model than the file's is told as that."""
         try:
             yield
         except UserError as error:
             if not self.origin or self.origin.args['model'] == args.model:
                 raise
-            raise UserError(f'{self.path} is not of --model {args.model}, but of {self.origin}; {error}') from error
+            reason = str(error).removeprefix(f'{self.path}: ').partition('; it was written by')[0]
+            whose = f'{self.path} was written by {self.origin}'
+            raise UserError(f'{whose}, not for --model {args.model}, which cannot take it: {reason}') from error
+
+    def expect(self, stage: str, lacking: str) -> None:
+        """Raise UserError for a file of our own of another stage, and say what it lacks."""
+        if self.origin and self.origin.stage != stage:
+            raise UserError(f'{self.path} {lacking}; it was written by {self.origin}')
+
+
+def shown(value: object) -> str:
+    return 'default' if value is None else printable(value)

@@ -57,7 +57,9 @@ class KeyValues(argparse.Action):
         for word in words:
             key, equals, text = word.partition('=')
             if not equals or not key.isidentifier():
-                raise UserError(f'{option_string} expects key=value, got {word!r}')
+                others = [action.dest for action in parser._get_positional_actions()]
+                hint = f'; write {others[0]} before {option_string}' if others else ''
+                raise UserError(f'{option_string} expects key=value, got {word!r}{hint}')
             try:
                 pairs[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # no literal, or one too deep
@@ -481,7 +483,7 @@ def check_common_args(args: argparse.Namespace) -> None:
     if args.resume and '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
     for name in ('output_dir', 'log_dir'):
-        if folder := getattr(args, name):
+        if (folder := getattr(args, name)) and not getattr(args, 'eval', False):
             check_apart(name, folder, args.data_path, getattr(args, 'dataset', 'folder'))
     dist.own_device(args.device)
     world_size = dist.place().world_size

@@ -450,6 +450,11 @@ ANY_INTAKE = Intake(
 )
 
 
+def read_source(source: str | Path) -> dict:
+    """What the checkpoint at a path or a URL holds. Raises CheckpointError."""
+    return read_checkpoint(download.fetch(source))
+
+
 def load_published(
     model: nn.Module, source: str | Path | dict, *, ema: bool = False, label: str = 'state dict'
 ) -> Report:
@@ -463,7 +468,7 @@ def load_published(
     shapes; the model is then unchanged.
     """
     label = label if isinstance(source, dict) else str(source).partition('#')[0]
-    container = source if isinstance(source, dict) else read_checkpoint(download.fetch(source))
+    container = source if isinstance(source, dict) else read_source(source)
     of_timm = type(model).__module__.startswith('timm.')
     intake = INTAKES.get(type(model).__name__, ANY_INTAKE if of_timm else None)
     try:
