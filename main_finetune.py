@@ -31,7 +31,6 @@ def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain', usage=config.USAGE)
     config.add_common_args(
         parser,
-        model='mirl_vit_base_depth48',
         batch_size=64,
         epochs=50,
         blr=1e-3,
