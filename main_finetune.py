@@ -2,7 +2,7 @@
 
 Examples:
     python main_finetune.py --config scripts/recipes/NAME.yaml --finetune runs/NAME/checkpoint-last.pth --data_path ...
-    torchrun --nproc_per_node=8 main_finetune.py --eval --resume runs/NAME/checkpoint-best.pth --model ...
+    torchrun --nproc_per_node=8 main_finetune.py --eval --resume runs/NAME/checkpoint-best.pth --data_path ...
 """
 
 import argparse
@@ -31,7 +31,6 @@ def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain', usage=config.USAGE)
     config.add_common_args(
         parser,
-        model='mirl_vit_base_depth48',
         batch_size=64,
         epochs=50,
         blr=1e-3,
@@ -238,8 +237,6 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
     source = checkpoint.Source.read(args.resume)
     source.expect('finetune', f'has no classifier to evaluate: fine-tune it, with --finetune {args.resume}')
     args = source.complete(args, get_args_parser())
-    if not args.model:
-        raise UserError(f'{source.path} does not say of which model it is: --model is needed')
     val = predictions.images_to_answer(args, source.origin and source.origin.classes)
     num_classes = args.nb_classes or len(val.classes)
     if not num_classes:

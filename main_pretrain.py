@@ -29,8 +29,10 @@ from util.training import Training
 METHODS = (models_mirl, models_a2mim, models_localmim, models_mixmae)
 
 
-def find_method(name: str) -> ModuleType:
+def find_method(name: str | None) -> ModuleType:
     """The models_*.py module whose `__all__` holds this name. Raises UserError with the closest ones."""
+    if name is None:
+        raise UserError('--model NAME is needed; --model list shows them')
     for module in METHODS:
         if name in module.__all__:
             return module
@@ -65,7 +67,6 @@ def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune', usage=config.USAGE)
     config.add_common_args(
         parser,
-        model='mirl_vit_base_depth48',
         batch_size=64,
         epochs=400,
         blr=1.5e-4,
@@ -85,9 +86,9 @@ def get_args_parser() -> config.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Pretrain as the arguments say."""
+    method = find_method(args.model)
     config.check_common_args(args)
     config.check_schedule(args)
-    method = find_method(args.model)
     train = named.training_images(args)
     sampler = build.epoch_batches(args, len(train.images))
     with Run(args, 'pretrain', sampler, get_args_parser().roles) as run:

@@ -36,7 +36,7 @@ def get_args_parser() -> config.Parser:
     add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
     add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
-    config.add_model_args(parser, model='mirl_vit_base_depth48')
+    config.add_model_args(parser)
     main_pretrain.add_target_args(parser)
     return parser
 

@@ -272,9 +272,12 @@ class Source:
     ) -> argparse.Namespace:
         """The arguments, with those of `take`, by default all, as the file has them where no flag or recipe gives them.
 
-        What was taken, and what stays otherwise than in the file, becomes a notice.
+        What was taken, and what stays otherwise than in the file, becomes a notice. Raises UserError where no model is
+        named.
         """
         if not self.origin:
+            if not args.model:
+                raise UserError(f'{self.path} is not of this program and names no model: give --model NAME')
             return args
         take = take or parser.of_network
         then, kept = self.values(args, parser), {'model_kwargs', *args.given}
