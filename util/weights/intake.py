@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that wrote a checkpoint of our own, as the file tells it: of its arguments those that are `small`."""
+    """The run that wrote a checkpoint of our own, as the file tells it: of its arguments what is `small`."""
 
     stage: str
     args: dict
@@ -39,7 +39,7 @@ def find_origin(container: dict) -> Origin | None:
     args, run = container.get('args'), container.get('run', {'stage': 'finetune'})  # checkpoint-best.pth has no `run`
     if not isinstance(args, dict) or not isinstance(run, dict):
         return None
-    args = {key: value for key, value in args.items() if small(key) and small(value)}
+    args = {key: value if small(value) else 'too large' for key, value in args.items() if small(key)}
     if not isinstance(args.get('model'), str) or not isinstance(args.get('model_kwargs'), dict):
         return None
     return Origin('pretrain' if run.get('stage') == 'pretrain' else 'finetune', args, class_names(container))
