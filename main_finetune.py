@@ -237,6 +237,7 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
     source = checkpoint.Source.read(args.resume)
     source.expect('finetune', f'has no classifier to evaluate: fine-tune it, with --finetune {args.resume}')
     args = source.complete(args, get_args_parser())
+    named.check_same_share(args, source.origin.args if source.origin else {})
     val = predictions.images_to_answer(args, source.origin and source.origin.classes)
     num_classes = args.nb_classes or len(val.classes)
     if not num_classes:

@@ -224,14 +224,14 @@ class LeftOut:
         self.kinds: dict[str, Counter] = defaultdict(Counter)
 
     def notes(self) -> list[str]:
-        """['left out: by ending 3 (.txt, .gif), hidden 1 (.ipynb_checkpoints)'], or nothing."""
+        """['not taken as images: by ending 3 (.txt, .gif), hidden 1 (.ipynb_checkpoints)'], or nothing."""
         counted = [f'{kind} {names.total()} ({listed(names)})' for kind, names in sorted(self.kinds.items())]
-        return [f'left out: {", ".join(counted)}'] if counted else []
+        return [f'not taken as images: {", ".join(counted)}'] if counted else []
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
     """'a, b, c, ...': the first names, of a Counter the commonest."""
-    names = [name for name, _ in names.most_common()] if isinstance(names, Counter) else list(names)
+    names = sorted(names, key=lambda name: (-names[name], name)) if isinstance(names, Counter) else list(names)
     return ', '.join(printable(name, 200) for name in names[:most]) + (', ...' if len(names) > most else '')
 
 
@@ -253,7 +253,7 @@ def scan(folder: str | Path, left: LeftOut) -> tuple[list[str], list[str]]:
                 elif kind == 'folder':
                     folders.append(entry.path)
                     if of_image:
-                        left.kinds['folders named as images'][name] += 1
+                        left.kinds['folders named like images'][name] += 1
                 else:
                     left.kinds[kind][name] += 1
     except OSError as error:
@@ -315,10 +315,15 @@ def images_at(path: Path) -> list[str]:
     return list_images(path) if os.path.isdir(path) else [str(path)]
 
 
-def pretraining_files(data_path: Path, left: LeftOut | None = None) -> list[str]:
-    """The images of `data_path/train` if there is such a folder, else of `data_path`; labels are not needed."""
+def pretraining_folder(data_path: Path) -> Path:
+    """`data_path/train` if there is such a folder, else `data_path`; labels are not needed."""
     train = data_path / 'train'
-    return list_images(train if os.path.isdir(train) else data_path, left)
+    return train if os.path.isdir(train) else data_path
+
+
+def pretraining_files(data_path: Path, left: LeftOut | None = None) -> list[str]:
+    """The images of pretraining, as `list_images` gives them."""
+    return list_images(pretraining_folder(data_path), left)
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -326,9 +331,13 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def nearby(data_path: Path) -> str:
-    """'; did you mean --data_path ...?' where a folder a level above or below is laid out as it should be."""
-    above = [data_path.parent] if data_path.name in ('train', 'val') else []
-    for folder in (*above, *folders_in(data_path), *folders_in(data_path / 'train')):
+    """'; did you mean --data_path ...?' where a folder above, or a few levels below, is laid out as it should be."""
+    ahead = [data_path.parent] if data_path.name in ('train', 'val') else []
+    below = [data_path]
+    for _ in range(3):
+        below = [inner for folder in below for inner in folders_in(folder)][:20]
+        ahead += below
+    for folder in ahead:
         if all(os.path.isdir(folder / split) for split in ('train', 'val')):
             return f'; did you mean --data_path {folder}?'
     return ''
@@ -338,9 +347,9 @@ def advice(data_path: Path) -> str:
     """What to do where there is no `train/` or `val/`."""
     if hint := nearby(data_path):
         return hint
-    if os.path.isdir(data_path / 'val') or not folders_in(data_path):
-        return ''
     whole = 'train/' if os.path.isdir(data_path / 'train') else f'the class folders in {data_path}'
+    if os.path.isdir(data_path / 'val') or (whole != 'train/' and len(folders_in(data_path)) < 2):
+        return ''
     return f'; without val/, --val_share 0.1 takes a tenth of {whole} for validation'
 
 
@@ -358,6 +367,7 @@ def labelled_files(data_path: Path, split: str) -> Split:
         found = f'{len(loose)} images, but no class folders' if loose else 'no class folders'
         raise UserError(
             f'{folder} has {found} in it: each image must be in a folder of its class, such as {folder}/cat/1.jpg'
+            + ('; or move val/ away, and --val_share 0.1 takes a tenth of train/' if split == 'val' else '')
         )
     of_class = [images_below(path, left) for path in folders]
     empty = [path for path, files in zip(folders, of_class, strict=True) if not files]
@@ -367,7 +377,7 @@ def labelled_files(data_path: Path, split: str) -> Split:
     notes = left.notes()
     if loose:
         notes.append(
-            f'{len(loose)} images beside the class folders have no class and are not used ({listed(loose, 1)})'
+            f'beside the class folders, without a class and not used: {len(loose)} images ({listed(loose, 1)})'
         )
     labels = [label for label, files in enumerate(of_class) for _ in files]
     return Split([file for files in of_class for file in files], labels, list(map(os.path.basename, folders)), notes)

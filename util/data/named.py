@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, INaturalist, Places365
 from util import digests, rng
 from util.data import datasets
 from util.data.datasets import CLASS_FOLDERS, Split, labelled_files, listed
-from util.errors import UserError
+from util.errors import UserError, printable
 
 
 class Misfit(Exception):
@@ -206,7 +206,8 @@ def training_images(args: argparse.Namespace) -> Split:
     if args.dataset in FOLDERS and not args.download:
         left = datasets.LeftOut()
         files = datasets.pretraining_files(args.data_path, left)
-        return Split(files, None, [], ['; '.join([f'{args.data_path}: {len(files)} images', *left.notes()])])
+        line = f'{datasets.pretraining_folder(args.data_path)}: {len(files)} images'
+        return Split(files, None, [], ['; '.join([line, *left.notes()])])
     found = labelled_images(args.dataset, args.data_path, 'train', args.download)
     line = f'{args.dataset}, train: {len(found.images)} images of {len(found.classes)} classes; no label is used'
     return Split(found.images, None, [], [line])
@@ -225,12 +226,11 @@ def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...], classes: 
     if 'train' in splits:
         check_learnable(args, found['train'])
     owner = 'the checkpoint' if classes else f'{splits[0]}/'
-    unnamed = not classes and 'train' not in splits
     classes = classes or found[splits[0]].classes
     if args.nb_classes is not None and args.nb_classes < len(classes):
         where = owner if owner == 'the checkpoint' else args.data_path
         raise UserError(f'--nb_classes {args.nb_classes}, but {where} has {len(classes)} classes')
-    return [settled(args, split, found[split], classes, owner, unnamed) for split in splits]
+    return [settled(args, split, found[split], classes, owner) for split in splits]
 
 
 def shared_out(args: argparse.Namespace) -> dict[str, Split]:
@@ -245,8 +245,8 @@ def shared_out(args: argparse.Namespace) -> dict[str, Split]:
         raise UserError(f'--val_share {share:g}, but {path / "val"} is there to validate on; drop the flag')
     whole = labelled_images(args.dataset, path, 'train' if os.path.isdir(path / 'train') else '', args.download)
     labels, for_val = np.array(whole.labels), np.zeros(len(whole.labels), bool)
-    for label in range(len(whole.classes)):
-        places = np.flatnonzero(labels == label)
+    of_classes = np.split(np.arange(len(labels)), np.flatnonzero(np.diff(labels)) + 1)
+    for label, places in enumerate(of_classes):
         count = min(max(1, round(share * len(places))), len(places) - 1)
         for_val[rng.generator(args.seed, rng.VAL_SHARE, label).permutation(places)[:count]] = True
 
@@ -256,6 +256,17 @@ def shared_out(args: argparse.Namespace) -> dict[str, Split]:
 
     note = f'taken from the training images by --val_share {share:g} and --seed {args.seed}'
     return {'train': part(~for_val, whole.notes), 'val': part(for_val, [note])}
+
+
+def check_same_share(args: argparse.Namespace, then: dict) -> None:
+    """Raise UserError if an evaluation would take images that were trained on, with the arguments `then`."""
+    now, then = ((given.get('val_share'), given.get('seed')) for given in (vars(args), then))
+    if None not in (now[0], then[0]) and now != then:
+        share, seed = (printable(value, 40) for value in then)
+        raise UserError(
+            f'--val_share {now[0]} --seed {now[1]} takes other images for validation than the training did, with '
+            f'--val_share {share} --seed {seed}'
+        )
 
 
 def check_learnable(args: argparse.Namespace, train: Split) -> None:
@@ -285,7 +296,7 @@ def hint_on_levels(args: argparse.Namespace, split: str, classes: list[str]) -> 
     )
 
 
-def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str], owner: str, unnamed: bool) -> Split:
+def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str], owner: str) -> Split:
     """A split whose labels are places in `classes`, those of `owner`; the line of notes tells what it has and lacks."""
     if not split.labels:
         raise UserError(f'no images for {name}/ in {args.data_path}')
@@ -301,6 +312,7 @@ def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str
             )
         places = [place[of_split] for of_split in split.classes]
         labels = [places[label] for label in split.labels]
+    first = owner in (f'{name}/', 'the checkpoint')  # to speak of the classes
     lacking = sorted(set(range(len(classes))) - set(labels))
     present, outputs = len(classes) - len(lacking), args.nb_classes or len(classes)
     parts = [f'{name}: {len(split.images)} images, {len(classes)} classes']
@@ -310,13 +322,13 @@ def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str
     if name == 'val' and (present < outputs or args.eval_logits == 'present'):
         over = {'all': f'all {outputs} logits', 'present': f'the {present} logits of its classes'}[args.eval_logits]
         parts.append(f'evaluated over {over}')
-    if outputs > len(classes):
+    if outputs > len(classes) and owner == 'val/':
         parts.append(
             f'the checkpoint names no classes: folder k of these {len(classes)} is taken for class k of {outputs}'
-            if unnamed
-            else f'{outputs - len(classes)} of {outputs} outputs of the network have no class'
         )
-    return Split(split.images, labels, classes, ['; '.join([*parts, *twins(classes), *split.notes])])
+    elif outputs > len(classes) and first:
+        parts.append(f'{outputs - len(classes)} of {outputs} outputs of the network have no class')
+    return Split(split.images, labels, classes, ['; '.join([*parts, *(twins(classes) if first else ()), *split.notes])])
 
 
 def folded(name: str) -> str:
@@ -324,18 +336,17 @@ def folded(name: str) -> str:
 
 
 def twins(classes: list[str]) -> list[str]:
-    """A note on classes that look alike."""
+    """A note on classes that look alike, or nothing."""
     first: dict[str, str] = {}
-    pairs = [(first[key], name) for name in classes if first.setdefault(key := folded(name), name) != name]
-    return [
-        f'classes that differ in case or blanks alone: {"; ".join(f"{a!a} and {b!a}" for a, b in pairs[:3])}'
-    ] * bool(pairs)
+    pairs = [(other, name) for name in classes if (other := first.setdefault(folded(name), name)) != name]
+    alike = '; '.join(f'{a!a} and {b!a}' for a, b in pairs[:3])
+    return [f'classes that differ in case or blanks alone: {alike}'] if pairs else []
 
 
 def difference(ours: list[str], theirs: list[str], us: str, them: str) -> str:
-    """ "train/ alone has 'cat' (val/ has 'Cat'); val/ alone has 'Cat'": the first of the names that one side lacks."""
+    """The first of the names that one side lacks: train/ alone has 'cat' (val/ has 'Cat'); val/ alone has 'Cat'."""
     if set(ours) == set(theirs):
-        number = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        number = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
         return (
             f'the same names in another order: class {number} is {ours[number]!r} in {us}, {theirs[number]!r} in {them}'
         )
