@@ -34,7 +34,7 @@ OURS = """
 OURS_PRETRAIN = 'no_norm_pix_loss interpolation=bilinear vis_freq=5'
 OURS_FINETUNE = """
     val_share=0.1 eval_logits=present use_ema no_use_ema ema_decay=0.9 ema_warmup_epochs=1 ema_warmup_ratio=0.5
-    eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce
+    eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce predictions=a.csv
 """
 OLD = [('pretrain', word) for word in f'{MAE} {MAE_PRETRAIN} {OURS} {OURS_PRETRAIN}'.split()]
 OLD += [('finetune', word) for word in f'{MAE} {MAE_FINETUNE} {OURS} {OURS_FINETUNE}'.split()]
