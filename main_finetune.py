@@ -115,6 +115,7 @@ def get_args_parser() -> config.Parser:
         metavar='PATH',
         help='pretrained weights, a path or URL#sha256=...; default: none, random weights',
     )
+    add('--finetune_ema', action=Switch, help='start from the averaged weights in that file')
     # MAE's scripts pass these: evaluation is always distributed, and --resplit has no effect there either
     add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
     add('--resplit', action=Switch, help=argparse.SUPPRESS)
@@ -288,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
         if run.nothing_left():
             return
         run.notices += [*train.notes, *val.notes]
-        args, core, told = first_network(run, num_classes)
+        args, core = first_network(run, num_classes)
         crop = augment.finetune_transform(
             args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
         )
@@ -305,8 +306,6 @@ def main(args: argparse.Namespace) -> None:
 
         images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))
         run.resume(training, images)
-        for line in told:
-            info(line)
         batches = build.loader(images, sampler, args, device)
         val_batches = build.val_loader(args, val.images, val.labels, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
@@ -331,10 +330,10 @@ def main(args: argparse.Namespace) -> None:
         dist.cleanup()
 
 
-def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Module, list[str]]:
-    """The network, with the weights of --finetune unless the run is resumed, and lines that tell of them.
+def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Module]:
+    """The network, with the weights of --finetune unless the run is resumed, and the arguments.
 
-    Images are normalised as in the file, unless flag or recipe says how; so the arguments are returned, too.
+    Images are normalised as in the file, unless flag or recipe says how.
     """
     args = run.args
     source = checkpoint.Source.of(run.resumed_from, run.saved) if run.saved else checkpoint.Source.read(args.finetune)
@@ -342,10 +341,11 @@ def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Mo
     with source.expected(args):
         core = create_classifier(args, num_classes)
         check_steps(core, args)
-        if run.saved or not args.finetune:
-            return args, core, []
-        loaded = load_published(core, source.container, label=source.path)
-    return args, core, [str(loaded), *source.notices, *notice_classes(loaded, run.classes)]
+        options = {'label': source.path, 'ema': args.finetune_ema, 'flag': '--finetune_ema'}
+        loaded = run.load(core, source.container if args.finetune else None, **options)
+    if loaded:
+        run.notices += [*source.notices, *notice_classes(loaded, run.classes)]
+    return args, core
 
 
 def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:

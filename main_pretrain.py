@@ -80,6 +80,13 @@ def get_args_parser() -> config.Parser:
     add('--crop_scale', type=some, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
     add('--interpolation', choices=('bicubic', 'bilinear'), default='bicubic', help='how the crop is resized')
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
+    add(
+        '--init',
+        type=config.source,
+        metavar='PATH',
+        help='weights to start from, with or without decoder: a path or URL#sha256=...; default: none, random weights',
+    )
+    add('--init_ema', action=Switch, help='start from the averaged weights in that file')
     add('--vis_freq', type=AT_LEAST_0, default=0, help='epochs between pictures of the same images; 0: none')
     return parser
 
@@ -98,6 +105,7 @@ def main(args: argparse.Namespace) -> None:
         core = create_model(args)
         check_step(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
+        run.load(core, args.init, ema=args.init_ema, flag='--init_ema', new_decoder=True)
         build.apply_options(core, args)
 
         device = run.join(core)

@@ -33,6 +33,7 @@ def get_args_parser() -> config.Parser:
         metavar='PATH',
         help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
+    add('--use_ema', action=config.Switch, help='take its averaged weights')
     add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
     add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     with source.expected(args):
         core = main_pretrain.create_model(args)
         main_pretrain.check_step(core, args)
-        print(load_published(core, source.container, label=source.path), *source.notices, sep='\n')
+        print(load_published(core, source.container, ema=args.use_ema, label=source.path), *source.notices, sep='\n')
     picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)

@@ -26,7 +26,7 @@ from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import check_file, find_origin, read_checkpoint
+from util.weights import Report, check_file, find_origin, load_published, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -58,6 +58,7 @@ class Run:
         self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
         self.saved: dict | None = None  # what it holds, until it is restored
+        self.weights = f'weights: random, from seed {args.seed}'  # where a new run's come from
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
 
     def __enter__(self) -> 'Run':
@@ -135,12 +136,23 @@ class Run:
             differing = named.difference(then, self.classes, 'it', f'{self.args.data_path}')
             raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
 
+    def load(self, core: nn.Module, source: str | dict | None, **options) -> Report | None:
+        """Fill the network of a new run from a file; a run that is resumed has its weights. None without a file."""
+        if options['ema'] and not source:
+            raise UserError(f'{options["flag"]} needs {options["flag"].removesuffix("_ema")} PATH')
+        if not source or self.saved:
+            return None
+        report = load_published(core, source, **options)
+        self.weights = f'weights from {report}'
+        return report
+
     def join(self, core: nn.Module, ema: WeightAverage | None = None) -> torch.device:
         """Check the network against the checkpoint, then meet the other processes; returns this process's device."""
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
             self.notices += checkpoint.changed_settings(self.saved, config.plain(args), self.roles)
+            checkpoint.check_healthy(self.saved, self.resumed_from)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         signals.restore()  # while it waits for other processes, Python could not obey
@@ -237,9 +249,8 @@ class Run:
             info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
-        if self.resumed_from:
-            position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
-            info(f'resumed from {self.resumed_from} at {position}')
+        position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
+        info(f'resumed from {self.resumed_from} at {position}' if self.resumed_from else self.weights)
         if dist.is_main():
             resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
             resolved |= {'classes': self.classes} if self.classes else {}

@@ -188,7 +188,8 @@ FREE = """
     config data_path output_dir log_dir device dist_url dist_timeout world_size local_rank num_workers pin_mem
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
-    dist_eval resplit max_bad_images given predictions
+    dist_eval resplit max_bad_images given predictions init init_ema
+    finetune_ema
 """
 
 
@@ -240,7 +241,7 @@ def test_help(module):
     for action in parser.flags.values():
         assert action.help
         assert (action.option_strings[0] in text) == (action.help != argparse.SUPPRESS)
-        assert action.heading or action.dest in ('help', 'config', 'checkpoint', 'output', 'count')
+        assert action.heading or action.dest in ('help', 'config', 'checkpoint', 'output', 'count', 'use_ema')
     assert 'None' not in text
     assert 'SUPPRESS' not in text
     assert '[]' not in text
