@@ -174,7 +174,7 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
 def report(stats: dict[str, float], reader: Reader, labelled: bool = True) -> None:
     """How many images the reader has skipped, and where they have labels, MAE's closing lines."""
     if skipped := reader.skipped():
-        info(f'{len(skipped)} images that cannot be read were skipped; {reader.listing} lists them')
+        info(f'bad images skipped: {len(skipped)}, listed in {reader.listing}')
     if not labelled:
         return
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')

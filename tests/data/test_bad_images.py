@@ -475,7 +475,7 @@ def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys)
     found = lines(data, *skip, '--num_workers', '2')
     assert found == lines(data, *skip)
     assert found[1:] == lines(without)[1:]
-    assert found[0] == f'2 images that cannot be read were skipped; {tmp_path}/eval/bad_images_val.txt lists them'
+    assert found[0] == f'bad images skipped: 2, listed in {tmp_path}/eval/bad_images_val.txt'
     assert 'on the 13 test images' in found[2]
     listed = (tmp_path / 'eval/bad_images_val.txt').read_text().splitlines()
     assert sorted(line.partition('\t')[0] for line in listed) == sorted(bad)

@@ -443,7 +443,7 @@ def test_classes(make, said):
     content = json.loads(path.read_text())
     content['categories'].append({'id': 11, 'name': 'Pinus'})
     path.write_text(json.dumps(content))
-    assert 'the classes of train/ and val/ in' in said('inat2018', folder)
+    assert "of train/ differ: val/ alone has 'Pinus'" in said('inat2018', folder)
     folder = make('places205')
     path = folder / 'trainvalsplit_places205' / 'val_places205.csv'
     path.write_text(path.read_text().replace(' 1', ' 2') + 'a/abbey1/val1.jpg 1\n')

@@ -68,7 +68,7 @@ def test_what_is_no_image_is_left_out_and_said(data):
     assert line.startswith('train: 30 images, 3 classes; not taken as images: broken links 2 (')
     for words in ('by ending 2 (', 'hidden 11 ($RECYCLE.BIN, ', 'special files 2 (', 'like images 1 (z.jpg)'):
         assert words in line
-    assert line.endswith(f'a class and not used: 1 images ({data}/train/loose.png)')
+    assert line.endswith(f'; not used, as they lie beside the class folders: 1 ({data}/train/loose.png)')
 
 
 def test_files_are_those_of_os_walk(data):
@@ -107,7 +107,8 @@ def test_a_folder_level_too_many(data):
         (data / split).mkdir()
         (data / 'images').rename(data / split / 'images')
     assert said(data) == f"DATA has a single class, 'images': there is nothing to tell it from; {move}train"
-    assert said(data, splits=('val',), classes=['a', 'b']).endswith(move + 'val')
+    for classes in (['a', 'b'], None):
+        assert said(data, splits=('val',), classes=classes).endswith(move + 'val')
     shutil.rmtree(data / 'val')
     advised = said(data, '--val_share', '0.5').rpartition('did you mean --data_path DATA/')[2].removesuffix('?')
     assert len(splits_of(data / advised, '--val_share', '0.5')[0].classes) == 3

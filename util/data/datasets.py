@@ -257,8 +257,12 @@ def scan(folder: str | Path, left: LeftOut) -> tuple[list[str], list[str]]:
                 else:
                     left.kinds[kind][name] += 1
     except OSError as error:
-        raise UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}') from error
+        raise cannot_list(error) from error
     return sorted(folders), files
+
+
+def cannot_list(error: OSError) -> UserError:
+    return UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}')
 
 
 def kind_of(entry: os.DirEntry) -> str:
@@ -281,7 +285,10 @@ def images_below(folder: str | Path, left: LeftOut) -> list[str]:
     files, seen, ahead = [], set(), [folder]
     while ahead:
         where = ahead.pop()
-        status = os.stat(where)
+        try:
+            status = os.stat(where)
+        except OSError as error:
+            raise cannot_list(error) from error
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would be followed for ever
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -376,8 +383,6 @@ def labelled_files(data_path: Path, split: str) -> Split:
         raise UserError(no_images(listed(empty), left) + hint)
     notes = left.notes()
     if loose:
-        notes.append(
-            f'beside the class folders, without a class and not used: {len(loose)} images ({listed(loose, 1)})'
-        )
+        notes.append(f'not used, as they lie beside the class folders: {len(loose)} ({listed(loose, 1)})')
     labels = [label for label, files in enumerate(of_class) for _ in files]
     return Split([file for files in of_class for file in files], labels, list(map(os.path.basename, folders)), notes)

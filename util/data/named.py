@@ -223,8 +223,8 @@ def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...], classes: 
         found = {split: labelled_images(args.dataset, args.data_path, split, args.download) for split in splits}
     else:
         found = shared_out(args)
-    if 'train' in splits:
-        check_learnable(args, found['train'])
+    if not classes:
+        check_learnable(args, splits[0], found[splits[0]].classes)
     owner = 'the checkpoint' if classes else f'{splits[0]}/'
     classes = classes or found[splits[0]].classes
     if args.nb_classes is not None and args.nb_classes < len(classes):
@@ -269,14 +269,14 @@ def check_same_share(args: argparse.Namespace, then: dict) -> None:
         )
 
 
-def check_learnable(args: argparse.Namespace, train: Split) -> None:
-    """Raise UserError for a single class, or for splits that are taken for classes."""
-    if len(train.classes) > 1 and not {'train', 'val'} <= set(train.classes):
+def check_learnable(args: argparse.Namespace, split: str, classes: list[str]) -> None:
+    """Raise UserError for a single class in training, and for folders of a wrong level that are taken for classes."""
+    if len(classes) > 1 and not {'train', 'val'} <= set(classes):
         return
-    wrong = f'a single class, {train.classes[0]!r}: there is nothing to tell it from'
-    if len(train.classes) > 1:
-        wrong = 'classes named train and val'
-    raise UserError(f'{args.data_path} has {wrong}{hint_on_levels(args, "train", train.classes)}')
+    hint = hint_on_levels(args, split, classes)
+    if split == 'train' or hint:
+        one = f'a single class, {classes[0]!r}: there is nothing to tell it from'
+        raise UserError(f'{args.data_path} has {one if len(classes) == 1 else "classes named train and val"}{hint}')
 
 
 def hint_on_levels(args: argparse.Namespace, split: str, classes: list[str]) -> str:
