@@ -5,17 +5,19 @@ Examples:
     torchrun --nproc_per_node=8 main_finetune.py --eval --resume runs/NAME/checkpoint-best.pth --data_path ...
 """
 
+from util import start  # noqa: F401
+
+# isort: split
 import argparse
 import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from engine_finetune import LossOf, evaluate, train_one_epoch
 from main_pretrain import find_method
-from util import build, checkpoint, config, dist, predictions, rng
+from util import agreement, build, checkpoint, config, dist, predictions, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -24,11 +26,11 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Report, load_published
+from util.weights import load_published
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain', usage=config.USAGE)
+    parser = config.Parser(__doc__, other='main_pretrain', usage=config.USAGE)
     config.add_common_args(
         parser,
         batch_size=64,
@@ -215,8 +217,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
     args, core, val, told = evaluated_network(args)
-    batches = build.val_loader(args, val.images, val.labels, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    agreement.check(args, device, val=val)
+    batches = build.val_loader(args, val.images, val.labels, device)
     for line in told:
         info(line)
     layout = memory_format(args, core)
@@ -261,15 +264,7 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
     return args, core, val, told
 
 
-def notice_classes(loaded: Report, classes: list[str]) -> list[str]:
-    """A line where a head was loaded that was trained for other classes."""
-    then = loaded.origin and loaded.origin.classes
-    if not then or then == classes or loaded.missing:
-        return []
-    differing = named.difference(then, classes, loaded.source, 'train/')
-    return [f'the head that was loaded was trained for other classes: {differing}']
-
-
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
     predictions.check(args)
@@ -298,7 +293,7 @@ def main(args: argparse.Namespace) -> None:
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
 
-        device = run.join(core, ema)
+        device = run.join(core, ema, train=(train.images, train.labels), val=(val.images, val.labels))
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)
@@ -342,9 +337,9 @@ def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Mo
         core = create_classifier(args, num_classes)
         check_steps(core, args)
         options = {'label': source.path, 'ema': args.finetune_ema, 'flag': '--finetune_ema'}
-        loaded = run.load(core, source.container if args.finetune else None, **options)
-    if loaded:
-        run.notices += [*source.notices, *notice_classes(loaded, run.classes)]
+        run.load(core, source.container if args.finetune else None, **options)
+    if not run.saved:
+        run.notices += source.notices
     return args, core
 
 
@@ -355,6 +350,7 @@ def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dic
     if acc1 > run.record.get('best_acc1', -math.inf):
         run.record |= {'best_acc1': acc1, 'best_epoch': epoch.number}
         if dist.is_main():
+            run.folder.check_lock()
             state = {
                 'model': networks[name].state_dict(),
                 'weights': name,

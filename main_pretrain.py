@@ -4,6 +4,9 @@ python main_pretrain.py --config scripts/recipes/NAME.yaml --data_path /data/ima
 torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --batch_size 64 --data_path ...
 """
 
+from util import start  # noqa: F401
+
+# isort: split
 import argparse
 from functools import partial
 from types import ModuleType
@@ -15,7 +18,7 @@ import models_localmim
 import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
-from util import build, config, dist, rng
+from util import build, config, dist, resources, rng
 from util.config import AT_LEAST_0, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -64,7 +67,7 @@ def add_target_args(parser: config.Parser) -> None:
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune', usage=config.USAGE)
+    parser = config.Parser(__doc__, other='main_finetune', usage=config.USAGE)
     config.add_common_args(
         parser,
         batch_size=64,
@@ -91,6 +94,7 @@ def get_args_parser() -> config.Parser:
     return parser
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Pretrain as the arguments say."""
     method = find_method(args.model)
@@ -108,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
         run.load(core, args.init, ema=args.init_ema, flag='--init_ema', new_decoder=True)
         build.apply_options(core, args)
 
-        device = run.join(core)
+        device = run.join(core, train=train)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)

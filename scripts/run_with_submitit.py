@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from util import config, optim
+from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.errors import STOPPED, UserError, closest, run_main
 
@@ -52,7 +52,7 @@ FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0])
+    parser = config.Parser(__doc__)
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
     add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
@@ -122,8 +122,9 @@ class Job:
         remove_unfinished(paths.result_pickle)
         args = self.arguments(paths.folder)
         run_main(lambda: self.run(main.main, args), returns=True)
-        # done; while Python shuts down it would kill and count as failure
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        # done; while Python shuts down they would kill and count as failure
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         for function in AT_THE_END:  # when submitit has written the result
             atexit.register(function, 0)
 
@@ -132,6 +133,8 @@ class Job:
 
         Then it has saved, and the exception comes out of submitit's handler of SIGUSR2.
         """
+        from util import console
+
         try:
             main(args)
             return
@@ -140,7 +143,7 @@ class Job:
         except subprocess.SubprocessError:  # of a job that is back in the queue already, by its administrator
             why = 'was not queued again by scontrol, as it says above; if nobody else has done it'
         resume = f'submit it with --output_dir {args.output_dir} --resume auto'
-        print(f'job {submitit.JobEnvironment().job_id} {why}, {resume}', flush=True)
+        console.say(f'job {submitit.JobEnvironment().job_id} {why}, {resume}')
         raise SystemExit(STOPPED)
 
     def set_environment(self, job: submitit.JobEnvironment) -> None:
@@ -151,7 +154,7 @@ class Job:
             os.environ.pop(name, None)
         os.environ.setdefault('OMP_NUM_THREADS', '1')  # as torchrun does
         if self.local:
-            signals.end_with_parent()
+            signals.end_with_launcher(int(job.job_id))
             os.environ |= {'RANK': str(job.global_rank), 'WORLD_SIZE': str(job.num_tasks)}
             os.environ |= {'LOCAL_RANK': str(job.local_rank)}
             os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
@@ -316,7 +319,7 @@ def slurm_executor(folder: Path, options: argparse.Namespace, gpus: int, cpus: i
     return executor
 
 
-def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job], asked: str) -> None:
+def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job], options: argparse.Namespace) -> None:
     """Queue the jobs, several as a SLURM array, and say where they are. Raises UserError with sbatch's own words."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
@@ -326,17 +329,28 @@ def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job], asked: str) ->
                 with executor.batch():
                     queued = [executor.submit(job) for job in jobs.values()]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        raise UserError(f'SLURM refused: {error}; asked for were {asked}') from error
+        raise UserError(f'SLURM refused: {error}{too_many_cpus(str(error), options)}') from error
     for label, job in zip(jobs, queued, strict=True):
         announce(label, job, jobs[label])
     tell_state(queued[0].job_id)
 
 
+def too_many_cpus(error: str, options: argparse.Namespace) -> str:
+    """What to change where SLURM's words are about CPUs, whose number nobody may have asked for."""
+    if not re.search('processors|CPU count|node configuration', error):
+        return ''
+    tasks, cpus = options.ngpus, options.cpus_per_task
+    return (
+        f'; --ngpus {tasks} tasks of --cpus_per_task {cpus} take {tasks * cpus} CPUs of a machine: take fewer, '
+        f'such as --cpus_per_task 2 with --num_workers 1'
+    )
+
+
 def announce(label: str, queued: submitit.Job, job: Job) -> None:
     """Three lines: id, folder of the checkpoints, log of rank 0."""
-    print(f'job {queued.job_id}: {" ".join(filter(None, (job.stage, label)))}')
-    print(f'  folder {job.args.output_dir or queued.paths.folder}')
-    print(f'  log    {queued.paths.stdout}', flush=True)
+    console.say(f'job {queued.job_id}: {" ".join(filter(None, (job.stage, label)))}')
+    console.say(f'  folder {job.args.output_dir or queued.paths.folder}')
+    console.say(f'  log    {queued.paths.stdout}')
 
 
 def tell_state(job_id: str) -> None:
@@ -355,7 +369,7 @@ def tell_state(job_id: str) -> None:
         if re.fullmatch(WILL_NOT_START, reason):
             raise UserError(f'job {number} will not start: {reason}; scancel {number}')
     told = ', '.join(sorted({f'{state} ({reason})' if state == 'PENDING' else state for state, reason in states}))
-    print(f'  state  {told or "squeue does not show it"}')
+    console.say(f'  state  {told or "squeue does not show it"}')
 
 
 def queue_states(number: str) -> list[tuple[str, str]]:
@@ -386,12 +400,12 @@ def run_here(folder: Path, options: argparse.Namespace, jobs: dict[str, Job], gp
         announce(label, started, job)
         started.wait()
         if any(started.task(rank).exception() for rank in range(options.ngpus)):
-            print(f'job {started.job_id} did not finish; its log says why', file=sys.stderr)
+            console.say(f'job {started.job_id} did not finish; its log says why', error=True)
             raise SystemExit(STOPPED if stops else 1)
 
 
 def pass_on_stops(controller: int) -> list[int]:
-    """From now on Ctrl-C and SIGTERM stop the job and are noted in the returned list; submitit tells the tasks."""
+    """From now on requests to stop are noted in the returned list, and stop the job; submitit tells the tasks."""
     stops: list[int] = []
 
     def pass_on(number: int, frame) -> None:
@@ -399,7 +413,7 @@ def pass_on_stops(controller: int) -> list[int]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(controller, signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in set(signals.ASKING) - set(signals.IGNORED):
         signal.signal(number, pass_on)
     return stops
 
@@ -418,9 +432,8 @@ def main(argv: list[str]) -> None:
     if options.local:
         run_here(folder, options, jobs, gpus)
     else:
-        cpus = options.cpus_per_task or max(1, *(args.num_workers for args in arguments.values()))
-        asked = f'--nodes {options.nodes} --ngpus {options.ngpus} --cpus_per_task {cpus}'
-        submit(slurm_executor(folder, options, gpus, cpus), jobs, asked)
+        cpus = options.cpus_per_task = options.cpus_per_task or max(1, *(a.num_workers for a in arguments.values()))
+        submit(slurm_executor(folder, options, gpus, cpus), jobs, options)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from util import checkpoint, config, dist
+from util import checkpoint, config, console, dist, resources
 from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -23,7 +23,7 @@ from util.weights import load_published
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], main=main_pretrain.get_args_parser())
+    parser = config.Parser(__doc__, main=main_pretrain.get_args_parser())
     add = parser.add_argument
     add('images', nargs='+', type=config.path, help='image files, or folders of them')
     add(
@@ -33,7 +33,7 @@ def get_args_parser() -> config.Parser:
         metavar='PATH',
         help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
-    add('--use_ema', action=config.Switch, help='take its averaged weights')
+    add('--use_ema', action=config.Switch, heading='Weight average', help='take its averaged weights')
     add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
     add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
@@ -42,9 +42,12 @@ def get_args_parser() -> config.Parser:
     return parser
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
     device = dist.own_device(args.device)
+    if not args.output.parent.is_dir():
+        raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
     files = [file for path in args.images for file in datasets.images_at(path)]
     source = checkpoint.Source.read(args.checkpoint)
     source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
@@ -52,13 +55,15 @@ def main(args: argparse.Namespace) -> None:
     with source.expected(args):
         core = main_pretrain.create_model(args)
         main_pretrain.check_step(core, args)
-        print(load_published(core, source.container, ema=args.use_ema, label=source.path), *source.notices, sep='\n')
+        loaded = load_published(core, source.container, ema=args.use_ema, label=source.path)
+    for line in (loaded, *source.notices):
+        console.say(str(line))
     picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)
     except (OSError, ValueError) as error:
         raise UserError(f'cannot write {args.output}: {error}') from error
-    print(f'{min(len(files), args.count)} of {len(files)} images drawn in {args.output}')
+    console.say(f'{min(len(files), args.count)} of {len(files)} images drawn in {args.output}')
 
 
 if __name__ == '__main__':

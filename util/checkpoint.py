@@ -44,7 +44,8 @@ def save(path: Path, state: dict) -> None:
                 keep_previous(path)
             put(temporary, hashing.sum.hexdigest(), path)
     except OSError as error:
-        raise StorageError(f'cannot write {path}: {error.strerror or error}{what_is_left(path)}') from error
+        why = (error.strerror or error) if path.parent.is_dir() else f'there is no folder {path.parent}'
+        raise StorageError(f'cannot write {path}: {why}{what_is_left(path)}') from error
 
 
 def write(state: dict, file: digests.Hashing) -> None:

@@ -173,14 +173,16 @@ class Parser(argparse.ArgumentParser):
     has what this one lacks: a flag that is unknown here is looked up there.
     """
 
-    def __init__(self, description: str, main: 'Parser | None' = None, other: str = '', usage: str | None = None):
+    def __init__(
+        self, description: str | None, main: 'Parser | None' = None, other: str = '', usage: str | None = None
+    ):
         self.flags: dict[str, argparse.Action] = {}  # by each of their names
         self.roles: dict[str, AtResume] = {'given': 'free'}  # by the names of their values
         self.of_network: dict[str, argparse.Action] = {}
         self.instead_of: dict[str, str] = {}
         self.settle: dict[str, Callable[[argparse.Namespace, bool], Any]] = {}  # by the names of their values
         super().__init__(
-            description=description,
+            description=(description or '').partition('\n')[0],  # of a docstring, which python -OO takes away
             usage=usage,
             formatter_class=partial(Help, max_help_position=32),
             allow_abbrev=False,

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from util import digests
+from util import digests, resources
 from util.errors import CheckpointError, DamagedError, printable
 from util.weights.unpickle import Dropped, Refused, run
 
@@ -29,14 +29,16 @@ DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, 
 def read_checkpoint(path: str | Path) -> dict:
     """A file's dict of plain data, tensors and numpy arrays.
 
-    Raises CheckpointError, one line for whatever is wrong; DamagedError, if it is the file and not the access to it.
+    Raises CheckpointError, one line for whatever is wrong; DamagedError, if it is the file and not the access to it;
+    ResourceError, if there is too little memory.
     """
     path, kind = check_file(path), None
     try:
-        kind, read = recognise(path)
-        if not digests.agrees(path):
-            raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
-        state = read(path)
+        with resources.needed_for(f'reading {path}, of {resources.size(path.stat().st_size)}'):
+            kind, read = recognise(path)
+            if not digests.agrees(path):
+                raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
+            state = read(path)
         if not isinstance(state, dict):
             raise Refused(f'holds a {type(state).__name__}, not a dict of weights')
         return {key: value if bounded(value) else Dropped() for key, value in state.items()}
@@ -45,8 +47,6 @@ def read_checkpoint(path: str | Path) -> dict:
     except OSError as error:  # of these, a bad sector of the disk stays
         kind_of_error = DamagedError if error.errno == errno.EIO else CheckpointError
         raise kind_of_error(f'{path} cannot be read: {error.strerror or error}') from error
-    except MemoryError as error:
-        raise CheckpointError(f'{path} takes more memory than there is') from error
     except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
         raise DamagedError(f'{path} {what}') from error
