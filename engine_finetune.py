@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from util import dist
 from util.data.datasets import SKIPPED, Normalisation, to_device
+from util.errors import UserError
 from util.run import Run
 from util.training import Epoch, Training
 
@@ -60,11 +61,13 @@ def evaluate(
     normalise: Normalisation,
     amp_dtype: torch.dtype | None,
     absent: Sequence[int] = (),
+    answers: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and mean cross-entropy, over every image of all ranks exactly once.
 
     Skipped images (label -1) do not count. Shares of ranks may differ in length, so nothing is exchanged before the
     sums at the end. `core` is the bare model; `absent` are the classes that no answer may be.
+    `answers` is called with the logits and labels of each batch. Raises UserError if no image could be read.
     """
     was_training = core.training
     core.eval()
@@ -79,8 +82,12 @@ def evaluate(
         logits = logits.float().index_fill(1, absent, -math.inf)
         hits = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
         loss = F.cross_entropy(logits, labels, ignore_index=SKIPPED, reduction='sum')
+        if answers:
+            answers(logits, labels)
         totals += torch.stack([(labels != SKIPPED).sum(), hits[:, 0].sum(), hits.sum(), loss]).double()
     core.train(was_training)
     dist.barrier()  # hosts notice a lost rank, before any of them waits for a GPU
     count, top1, top5, loss = dist.all_reduce_sum(totals).tolist()
+    if not count:
+        raise UserError('none of the images can be read')
     return {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count, 'images': int(count)}

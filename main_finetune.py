@@ -2,7 +2,7 @@
 
 Examples:
     python main_finetune.py --config scripts/recipes/NAME.yaml --finetune runs/NAME/checkpoint-last.pth --data_path ...
-    torchrun --nproc_per_node=8 main_finetune.py --eval --resume runs/NAME/checkpoint-best.pth --model ...
+    torchrun --nproc_per_node=8 main_finetune.py --eval --resume runs/NAME/checkpoint-best.pth --data_path ...
 """
 
 from util import start  # noqa: F401
@@ -17,23 +17,22 @@ from torch import Tensor, nn
 
 from engine_finetune import LossOf, evaluate, train_one_epoch
 from main_pretrain import find_method
-from util import agreement, build, checkpoint, config, dist, resources, rng
+from util import agreement, build, checkpoint, config, dist, predictions, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
-from util.errors import UserError, printable, run_main
+from util.errors import UserError, run_main
 from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Origin, fetch, find_origin, load_published, read_checkpoint
+from util.weights import load_published
 
 
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__, other='main_pretrain', usage=config.USAGE)
     config.add_common_args(
         parser,
-        model='mirl_vit_base_depth48',
         batch_size=64,
         epochs=50,
         blr=1e-3,
@@ -44,11 +43,12 @@ def get_args_parser() -> config.Parser:
     add_augmentation_args(parser)
     below_1 = number(float, 0, below=1)
     add = partial(parser.add_argument, heading='Model')
-    add('--nb_classes', type=AT_LEAST_1, help="number of classes; default: the data's")
+    add('--nb_classes', type=AT_LEAST_1, of_network=True, help="number of classes; default: the data's")
     add(
         '--global_pool',
         action=Switch,
         default=True,
+        of_network=True,
         off=['--cls_token'],
         help='classify the mean of the patch tokens, or the class token',
     )
@@ -77,16 +77,23 @@ def get_args_parser() -> config.Parser:
     )
 
     add = partial(parser.add_argument, heading='Loss')
-    add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
+    add(
+        '--criterion',
+        choices=('ce', 'bce'),
+        default='ce',
+        of_network=True,
+        help='cross-entropy, or binary ones summed over classes',
+    )
     add('--smoothing', type=below_1, default=0.1, help='label smoothing')
 
     add = partial(parser.add_argument, heading='Evaluation')
     add('--eval', action=Switch, help='only evaluate the checkpoint of --resume')
-    add('--eval_size', type=AT_LEAST_1, help='image side in pixels; default: --input_size')
+    add('--eval_size', type=AT_LEAST_1, of_network=True, help='image side in pixels; default: --input_size')
     add(
         '--crop_pct',
         type=number(float, above=0, most=1),
         default=0.875,
+        of_network=True,
         help='centre crop, as a share of the resized side',
     )
     add(
@@ -94,6 +101,13 @@ def get_args_parser() -> config.Parser:
         choices=('all', 'present'),
         default='all',
         help='which classes an answer may be: all of the network, or those that the validation images have',
+    )
+    add(
+        '--predictions',
+        type=config.path,
+        metavar='CSV',
+        at_resume='free',
+        help='with --eval: the table to write of the answers to each image; --data_path may have no labels then',
     )
 
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
@@ -159,10 +173,12 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
         core.train()
 
 
-def report(stats: dict[str, float], reader: Reader) -> None:
-    """MAE's closing lines, and before them how many images the reader has skipped."""
+def report(stats: dict[str, float], reader: Reader, labelled: bool = True) -> None:
+    """How many images the reader has skipped, and where they have labels, MAE's closing lines."""
     if skipped := reader.skipped():
         info(f'bad images skipped: {len(skipped)}, listed in {reader.listing}')
+    if not labelled:
+        return
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     info(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
 
@@ -194,57 +210,67 @@ def classification_loss(
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
-    """`--eval`: load `--resume`, every weight of it, and evaluate it on the validation images."""
+    """`--eval`: load `--resume`, every weight of it, and evaluate it on the validation images, or answer others."""
     if not args.resume or args.resume == 'auto':
         raise UserError('--eval needs the checkpoint to evaluate: --resume PATH')
     if args.finetune:
         raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
-    saved = read_checkpoint(fetch(args.resume))
-    origin = find_origin(saved)
-    named.check_same_share(args, origin.args if origin else {})
-    [val] = named.labelled_splits(args, ('val',), origin and origin.classes)
-    num_classes = args.nb_classes or len(val.classes)
-    core = create_classifier(args, num_classes)
-    check_steps(core, args)
-    loaded = load_published(core, saved, ema=args.use_ema, label=args.resume.partition('#')[0])
-    if loaded.missing:
-        origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
-        raise UserError(
-            f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
-        )
+    args, core, val, told = evaluated_network(args)
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     agreement.check(args, device, val=val)
     batches = build.val_loader(args, val.images, val.labels, device)
-    info(str(loaded))
-    for note in val.notes:
-        info(note)
-    if loaded.origin:
-        notice_differences(args, loaded.origin)
+    for line in told:
+        info(line)
     layout = memory_format(args, core)
     normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
     core = core.to(device, memory_format=layout)
-    stats = evaluate(core, batches, normalise, amp_dtype(args, device), absent_classes(args, val))
-    report(stats, batches.dataset.reader)
+    absent = absent_classes(args, val)
+    outputs = (args.nb_classes or len(val.classes)) - len(absent)
+    answers = predictions.Answers(batches, outputs, independent=args.criterion == 'bce')
+    stats = evaluate(core, batches, normalise, amp_dtype(args, device), absent, answers if args.predictions else None)
+    if args.predictions:
+        for line in predictions.write(args.predictions, val, answers, device):
+            info(line)
+    report(stats, batches.dataset.reader, labelled=val.labels is not None)
     dist.cleanup()
 
 
-def notice_differences(args: argparse.Namespace, origin: Origin) -> None:
-    """Say, in a line, what decides how a network sees an image and was otherwise when it was fine-tuned."""
-    names = ('input_size', 'eval_size', 'crop_pct', 'mean', 'std', 'model_kwargs', 'global_pool')
-    then, now = origin.args, vars(args)
-    differing = [name for name in names if name in then and then[name] != now[name]]
-    if differing:
-        listed = '; '.join(f'{name}: {printable(then[name], 80)} then, {now[name]} now' for name in differing)
-        info(f'not as it was fine-tuned: {listed}')
+def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Module, named.Split, list[str]]:
+    """The arguments, completed by the checkpoint of --resume, its network, the images, and lines that tell of them."""
+    source = checkpoint.Source.read(args.resume)
+    source.expect('finetune', f'has no classifier to evaluate: fine-tune it, with --finetune {args.resume}')
+    args = source.complete(args, get_args_parser())
+    named.check_same_share(args, source.origin.args if source.origin else {})
+    val = predictions.images_to_answer(args, source.origin and source.origin.classes)
+    num_classes = args.nb_classes or len(val.classes)
+    if not num_classes:
+        raise UserError(f'{source.path} does not say how many classes it knows: --nb_classes is needed')
+    with source.expected(args):
+        core = create_classifier(args, num_classes)
+        check_steps(core, args)
+        loaded = load_published(core, source.container, ema=args.use_ema, label=source.path)
+    if loaded.missing:
+        origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
+        raise UserError(
+            f'{source.path} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
+        )
+    told = [str(loaded), *source.notices, *val.notes]
+    if not source.origin and (args.eval_size or args.input_size) > 224 and 'crop_pct' not in args.given:
+        told.append(
+            f'centre crop: --crop_pct {args.crop_pct}, the default; the scripts of MAE and MixMIM evaluate the whole '
+            f'image above 224 pixels, as --crop_pct 1 does'
+        )
+    return args, core, val, told
 
 
 @resources.program
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
-    method = find_method(args.model)
+    predictions.check(args)
     if args.eval:
         return evaluate_checkpoint(args)
+    method = find_method(args.model)
     config.check_common_args(args)
     config.check_schedule(args)
     train, val = named.labelled_splits(args, ('train', 'val'))
@@ -253,16 +279,16 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'
         )
-    crop = augment.finetune_transform(
-        args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
-    )
     sampler = build.epoch_batches(args, len(train.images))
     with Run(args, 'finetune', sampler, get_args_parser().roles, train.classes) as run:
+        if run.nothing_left():
+            return
         run.notices += [*train.notes, *val.notes]
-        core = create_classifier(args, num_classes)
-        check_steps(core, args)
+        args, core = first_network(run, num_classes)
+        crop = augment.finetune_transform(
+            args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
+        )
         rules = build.param_rules(method, core, args.rule_kwargs)
-        run.load(core, args.finetune, ema=args.finetune_ema, flag='--finetune_ema')
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
@@ -297,6 +323,24 @@ def main(args: argparse.Namespace) -> None:
             run.after_epoch(epoch, **values, n_parameters=params)
         info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
         dist.cleanup()
+
+
+def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Module]:
+    """The network, with the weights of --finetune unless the run is resumed, and the arguments.
+
+    Images are normalised as in the file, unless flag or recipe says how.
+    """
+    args = run.args
+    source = checkpoint.Source.of(run.resumed_from, run.saved) if run.saved else checkpoint.Source.read(args.finetune)
+    args = run.args = source.complete(args, get_args_parser(), take=('mean', 'std'))
+    with source.expected(args):
+        core = create_classifier(args, num_classes)
+        check_steps(core, args)
+        options = {'label': source.path, 'ema': args.finetune_ema, 'flag': '--finetune_ema'}
+        run.load(core, source.container if args.finetune else None, **options)
+    if not run.saved:
+        run.notices += source.notices
+    return args, core
 
 
 def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:

@@ -32,8 +32,10 @@ from util.training import Training
 METHODS = (models_mirl, models_a2mim, models_localmim, models_mixmae)
 
 
-def find_method(name: str) -> ModuleType:
+def find_method(name: str | None) -> ModuleType:
     """The models_*.py module whose `__all__` holds this name. Raises UserError with the closest ones."""
+    if name is None:
+        raise UserError('--model NAME is needed; --model list shows them')
     for module in METHODS:
         if name in module.__all__:
             return module
@@ -59,7 +61,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
 
 def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
-    add = partial(parser.add_argument, heading='Model', at_resume='same')
+    add = partial(parser.add_argument, heading='Model', at_resume='same', of_network=True)
     add('--mask_ratio', type=SHARE, help="share of patches that is hidden; default: the model's")
     add('--norm_pix_loss', action=Switch, default=None, help="per-patch normalised target; default: the model's")
 
@@ -68,7 +70,6 @@ def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__, other='main_finetune', usage=config.USAGE)
     config.add_common_args(
         parser,
-        model='mirl_vit_base_depth48',
         batch_size=64,
         epochs=400,
         blr=1.5e-4,
@@ -96,12 +97,14 @@ def get_args_parser() -> config.Parser:
 @resources.program
 def main(args: argparse.Namespace) -> None:
     """Pretrain as the arguments say."""
+    method = find_method(args.model)
     config.check_common_args(args)
     config.check_schedule(args)
-    method = find_method(args.model)
     train = named.training_images(args)
     sampler = build.epoch_batches(args, len(train.images))
     with Run(args, 'pretrain', sampler, get_args_parser().roles) as run:
+        if run.nothing_left():
+            return
         run.notices += train.notes
         core = create_model(args)
         check_step(core, args)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.losses import PIXEL_LOSSES, pixel_loss
-from util.nn.models import eval_mode, factory
+from util.nn.models import eval_mode, factory, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
@@ -452,6 +452,7 @@ def create_classifier(
     Networks with a class token classify the average of their patch tokens (the published ViTs norm it, `fc_norm`), or
     with `global_pool='token'` the class token. Raises ValueError for a size that does not divide.
     """
+    sizes_of(MODELS, name)
     check_sizes(kwargs)
     sizes = {**ENCODERS[name.partition('_')[2]], **kwargs}
     backbone, pool = sizes.pop('backbone'), sizes.pop('global_pool', None)

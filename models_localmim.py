@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.hog import draw_hog, hog
-from util.nn.models import eval_mode, factories
+from util.nn.models import eval_mode, factories, sizes_of
 from util.nn.patches import (
     MaskPlan,
     first_panels,
@@ -499,7 +499,7 @@ def create_classifier(
     The head starts close to zero. Raises ValueError for a size that does not divide.
     """
     sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
-    options = {**ENCODERS[name], **sizes, **kwargs}
+    options = {**sizes_of(ENCODERS, name), **sizes, **kwargs}
     if name in VIT_ENCODERS:
         return vit_classifier(**options)
     if options.pop('global_pool', 'avg') != 'avg':

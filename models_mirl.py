@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from util.nn.checks import check_divides, check_heads, check_mask_ratio
-from util.nn.models import eval_mode, factories
+from util.nn.models import eval_mode, factories, sizes_of
 from util.nn.patches import (
     MaskPlan,
     first_panels,
@@ -323,7 +323,7 @@ def create_classifier(
     normed class token. Raises ValueError for a size that does not divide.
     """
     sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
-    return vit_classifier(**{**ENCODERS[name], **sizes, **kwargs})
+    return vit_classifier(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
 
 
 ENCODERS = {  # of a pretraining model and of its classifier

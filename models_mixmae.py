@@ -32,7 +32,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio, check_windows
-from util.nn.models import eval_mode, factories
+from util.nn.models import eval_mode, factories, sizes_of
 from util.nn.patches import (
     first_panels,
     normalise_patches,
@@ -368,7 +368,7 @@ def create_classifier(
     if kwargs.pop('global_pool', 'avg') != 'avg':
         raise ValueError(f'{name} has no class token to classify')
     sizes = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
-    model = MixMIMClassifier(**{**ENCODERS[name], **sizes, **kwargs})
+    model = MixMIMClassifier(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return model
 

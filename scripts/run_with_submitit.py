@@ -88,7 +88,7 @@ def get_args_parser() -> config.Parser:
     add('--qos', help="SLURM's")
     add('--constraint', help='features that machines must have')
     add('--mem_gb', type=config.number(float, above=0), help="memory of each machine; default: the site's")
-    add('--cpus_per_task', type=AT_LEAST_1, default=10, help='CPUs of each task; its loader processes need them')
+    add('--cpus_per_task', type=AT_LEAST_1, help='CPUs of each task; default: one for each of its --num_workers')
     add('--comment', help='a line for the queue')
     add('--name', help='job name; default: the stage')
     return parser
@@ -210,6 +210,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, argparse.Names
     for label, flags in variants(options, rest).items():
         main_parser = MAINS[options.stage].get_args_parser()
         main_parser.set_defaults(output_dir=None)  # the job's folder
+        cores = config.usable_cores() // options.ngpus if options.local else options.cpus_per_task
+        main_parser.set_defaults(num_workers=config.default_workers(config.MOST_WORKERS if cores is None else cores))
         if not options.local:
             main_parser.set_defaults(device='cuda')  # a machine that submits jobs need not have one
         jobs[label] = checked(options, main_parser.parse(flags, stage=options.stage), label)
@@ -256,7 +258,8 @@ def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[st
 
 def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -> argparse.Namespace:
     """The arguments, with absolute paths and folders of the job's own, after the checks that it would make first."""
-    main_pretrain.find_method(args.model)
+    if args.model or not getattr(args, 'eval', False):  # the checkpoint may know it
+        main_pretrain.find_method(args.model)
     if args.device not in ('cuda', 'cpu'):
         raise UserError(f'--device {args.device}: a job has its own GPUs; cuda or cpu')
     tasks = options.nodes * options.ngpus
@@ -296,20 +299,20 @@ def private_folder(job_dir: Path, several: bool) -> Path:
     return folder
 
 
-def slurm_executor(folder: Path, options: argparse.Namespace, gpus: int) -> submitit.AutoExecutor:
+def slurm_executor(folder: Path, options: argparse.Namespace, gpus: int, cpus: int) -> submitit.AutoExecutor:
     executor = submitit.AutoExecutor(folder, cluster='slurm', slurm_max_num_timeout=options.max_requeues)
     executor.update_parameters(
         name=options.name or options.stage,
         nodes=options.nodes,
         tasks_per_node=options.ngpus,
         gpus_per_node=gpus or None,
-        cpus_per_task=options.cpus_per_task,
+        cpus_per_task=cpus,
         mem_gb=options.mem_gb,
         timeout_min=options.timeout,
         stderr_to_stdout=True,
         slurm_signal_delay_s=options.signal_delay_s,
         # a rank that dies ends the others; since 22.05 srun no longer takes the CPUs over from sbatch
-        slurm_srun_args=['--kill-on-bad-exit=1', f'--cpus-per-task={options.cpus_per_task}'],
+        slurm_srun_args=['--kill-on-bad-exit=1', f'--cpus-per-task={cpus}'],
         slurm_additional_parameters={'requeue': True},
         **{f'slurm_{name}': getattr(options, name) for name in FREE_TEXT},
     )
@@ -429,7 +432,8 @@ def main(argv: list[str]) -> None:
     if options.local:
         run_here(folder, options, jobs, gpus)
     else:
-        submit(slurm_executor(folder, options, gpus), jobs, options)
+        cpus = options.cpus_per_task = options.cpus_per_task or max(1, *(a.num_workers for a in arguments.values()))
+        submit(slurm_executor(folder, options, gpus, cpus), jobs, options)
 
 
 if __name__ == '__main__':

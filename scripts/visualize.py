@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from util import config, console, dist, resources
+from util import checkpoint, config, console, dist, resources
 from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -37,7 +37,7 @@ def get_args_parser() -> config.Parser:
     add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
     add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
-    config.add_model_args(parser, model='mirl_vit_base_depth48')
+    config.add_model_args(parser)
     main_pretrain.add_target_args(parser)
     return parser
 
@@ -48,10 +48,16 @@ def main(args: argparse.Namespace) -> None:
     device = dist.own_device(args.device)
     if not args.output.parent.is_dir():
         raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
-    files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
-    core = main_pretrain.create_model(args)
-    main_pretrain.check_step(core, args)
-    console.say(str(load_published(core, args.checkpoint, ema=args.use_ema)))
+    files = [file for path in args.images for file in datasets.images_at(path)]
+    source = checkpoint.Source.read(args.checkpoint)
+    source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
+    args = source.complete(args, get_args_parser())
+    with source.expected(args):
+        core = main_pretrain.create_model(args)
+        main_pretrain.check_step(core, args)
+        loaded = load_published(core, source.container, ema=args.use_ema, label=source.path)
+    for line in (loaded, *source.notices):
+        console.say(str(line))
     picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)

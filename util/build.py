@@ -19,6 +19,7 @@ from util.data.images import Reader
 from util.errors import UserError, closest
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
+from util.recipes import of_recipe
 
 # --------------------------------------------------------------------------
 # networks
@@ -111,7 +112,12 @@ def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBa
     )
     if not sampler.steps:
         _, arithmetic = optim.scaled_lr(args, accum_iter)
-        raise UserError(f'{num_images} training images in {args.data_path} are fewer than one step takes: {arithmetic}')
+        hint = '; --batch_size or --accum_iter can be less'
+        if recipe := of_recipe(args, 'effective_batch_size'):
+            hint = f'; --effective_batch_size N replaces the {args.effective_batch_size}{recipe}'
+        raise UserError(
+            f'{num_images} training images in {args.data_path} are fewer than one step takes: {arithmetic}{hint}'
+        )
     return sampler
 
 

@@ -9,19 +9,22 @@ A run keeps `checkpoint-last.pth` and the one before it, `checkpoint-previous.pt
 epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, which is checked before a file is used.
 """
 
+import argparse
+import contextlib
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from util import digests
+from util import config, digests
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
-from util.weights import check_finite, plain_field, read_checkpoint
+from util.weights import Origin, check_finite, find_origin, plain_field, read_checkpoint, read_source
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
@@ -93,8 +96,13 @@ def good_sum(path: Path) -> str:
 
 def numbered(folder: Path) -> list[Path]:
     """`checkpoint-<epoch>.pth`, the latest epoch first."""
-    found = [(int(m[1]), f) for f in folder.glob('checkpoint-*.pth') if (m := re.search(r'-(\d+)\.pth$', f.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((f for f in folder.glob('checkpoint-*.pth') if number_of(f) >= 0), key=number_of, reverse=True)
+
+
+def number_of(path: Path) -> int:
+    """The epoch in `checkpoint-<epoch>.pth` and `pictures-<epoch>.png`; -1 in other names."""
+    match = re.search(r'-(\d+)$', path.stem)
+    return int(match[1]) if match else -1
 
 
 def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
@@ -130,7 +138,8 @@ def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Pa
     """Put aside what a run had written after the checkpoint that a branch starts from."""
     if resumed_from.name == LAST:
         return []
-    later = [path for path in numbered(folder) if int(path.stem.rpartition('-')[2]) >= first_epoch]
+    later = [path for path in numbered(folder) if number_of(path) >= first_epoch]
+    later += [path for path in folder.glob('pictures-*.png') if number_of(path) >= first_epoch]
     later += [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
     later = [path for path in later if path.name != resumed_from.name]
     for path in later:
@@ -228,18 +237,23 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
             f'{path} is of a newer version of this program (schema {plain_field(schema)}; this one knows {SCHEMA}): '
             f'update it'
         )
-    instead = f'; to start a new run from its weights: {FROM_WEIGHTS[current["stage"]]} {path}'
+    instead = f'{FROM_WEIGHTS[current["stage"]]} {path}'
     whole = all(isinstance(state.get(name), kind) for name, kind in STATE.items())
     if not isinstance(saved, dict) or 'stage' not in saved or not whole:
+        last = Path(path).with_name(LAST)
+        such = f', such as {last}' if last.is_file() and last != Path(path) else ''
         raise CheckpointError(
-            f'{path} holds weights but no state of a run; --resume needs one that this program wrote{instead}'
+            f'{path} holds weights but no state of a run; --resume needs one that this program wrote{such}; '
+            f'to start a new run from its weights: {instead}'
         )
     saved = {key: plain_field(saved[key]) for key in current if key in saved}  # older versions wrote fewer
+    if saved['stage'] != current['stage']:
+        raise CheckpointError(f'{path} is a checkpoint of main_{printable(saved["stage"], 80)}.py; use {instead}')
     differing = [k for k in saved if saved[k] != current[k]]
     if differing:
         listed = '; '.join(f'{k}: {printable(saved[k], 200)} then, {current[k]} now' for k in differing)
-        instead = instead if saved.get('model') == current['model'] else ''
-        raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}{instead}')
+        new_run = f'; to start a new run from its weights: {instead}' if saved.get('model') == current['model'] else ''
+        raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}{new_run}')
 
 
 def changed_settings(state: dict, current: dict, roles: dict[str, str]) -> list[str]:
@@ -252,3 +266,104 @@ def changed_settings(state: dict, current: dict, roles: dict[str, str]) -> list[
         return []
     listed = '; '.join(f'--{name} {printable(saved[name], 200)} then, {current[name]} now' for name in differing)
     return [f'WARNING: resumed with other settings, which hold from here on: {listed}']
+
+
+# --------------------------------------------------------------------------
+# what a file knows
+
+LARGEST = 10_000  # of a file's sizes: more would never be made
+
+
+@dataclass
+class Source:
+    """A checkpoint of any origin, read once. Where our own program wrote it, it knows how its network was made."""
+
+    path: str
+    container: dict
+    origin: Origin | None = None
+    notices: list[str] = field(default_factory=list)  # what `complete` has found, to be printed
+
+    @classmethod
+    def read(cls, source: str | None) -> 'Source':
+        """From a path or a URL; None has nothing in it. Raises CheckpointError."""
+        return cls.of(source.partition('#')[0], read_source(source)) if source else cls('', {})
+
+    @classmethod
+    def of(cls, path: str | Path, container: dict) -> 'Source':
+        return cls(str(path), container, find_origin(container))
+
+    def complete(
+        self, args: argparse.Namespace, parser: config.Parser, take: Collection[str] = ()
+    ) -> argparse.Namespace:
+        """The arguments, with those of `take`, by default all, as the file has them where no flag or recipe gives them.
+
+        What was taken, and what stays otherwise than in the file, becomes a notice. Raises UserError where no model is
+        named.
+        """
+        if not self.origin:
+            if not args.model:
+                raise UserError(f'{self.path} is not of this program and names no model: give --model NAME')
+            return args
+        take = take or parser.of_network
+        then, kept = self.values(args, parser), {'model_kwargs', *args.given}
+        if 'input_size' in kept:
+            kept.add('eval_size')  # which would win over it
+        if kept & {'mean', 'std'}:
+            kept |= {'mean', 'std'}  # they belong together
+        taken = {name: then[name] for name in then.keys() & set(take) - kept}
+        options = then.pop('model_kwargs')  # each is given for itself, as over a recipe's, but not to another model
+        if 'model_kwargs' in take and taken.get('model', args.model) == then['model']:
+            then['model_kwargs'], taken['model_kwargs'] = options, options | args.model_kwargs
+        completed = argparse.Namespace(**vars(args) | taken)
+        told = {name: taken[name] for name in then if name in taken and taken[name] != getattr(args, name)}
+        differing = [name for name in then if then[name] != getattr(completed, name)]
+        if told:
+            self.notices.append(f'taken from {self.path}: {printable(config.as_flags(told))}')
+        if differing:
+            listed = '; '.join(
+                f'{name}: {shown(then[name])} then, {shown(getattr(completed, name))} now' for name in differing
+            )
+            trained = 'pretrained' if self.origin.stage == 'pretrain' else 'fine-tuned'
+            self.notices.append(f'not as it was {trained}: {listed}')
+        return completed
+
+    def values(self, args: argparse.Namespace, parser: config.Parser) -> dict:
+        """What the file says of the flags that describe a network, converted and checked as a recipe's values are."""
+        found = {}
+        for name, action in parser.of_network.items():
+            if name in self.origin.args:
+                # what is given is not needed from the file
+                with contextlib.suppress(*[UserError] if name in args.given else []):
+                    value, where = self.origin.args[name], f'{self.path}: its {name}'
+                    if any(isinstance(number, int) and abs(number) > LARGEST for number in scalars(value)):
+                        raise UserError(f'{where} is beyond all sizes: {printable(value, 200)}')
+                    found[name] = config.converted(action, name, value, where)
+        return found
+
+    @contextlib.contextmanager
+    def expected(self, args: argparse.Namespace) -> Iterator[None]:
+        """What fails in the block with another model than the file's is told as that."""
+        try:
+            yield
+        except UserError as error:
+            if not self.origin or self.origin.args['model'] == args.model:
+                raise
+            reason = str(error).removeprefix(f'{self.path}: ').partition('; it was written by')[0]
+            whose = f'{self.path} was written by {self.origin}'
+            raise UserError(f'{whose}, not for --model {args.model}, which cannot take it: {reason}') from error
+
+    def expect(self, stage: str, lacking: str) -> None:
+        """Raise UserError for a file of our own of another stage, and say what it lacks."""
+        if self.origin and self.origin.stage != stage:
+            raise UserError(f'{self.path} {lacking}; it was written by {self.origin}')
+
+
+def scalars(value: object) -> list:
+    """What is in nested containers, less the keys."""
+    if isinstance(value, dict | list | tuple):
+        return [inner for part in (value.values() if isinstance(value, dict) else value) for inner in scalars(part)]
+    return [value]
+
+
+def shown(value: object) -> str:
+    return 'default' if value is None else printable(value)

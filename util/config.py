@@ -6,10 +6,12 @@ it may change when a run is resumed.
 
 import argparse
 import ast
+import contextlib
 import importlib
 import itertools
 import math
 import operator
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,13 +23,16 @@ import torch
 from util import dist, optim
 from util.data import named
 from util.errors import UserError, closest
-from util.recipes import find_recipe, read_recipe
+from util.recipes import find_recipe, of_recipe, read_recipe
 
 HEADINGS = (  # of --help, in this order
     *('Model', 'Batch', 'Learning rate', 'Optimiser', 'Weight average', 'Data', 'Augmentation', 'Loss', 'Evaluation'),
     *('Output and resume', 'Hardware and precision', 'Distributed'),
 )
 USAGE = '%(prog)s [--FLAG VALUE ...]'  # of the mains, instead of a page of brackets
+MOST_WORKERS = 10  # loader processes of a rank, if not more are asked for
+README = Path(__file__).resolve().parent.parent / 'README.md'
+MODELS_BEGIN, TABLE_END = '<!-- models -->\n', '<!-- end -->'
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # same: a resumed run must have the same value; warn: a change prints a warning; free: a flag that only says where and
 # how a run works, or that is checked elsewhere
@@ -46,6 +51,16 @@ class Switch(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, option_string in self.on)
 
 
+class Model(argparse.Action):
+    """`--model NAME`; `--model list` prints the table of models and ends, as --help does."""
+
+    def __call__(self, parser, namespace, name, option_string=None):
+        if name == 'list':
+            print(models_table())
+            parser.exit()
+        setattr(namespace, self.dest, name)
+
+
 class KeyValues(argparse.Action):
     """`key=value ...` -> {key: literal}, added to those of a recipe."""
 
@@ -57,7 +72,9 @@ class KeyValues(argparse.Action):
         for word in words:
             key, equals, text = word.partition('=')
             if not equals or not key.isidentifier():
-                raise UserError(f'{option_string} expects key=value, got {word!r}')
+                others = [action.dest for action in parser._get_positional_actions()]
+                hint = f'; write {others[0]} before {option_string}' if others else ''
+                raise UserError(f'{option_string} expects key=value, got {word!r}{hint}')
             try:
                 pairs[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # no literal, or one too deep
@@ -160,8 +177,10 @@ class Parser(argparse.ArgumentParser):
         self, description: str | None, main: 'Parser | None' = None, other: str = '', usage: str | None = None
     ):
         self.flags: dict[str, argparse.Action] = {}  # by each of their names
-        self.roles: dict[str, AtResume] = {}  # by the names of their values
+        self.roles: dict[str, AtResume] = {'given': 'free'}  # by the names of their values
+        self.of_network: dict[str, argparse.Action] = {}
         self.instead_of: dict[str, str] = {}
+        self.settle: dict[str, Callable[[argparse.Namespace, bool], Any]] = {}  # by the names of their values
         super().__init__(
             description=(description or '').partition('\n')[0],  # of a docstring, which python -OO takes away
             usage=usage,
@@ -172,11 +191,21 @@ class Parser(argparse.ArgumentParser):
         self.main, self.other = main, other
 
     def add_argument(
-        self, *names: str, heading: str = '', at_resume: AtResume = 'warn', instead_of: str = '', **kwargs
+        self,
+        *names: str,
+        heading: str = '',
+        at_resume: AtResume = 'warn',
+        instead_of: str = '',
+        of_network: bool = False,
+        settle: Callable[[argparse.Namespace, bool], Any] | None = None,
+        **kwargs,
     ) -> argparse.Action:
         """argparse's, under a heading of --help.
 
-        `instead_of` is another flag's value, which is not taken from a recipe where this flag is given.
+        `instead_of` is another flag's value, which is not taken from a recipe where this flag is given. `of_network`:
+        it decides what a network is, or how that sees an image, and is known to its checkpoint (checkpoint.Source).
+        `settle(args, given)` makes the value from all that was parsed, the flag's own None where it has none; `given`:
+        on the command line.
         """
         if heading and heading not in self.headings:
             self.headings[heading] = self.add_argument_group(heading)
@@ -187,6 +216,10 @@ class Parser(argparse.ArgumentParser):
         self.roles[action.dest] = at_resume
         if instead_of:
             self.instead_of[names[0]] = instead_of
+        if of_network:
+            self.of_network[action.dest] = action
+        if settle:
+            self.settle[action.dest] = settle
         return action
 
     def error(self, message: str):
@@ -194,18 +227,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix('argument ').replace(': must be', ' must be', 1))
 
     def parse(self, argv: list[str] | None = None, stage: str = '') -> argparse.Namespace:
-        """Flags over recipe over defaults. Raises UserError naming the closest flag or key for one that is unknown."""
+        """Flags over recipe over defaults; `given` names those that are no defaults.
+
+        Raises UserError naming the closest flag or key for one that is unknown.
+        """
         argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument('--config', nargs='?', type=path)
         first.error = self.error
         config = first.parse_known_args(argv)[0].config
+        flags, defaults = {word.partition('=')[0] for word in argv}, {}
         if config and 'config' in self.roles:
             values = (self.main or self).recipe(find_recipe(config), stage)
-            given = {word.partition('=')[0] for word in argv}
-            dropped = {other for flag, other in self.instead_of.items() if flag in given}
-            self.set_defaults(**{dest: values[dest] for dest in values.keys() & self.roles.keys() - dropped})
-        return self.parse_args(argv)
+            dropped = {other for flag, other in self.instead_of.items() if flag in flags}
+            defaults = {dest: values[dest] for dest in values.keys() & self.roles.keys() - dropped}
+            self.set_defaults(**defaults)
+        args = self.parse_args(argv)
+        args.given = sorted(defaults.keys() | {self.flags[flag].dest for flag in flags & self.flags.keys()})
+        for name, settle in self.settle.items():
+            setattr(args, name, settle(args, f'--{name}' in flags))
+        return args
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
@@ -260,6 +301,50 @@ def converted(action: argparse.Action, name: str, value: Any, where: str) -> Any
     return items if many else items[0]
 
 
+def as_flags(values: dict[str, Any]) -> str:
+    """'--input_size 32 --no_global_pool --mean 0.5 0.5 0.5 --model_kwargs depth=4', to be read or typed."""
+    words = []
+    for name, value in values.items():
+        words.append(f'--no_{name}' if value is False else f'--{name}')
+        if isinstance(value, dict):
+            words += [f'{key}={item}'.replace(' ', '') for key, item in value.items()]
+        elif not isinstance(value, bool):
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return ' '.join(words)
+
+
+def warm_up(most: int, args: argparse.Namespace, given: bool) -> float:
+    """The value of --warmup_epochs: a default and a recipe's give way to a short run, one on the command line does not.
+
+    The run says so in its first lines.
+    """
+    fits = args.warmup_epochs is not None and args.warmup_epochs < args.epochs
+    return args.warmup_epochs if given or fits else min(most, args.epochs / 10)
+
+
+def default_workers(cores: int) -> int:
+    """Loader processes of a rank with so many cores."""
+    return max(1, min(MOST_WORKERS, cores))
+
+
+def usable_cores() -> int:
+    """The cores of the machine, less what affinity (taskset, SLURM) or a container's CPU quota takes away."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or no quota: 'max'
+        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
+
+
+def models_table() -> str:
+    """The table of models in README.md, which scripts/models.py writes, with its columns aligned."""
+    _, _, rest = README.read_text(encoding='utf-8').partition(MODELS_BEGIN)
+    lines = rest.partition(TABLE_END)[0].replace('`', '').splitlines()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if not line.startswith('|--')]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def underscored(word: str) -> str:
     """`--some-flag=a-b` -> `--some_flag=a-b`"""
     if not word.startswith('--'):
@@ -275,7 +360,6 @@ def underscored(word: str) -> str:
 def add_common_args(
     parser: Parser,
     *,
-    model: str,
     batch_size: int,
     epochs: int,
     blr: float,
@@ -286,7 +370,7 @@ def add_common_args(
     """Everything that pretraining and fine-tuning share; the defaults that differ are the parameters."""
     add = parser.add_argument
     add('--config', type=path, metavar='YAML', at_resume='free', help='recipe, or its name: sets defaults')
-    add_model_args(parser, model)
+    add_model_args(parser)
     add_batch_args(parser, batch_size)
     add_schedule_args(parser, epochs=epochs, blr=blr, warmup_epochs=warmup_epochs, min_lr=min_lr)
     add_optimiser_args(parser, betas)
@@ -295,15 +379,16 @@ def add_common_args(
     add_hardware_args(parser)
 
 
-def add_model_args(parser: Parser, model: str) -> None:
+def add_model_args(parser: Parser) -> None:
     """The model, its input, and where it runs."""
-    add = partial(parser.add_argument, heading='Model', at_resume='same')
-    add('--model', default=model, help='name of a function in a models_*.py')
+    add = partial(parser.add_argument, heading='Model', at_resume='same', of_network=True)
+    add('--model', action=Model, metavar='NAME', help='the network and its method; list: print them all')
     add('--model_kwargs', action=KeyValues, help='more arguments of the model')
     add('--input_size', type=AT_LEAST_1, default=224, help='image side in pixels')
 
     add = partial(parser.add_argument, heading='Data')
     add('--max_pixels', type=AT_LEAST_1, default=50_000_000, help='larger images are not decoded')
+    add = partial(add, of_network=True)
     add('--mean', type=number(float), nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
     add('--std', type=ABOVE_0, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
 
@@ -338,7 +423,12 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
     add('--blr', type=ABOVE_0, default=blr, instead_of='lr', help='base rate: lr = blr * images per step / 256')
     add('--min_lr', type=number(float, 0), default=min_lr, help='where the cosine ends')
     add('--min_lr_absolute', action=Switch, help='the final rate is --min_lr for all parameters, whatever their scale')
-    add('--warmup_epochs', type=number(float, 0), default=warmup_epochs, help='epochs of linear warm-up')
+    add(
+        '--warmup_epochs',
+        type=number(float, 0),
+        settle=partial(warm_up, warmup_epochs),
+        help=f'epochs of linear warm-up; default: {warmup_epochs}, at most a tenth of --epochs',
+    )
     add('--warmup_lr_ratio', type=SHARE, default=0.0, help='share of the rate that the warm-up starts from')
     add(
         '--warmup_shape',
@@ -380,7 +470,15 @@ def add_data_args(parser: Parser) -> None:
     )
     add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
     add('--download', action=Switch, at_resume='free', help='get what is missing in --data_path, where torchvision can')
-    add('--num_workers', type=AT_LEAST_0, default=10, at_resume='free', help='loader processes per rank')
+    add(
+        '--num_workers',
+        type=AT_LEAST_0,
+        at_resume='free',
+        settle=lambda args, given: (
+            default_workers(dist.share_of_cores(usable_cores())) if args.num_workers is None else args.num_workers
+        ),
+        help=f"loader processes per rank; default: the rank's share of the cores, at most {MOST_WORKERS}",
+    )
     add('--pin_mem', action=Switch, default=True, at_resume='free', help='pinned batches, for faster copies to a GPU')
     add(
         '--bad_images',
@@ -454,7 +552,7 @@ def check_common_args(args: argparse.Namespace) -> None:
     if args.resume and '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
     for name in ('output_dir', 'log_dir'):
-        if folder := getattr(args, name):
+        if (folder := getattr(args, name)) and not getattr(args, 'eval', False):
             check_apart(name, folder, args.data_path, getattr(args, 'dataset', 'folder'))
     dist.own_device(args.device)
     world_size = dist.place().world_size
@@ -477,7 +575,10 @@ def check_apart(name: str, folder: Path, data_path: Path, dataset: str) -> None:
 def check_schedule(args: argparse.Namespace) -> None:
     """Raise UserError for a schedule that cannot be."""
     if args.warmup_epochs >= args.epochs:
-        raise UserError(f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}')
+        raise UserError(
+            f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}; '
+            f'without it, the warm-up takes a tenth'
+        )
     if args.start_epoch >= args.epochs:
         raise UserError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
     check_boundaries(args)
@@ -495,6 +596,7 @@ def check_boundaries(args: argparse.Namespace) -> None:
     if args.lr_sched == 'step' and not (rising and epochs[-1] < args.epochs):
         raise UserError(
             f'--lr_decay_epochs must rise, to below --epochs {args.epochs}, got {" ".join(map(str, epochs))}'
+            f'{of_recipe(args, "lr_decay_epochs")}; or take --lr_sched cosine'
         )
 
 

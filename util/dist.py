@@ -27,6 +27,10 @@ WATCHDOG_S = 30
 LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore|pair closure|[Cc]onnection (closed|reset) by peer')
 
 
+# what launchers tell of this machine; SLURM's tasks are '4(x2),3' for several machines
+TOLD = ('SLURM_CPUS_ON_NODE', 'SLURM_TASKS_PER_NODE', 'LOCAL_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_SIZE')
+
+
 class Place(NamedTuple):
     """This process among all of them."""
 
@@ -54,6 +58,16 @@ def place() -> Place:
                 found = ', '.join(f'{name}={env[name]}' for name in names)
                 raise UserError(f'the launcher set {found}, which are not numbers') from error
     return Place()
+
+
+def share_of_cores(cores: int) -> int:
+    """The cores of this process, which may use `cores` of the machine beside the launcher's other processes there."""
+    if place().world_size == 1:
+        return cores
+    here = {name: int(found[0]) for name in TOLD if (found := re.match(r'[1-9]\d*', os.environ.get(name, '')))}
+    if 'SLURM_CPUS_ON_NODE' in here:  # SLURM may have bound the process to its own already
+        return min(cores, here['SLURM_CPUS_ON_NODE'] // here.get('SLURM_TASKS_PER_NODE', 1))
+    return cores // here.get('LOCAL_WORLD_SIZE', here.get('OMPI_COMM_WORLD_LOCAL_SIZE', 1))
 
 
 def local_ranks() -> int:

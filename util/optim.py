@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from util import dist
 from util.errors import UserError
+from util.recipes import of_recipe
 
 Rules = dict[str, tuple[int, float, bool]]
 
@@ -77,9 +78,12 @@ def accumulation(args: argparse.Namespace) -> int:
     if args.effective_batch_size is None:
         return args.accum_iter
     if args.effective_batch_size % per_forward:
+        recipe = of_recipe(args, 'effective_batch_size')
         raise UserError(
-            f'--effective_batch_size {args.effective_batch_size} is not a multiple of '
+            f'--effective_batch_size {args.effective_batch_size}{recipe} is not a multiple of '
             f'batch {args.batch_size} x ranks {dist.place().world_size} = {per_forward}'
+            + '; --accum_iter N or another --effective_batch_size replaces it'
+            * bool(recipe)
         )
     solved = args.effective_batch_size // per_forward
     if args.accum_iter not in (1, solved):

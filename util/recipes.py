@@ -1,5 +1,7 @@
 """Recipes: YAML files of flags, found by path or by name. They are trusted, as scripts are."""
 
+import argparse
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -38,6 +40,14 @@ def read_recipe(path: Path, stage: str = '') -> dict:
     return flags
 
 
+def of_recipe(args: argparse.Namespace, name: str) -> str:
+    """' of the recipe NAME' if that is where a value comes from, as far as one can see, or else ''."""
+    config = getattr(args, 'config', None)
+    flags = read_recipe(find_recipe(Path(config))) if config else {}
+    theirs = {str(key).replace('-', '_'): value for key, value in flags.items()}
+    return f' of the recipe {Path(config).stem}' if name in theirs and theirs[name] == getattr(args, name) else ''
+
+
 def load_recipe(path: Path) -> tuple[dict, dict]:
     """The `recipe` entry of a file, and the rest."""
     try:
@@ -49,6 +59,11 @@ def load_recipe(path: Path) -> tuple[dict, dict]:
     if not isinstance(content, dict) or not isinstance(content.get('recipe', {}), dict):
         raise UserError(f'{path} is not a recipe: it should hold flag: value lines, and recipe: its stage, source, ...')
     return content.pop('recipe', {}), content
+
+
+def count_recipes() -> Counter[str]:
+    """How many recipes there are for each model."""
+    return Counter(load_recipe(path)[1].get('model') for path in RECIPES.glob('*.yaml'))
 
 
 def recipes_for(model: str, stage: str) -> list[str]:

@@ -28,7 +28,7 @@ from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import Origin, find_origin, load_published, read_checkpoint
+from util.weights import Origin, check_file, find_origin, load_published, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -50,6 +50,8 @@ class Run:
     ):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
         self.classes = classes  # their names, where there are labels
+        if args.resume not in (None, 'auto'):
+            check_file(args.resume)  # or a wrong path would be told as something else
         log_dir = args.log_dir or args.output_dir
         if any('\ud800' <= letter <= '\udfff' for letter in str(log_dir)):
             raise UserError(f'TensorBoard cannot write to {log_dir}, whose name is not UTF-8: give another --log_dir')
@@ -75,7 +77,6 @@ class Run:
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
                 self.check_same_classes()
-                self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args), self.roles)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -147,7 +148,7 @@ class Run:
         known = then and self.classes
         return named.difference(then, self.classes, theirs, ours) if known and then != self.classes else ''
 
-    def load(self, core: nn.Module, source: str | None, **options) -> None:
+    def load(self, core: nn.Module, source: str | dict | None, **options) -> None:
         """Fill the network of a new run from a file, if one is given; a run that is resumed has its weights."""
         if options['ema'] and not source:
             raise UserError(f'{options["flag"]} needs {options["flag"].removesuffix("_ema")} PATH')
@@ -166,6 +167,7 @@ class Run:
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
+            self.notices += checkpoint.changed_settings(self.saved, config.plain(args), self.roles)
             checkpoint.check_healthy(self.saved, self.resumed_from)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
@@ -206,12 +208,26 @@ class Run:
         signals.install()
         self.announce()
 
+    def nothing_left(self) -> bool:
+        """Whether the run was at its end already, which is said; then it must not go on, for it would change files.
+
+        Raises UserError if it is beyond the end that --epochs asks for.
+        """
+        if not self.saved:
+            return False
+        (epoch, step), epochs = position(self.saved), self.args.epochs
+        done = f'{epoch} epochs' + (f' and {step} steps' if step else '')
+        if (epoch, step) > (epochs, 0):
+            raise UserError(f'{self.resumed_from} has done {done}, more than --epochs {epochs}')
+        if epoch == epochs:
+            info(f'nothing is left to train: {self.resumed_from} has done all of --epochs {epochs}')
+        return epoch == epochs
+
     def restore_position(self, saved: dict) -> None:
         self.record = saved['record']
-        if saved['step'] == saved['steps'] and saved.get('closed', True):
-            self.first_epoch = saved['epoch'] + 1
-        else:
-            self.first_epoch, self.first_step, self.sums = saved['epoch'], saved['step'], saved['logger']
+        self.first_epoch, self.first_step = position(saved)
+        if self.first_epoch == saved['epoch']:
+            self.sums = saved['logger']
 
     def tidy_folder(self) -> None:
         """Make the output folder as a save leaves it, whatever a kill has left. Raises StorageError without room."""
@@ -390,3 +406,10 @@ class Run:
             checkpoint.save(self.args.output_dir / name, state)
             if not self.folder.has_failed():
                 self.folder.write_status('running')
+
+
+def position(saved: dict) -> tuple[int, int]:
+    """The epoch that a checkpoint's run goes on with, and the steps done in it."""
+    if saved['step'] == saved['steps'] and saved.get('closed', True):
+        return saved['epoch'] + 1, 0
+    return saved['epoch'], saved['step']

@@ -34,7 +34,7 @@ OURS = """
 OURS_PRETRAIN = 'no_norm_pix_loss interpolation=bilinear vis_freq=5'
 OURS_FINETUNE = """
     val_share=0.1 eval_logits=present use_ema no_use_ema ema_decay=0.9 ema_warmup_epochs=1 ema_warmup_ratio=0.5
-    eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce
+    eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce predictions=a.csv
 """
 OLD = [('pretrain', word) for word in f'{MAE} {MAE_PRETRAIN} {OURS} {OURS_PRETRAIN}'.split()]
 OLD += [('finetune', word) for word in f'{MAE} {MAE_FINETUNE} {OURS} {OURS_FINETUNE}'.split()]
@@ -188,7 +188,7 @@ FREE = """
     config data_path output_dir log_dir device dist_url dist_timeout world_size local_rank num_workers pin_mem
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
-    dist_eval resplit max_bad_images init init_ema finetune_ema
+    dist_eval resplit max_bad_images given predictions init init_ema finetune_ema
 """
 
 
@@ -240,7 +240,7 @@ def test_help(module):
     for action in parser.flags.values():
         assert action.help
         assert (action.option_strings[0] in text) == (action.help != argparse.SUPPRESS)
-        assert action.heading or action.dest in ('help', 'config', 'checkpoint', 'output', 'count')
+        assert action.heading or action.dest in ('help', 'config', 'checkpoint', 'output', 'count', 'use_ema')
     assert 'None' not in text
     assert 'SUPPRESS' not in text
     assert '[]' not in text

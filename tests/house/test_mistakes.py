@@ -263,7 +263,10 @@ def test_resuming_another_run(said, trained):
     assert_matches(
         said('pretrain', '--resume', good, '--batch_size', '16', '--opt', 'lamb'), 'opt: adamw then, lamb now'
     )
-    assert_matches(said('finetune', '--resume', good, '--batch_size', '16'), 'stage: pretrain then, finetune now')
+    assert_matches(
+        said('finetune', '--resume', good, '--batch_size', '16'),
+        rf'checkpoint-last\.pth is a checkpoint of main_pretrain\.py; use --finetune {good}$',
+    )
     deeper = ['--batch_size', '16', '--model_kwargs', 'depth=6']
     assert_matches(said('pretrain', '--resume', good, *deeper), r"model_kwargs: {} then, {'depth': 6} now")
     saved, own = {'head': torch.ones(3, 2), 'old': torch.ones(1)}, {'head': torch.ones(5, 2)}
@@ -280,11 +283,13 @@ def test_evaluating_other_checkpoints(said, trained):
     """What a checkpoint of our own is, the line tells."""
     last = trained / 'checkpoint-last.pth'
     written = r'; it was written by main_pretrain\.py --model mirl_vit_tiny$'
-    assert_matches(said('finetune', '--eval', '--resume', last), 'missing.*head.*' + written)
-    assert_matches(said('finetune', '--eval', '--resume', last, '--model', 'a2mim_vit_tiny'), written)
-    assert_matches(said('finetune', '--finetune', last, '--model', 'mixmae_tiny'), written)
     assert_matches(
-        said('finetune', '--eval', '--use_ema', '--resume', last), 'no averaged weights in it: drop --use_ema'
+        said('finetune', '--eval', '--resume', last), f'no classifier to evaluate: .* --finetune {last}{written}'
+    )
+    assert_matches(said('finetune', '--eval', '--resume', last, '--model', 'a2mim_vit_tiny'), written)
+    line = said('finetune', '--finetune', last, '--model', 'mixmae_tiny')
+    assert_matches(
+        line, r'written by main_pretrain\.py --model mirl_vit_tiny, not for --model mixmae_tiny, which cannot'
     )
 
 
@@ -301,8 +306,8 @@ def test_evaluating_otherwise_than_trained(images, tmp_path, capsys):
     train('finetune', images, tmp_path, '--eval', '--resume', tmp_path / name, *other)
     [line] = [line for line in capsys.readouterr().out.splitlines() if 'not as it was' in line]
     assert line == (
-        'not as it was fine-tuned: input_size: 32 then, 40 now; crop_pct: 0.875 then, 1.0 now; '
-        'mean: [0.485, 0.456, 0.406] then, [0.0, 0.0, 0.0] now'
+        'not as it was fine-tuned: input_size: 32 then, 40 now; mean: [0.485, 0.456, 0.406] then, [0.0, 0.0, 0.0] now; '
+        'crop_pct: 0.875 then, 1.0 now'
     )
 
 

@@ -31,12 +31,15 @@ def test_the_whole_way(images, tmp_path, capsys):
     line = closing_line(capsys.readouterr().out)
 
     for ranks in (0, 2):
-        done = run(
-            'finetune', images, tmp_path / 'eval', '--eval', '--resume', tuned / 'checkpoint-last.pth', ranks=ranks
-        )
+        evaluation = ['--eval', '--resume', tuned / 'checkpoint-last.pth', '--predictions', tmp_path / f'{ranks}.csv']
+        evaluation += ['--batch_size', '4', '--num_workers', ranks]
+        done = run('finetune', images, tmp_path / 'eval', *evaluation, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert closing_line(done.stdout) == line
         assert 'Accuracy of the network on the 15 test images: ' in done.stdout
+
+    for name in ('.csv', '.classes.csv'):
+        assert (tmp_path / f'0{name}').read_bytes() == (tmp_path / f'2{name}').read_bytes()
 
     # the best weights, and the averaged ones
     best = load(tuned, 'checkpoint-best.pth')

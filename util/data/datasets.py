@@ -141,9 +141,13 @@ class EpochBatches:
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
-    """Every sample exactly once over the ranks, in order; the last batches may be shorter."""
-    mine = [(0, i) for i in range(rank, num_samples, world_size)]
-    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    """Every sample exactly once over the ranks, in order; the last batch may be shorter.
+
+    Ranks take whole batches in turn, the same ones for any number of ranks: what a network makes of a sample may differ
+    in the last bit with the batch around it.
+    """
+    starts = range(rank * batch_size, num_samples, world_size * batch_size)
+    return [[(0, i) for i in range(start, min(start + batch_size, num_samples))] for start in starts]
 
 
 def loader(
@@ -311,6 +315,13 @@ def list_images(folder: Path, left: LeftOut | None = None) -> list[str]:
 
 def no_images(where: str, left: LeftOut) -> str:
     return '; '.join([f'no images in {where} (looked for {", ".join(IMG_EXTENSIONS)})', *left.notes()])
+
+
+def images_at(path: Path) -> list[str]:
+    """An image file, or those below a folder. Raises UserError if there is neither."""
+    if not os.path.exists(path):
+        raise UserError(f'no such file or folder: {path}')
+    return list_images(path) if os.path.isdir(path) else [str(path)]
 
 
 def pretraining_folder(data_path: Path) -> Path:

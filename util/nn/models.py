@@ -1,6 +1,7 @@
 """What every models_*.py does with its models: make them by name, and look at one in evaluation mode."""
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -21,6 +22,14 @@ def factory(cls: type[nn.Module], name: str, /, **sizes) -> Callable[..., nn.Mod
 def factories(cls: type[nn.Module], encoders: dict[str, dict], others: dict[str, dict]) -> dict[str, Callable]:
     """{name: function} for each name of `encoders`, with the sizes of both tables."""
     return {name: factory(cls, name, **sizes, **others.get(name, {})) for name, sizes in encoders.items()}
+
+
+def sizes_of(encoders: dict[str, dict], name: str) -> dict:
+    """What a table has for this name. Raises ValueError with the closest names."""
+    if name in encoders:
+        return encoders[name]
+    close = difflib.get_close_matches(name, encoders, n=3) or list(encoders)
+    raise ValueError(f'no model {name}; did you mean {" or ".join(close)}?')
 
 
 @contextlib.contextmanager

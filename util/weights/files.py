@@ -32,9 +32,7 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises CheckpointError, one line for whatever is wrong; DamagedError, if it is the file and not the access to it;
     ResourceError, if there is too little memory.
     """
-    path, kind = Path(path), None
-    if not path.is_file():
-        raise CheckpointError(f'{path} {"is a folder, not a checkpoint" if path.is_dir() else "does not exist"}')
+    path, kind = check_file(path), None
     try:
         with resources.needed_for(f'reading {path}, of {resources.size(path.stat().st_size)}'):
             kind, read = recognise(path)
@@ -52,6 +50,18 @@ def read_checkpoint(path: str | Path) -> dict:
     except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
         raise DamagedError(f'{path} {what}') from error
+
+
+def check_file(path: str | Path) -> Path:
+    """Raise CheckpointError for a path that is no file; of a folder, name what could be meant."""
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted((file for file in path.glob('*.pth') if file.is_file()), key=lambda f: f.stat().st_mtime)
+        hint = f'; in it there are {", ".join(file.name for file in inside[:-6:-1])}' if inside else ''
+        raise CheckpointError(f'{path} is a folder, not a checkpoint{hint}')
+    if not path.is_file():
+        raise CheckpointError(f'{path} does not exist')
+    return path
 
 
 def bounded(value: object, most: int = 10**6, depth: int = 50) -> bool:

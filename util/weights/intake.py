@@ -23,24 +23,27 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that wrote a checkpoint of our own, as the file tells it."""
+    """The run that wrote a checkpoint of our own, as the file tells it: its arguments as `plain_field` has them."""
 
     stage: str
     args: dict
     classes: list[str] | None = None
 
     def __str__(self) -> str:
-        return f'main_{self.stage}.py --model {printable(self.args["model"], 80)}'
+        options = ' '.join(f'{key}={value}' for key, value in self.args['model_kwargs'].items())
+        model = printable(self.args['model'], 80) + (f' --model_kwargs {printable(options, 200)}' if options else '')
+        return f'main_{self.stage}.py --model {model}'
 
 
 def find_origin(container: dict) -> Origin | None:
     """None for files of others."""
     args, run = container.get('args'), container.get('run', {'stage': 'finetune'})  # checkpoint-best.pth has no `run`
-    ours = isinstance(args, dict) and isinstance(args.get('model_kwargs'), dict) and isinstance(run, dict)
-    if not ours or 'model' not in args:
+    if not isinstance(args, dict) or not isinstance(run, dict):
         return None
-    stage = printable(plain_field(run.get('stage')), 80)
-    return Origin(stage, {key: plain_field(args[key]) for key in args}, class_names(container))
+    args = {key: plain_field(args[key]) for key in args}
+    if not isinstance(args.get('model'), str) or not isinstance(args.get('model_kwargs'), dict):
+        return None
+    return Origin('pretrain' if run.get('stage') == 'pretrain' else 'finetune', args, class_names(container))
 
 
 def class_names(container: dict) -> list[str] | None:

@@ -544,27 +544,32 @@ ENCODERS = {
 }
 
 
+def read_source(source: str | Path) -> dict:
+    """What the checkpoint at a path or a URL holds. Raises CheckpointError."""
+    return read_checkpoint(download.fetch(source))
+
+
 def load_published(
     model: nn.Module,
     source: str | Path | dict,
     *,
     ema: bool = False,
+    label: str = 'state dict',
     flag: str = '--use_ema',
     new_decoder: bool = False,
-    label: str = 'state dict',
 ) -> Report:
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
     `source` is a path, a URL with its hash (`download.py`), or a state dict in the paper's own names: torch tensors in
     torch's layout, or numpy arrays in Paddle's. A class that INTAKES does not list takes our own checkpoints of it.
     Names may stand under a prefix. Positions for another image size or window are resized. `ema` asks for the averaged
-    weights; `flag` is what the user knows it by. With `new_decoder`, a pretraining model takes an encoder alone, too.
-    `label` is what a dict is called, such as the path that it was read from.
+    weights; `flag` is what the user knows it by; `label` is what a dict is called, such as the path that it was read
+    from. With `new_decoder`, a pretraining model takes an encoder alone, too.
     Raises CheckpointError when the source is not for this model, naming the first five keys that differ with both
     shapes, or holds values that are not finite; the model is then unchanged.
     """
     label = label if isinstance(source, dict) else str(source).partition('#')[0]
-    container = source if isinstance(source, dict) else read_checkpoint(download.fetch(source))
+    container = source if isinstance(source, dict) else read_source(source)
     intake = intake_of(type(model).__name__, model)
     try:
         try:
