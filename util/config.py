@@ -22,6 +22,7 @@ import torch
 
 from util import dist, optim
 from util.errors import UserError, closest
+from util.log import info
 from util.recipes import find_recipe, of_recipe, read_recipe
 
 HEADINGS = (  # of --help, in this order
@@ -55,7 +56,7 @@ class Model(argparse.Action):
 
     def __call__(self, parser, namespace, name, option_string=None):
         if name == 'list':
-            print(models_table())
+            info(models_table())
             parser.exit()
         setattr(namespace, self.dest, name)
 

@@ -3,6 +3,7 @@
 import argparse
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,12 +41,17 @@ def read_recipe(path: Path, stage: str = '') -> dict:
     return flags
 
 
-def of_recipe(args: argparse.Namespace, name: str) -> str:
-    """' of the recipe NAME' if that is where a value comes from, as far as one can see, or else ''."""
+def recipe_value(args: argparse.Namespace, name: str) -> Any:
+    """What the recipe of --config has for a flag, as it is written; None without one."""
     config = getattr(args, 'config', None)
     flags = read_recipe(find_recipe(Path(config))) if config else {}
-    theirs = {str(key).replace('-', '_'): value for key, value in flags.items()}
-    return f' of the recipe {Path(config).stem}' if name in theirs and theirs[name] == getattr(args, name) else ''
+    return {str(key).replace('-', '_'): value for key, value in flags.items()}.get(name)
+
+
+def of_recipe(args: argparse.Namespace, name: str) -> str:
+    """' of the recipe NAME' if that is where a value comes from, as far as one can see, or else ''."""
+    value = recipe_value(args, name)
+    return f' of the recipe {Path(args.config).stem}' if value is not None and value == getattr(args, name) else ''
 
 
 def load_recipe(path: Path) -> tuple[dict, dict]:
