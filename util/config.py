@@ -237,8 +237,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
+            self.check_single_values(argv, unknown[0])
             raise UserError(f'unknown argument {unknown[0]}{self.hint(unknown[0])}')
         return args
+
+    def check_single_values(self, argv: list[str], unknown: str) -> None:
+        """Raise UserError for a word too many behind a flag that takes one: it is not an argument of its own."""
+        before = list(itertools.takewhile(lambda word: word != unknown, argv))
+        flag = next((word for word in reversed(before) if word.startswith('--')), '').partition('=')[0]
+        if flag in self.flags and not unknown.startswith('--'):
+            square = ': images are square, one number is both sides' if flag in ('--input_size', '--eval_size') else ''
+            many = self.flags[flag].nargs
+            takes = 'one value' if many is None else 'no value' if many == 0 else f'{many} values'
+            raise UserError(f'{flag} takes {takes}, {unknown} is too many{square}')
 
     def hint(self, flag: str) -> str:
         """Who takes a flag that this parser does not know, or its closest ones."""

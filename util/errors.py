@@ -6,6 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 
+if sys.platform == 'win32':  # every program comes by here before it imports what Windows lacks
+    print('Windows is not supported: use WSL2, where this runs as on Linux', file=sys.stderr)
+    raise SystemExit(2)
+
 STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
 MEANING = {
     0: 'done',
