@@ -145,7 +145,7 @@ class MixMAE(MixMIMEncoder):
             raise ValueError(f'range_mask_ratio {range_mask_ratio} is negative')
         for ratio in (mask_ratio, mask_ratio + range_mask_ratio):
             num_hidden, what = int(self.num_cells * ratio), f'cells of {self.cell_size} pixels a side'
-            check_mask_ratio(ratio, num_hidden, self.num_cells, what)
+            check_mask_ratio(ratio, num_hidden, self.num_cells, what, f'patch_size={patch_size // 2}')
         self.norm_pix_loss, self.mask_ratio, self.range_mask_ratio = norm_pix_loss, mask_ratio, range_mask_ratio
 
         self.decoder_embed = nn.Linear(self.num_features, decoder_dim)

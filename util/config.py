@@ -265,6 +265,8 @@ class Parser(argparse.ArgumentParser):
             name = str(key).replace('-', '_')
             if name not in known:
                 raise UserError(f'{path}: unknown key {key!r}{closest(name, known)}')
+            if known[name].dest in values:
+                raise UserError(f'{path}: {name} is given twice')
             values[known[name].dest] = converted(known[name], name, value, f'{path}: {key}')
         return values
 

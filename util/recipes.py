@@ -57,14 +57,17 @@ def of_recipe(args: argparse.Namespace, name: str) -> str:
 def load_recipe(path: Path) -> tuple[dict, dict]:
     """The `recipe` entry of a file, and the rest."""
     try:
-        content = yaml.load(path.read_text(encoding='utf-8'), Loader=RecipeLoader)
+        content = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=RecipeLoader)
     except OSError as error:
         raise UserError(f'cannot read the recipe {path}: {error.strerror}') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, no UTF-8, ...
         raise UserError(f'{path} cannot be read as a recipe: {error}') from error
     if not isinstance(content, dict) or not isinstance(content.get('recipe', {}), dict):
         raise UserError(f'{path} is not a recipe: it should hold flag: value lines, and recipe: its stage, source, ...')
-    return content.pop('recipe', {}), content
+    about = content.pop('recipe', {})
+    if nested := [key for key, value in about.items() if isinstance(value, list | dict)]:
+        raise UserError(f'{path}: recipe: {nested[0]} should be text or a number, got {about[nested[0]]!r}')
+    return about, content
 
 
 def count_recipes() -> Counter[str]:
