@@ -53,8 +53,8 @@ FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
 
 def get_args_parser() -> config.Parser:
     parser = config.Parser(
-        'Run a main as SLURM jobs that save, requeue and resume by themselves, or here (--local). All flags of the main '
-        'are accepted too: main_pretrain.py --help, main_finetune.py --help.'
+        'Run a main as SLURM jobs that save, requeue and resume by themselves, or here (--local). '
+        'All flags of the main are accepted too: main_pretrain.py --help, main_finetune.py --help.'
     )
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
