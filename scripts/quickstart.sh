@@ -57,7 +57,7 @@ accuracy() { sed -n 's/^\* Acc@1 \([0-9.]*\).*/\1/p' "$1" | tail -n 1; }
 timed pretrain python main_pretrain.py "${pretrain[@]}" --output_dir "$OUTPUT/pretrain"
 timed finetune python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/finetune" \
   --finetune "$OUTPUT/pretrain/checkpoint-last.pth"
-timed scratch python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/scratch" | tee "$OUTPUT/scratch.txt"
+timed scratch python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/scratch" > >(tee "$OUTPUT/scratch.txt")
 timed eval python main_finetune.py "${common[@]}" ${tuned_kwargs[@]+"${tuned_kwargs[@]}"} --crop_pct 1 --eval \
   --resume "$OUTPUT/finetune/checkpoint-last.pth" | tee "$OUTPUT/eval.txt"
 timed pictures python scripts/visualize.py --model "$MODEL" ${kwargs[@]+"${kwargs[@]}"} --input_size "$INPUT_SIZE" --seed "$SEED" \
