@@ -1,6 +1,7 @@
 """One epoch of any labelled task, and evaluation that counts every image once over the ranks. Names no method."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,23 +55,28 @@ def forward(
 
 @torch.inference_mode()
 def evaluate(
-    core: nn.Module, batches: Iterable, normalise: Normalisation, amp_dtype: torch.dtype | None
+    core: nn.Module,
+    batches: Iterable,
+    normalise: Normalisation,
+    amp_dtype: torch.dtype | None,
+    absent: Sequence[int] = (),
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and mean cross-entropy, over every image of all ranks exactly once.
 
     Skipped images (label -1) do not count. Shares of ranks may differ in length, so nothing is exchanged before the
-    sums at the end. `core` is the bare model.
+    sums at the end. `core` is the bare model; `absent` are the classes that no answer may be.
     """
     was_training = core.training
     core.eval()
     dist.share_running_statistics(core)
     device = normalise.mean.device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
+    absent = torch.tensor(absent, dtype=torch.long, device=device)
     for imgs, labels in batches:
         imgs, labels = to_device((imgs, labels), device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = core(normalise(imgs))
-        logits = logits.float()
+        logits = logits.float().index_fill(1, absent, -math.inf)
         hits = logits.topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
         loss = F.cross_entropy(logits, labels, ignore_index=SKIPPED, reduction='sum')
         totals += torch.stack([(labels != SKIPPED).sum(), hits[:, 0].sum(), hits.sum(), loss]).double()

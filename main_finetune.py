@@ -24,7 +24,7 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Origin, load_published
+from util.weights import Origin, Report, fetch, find_origin, load_published, read_checkpoint
 
 
 def get_args_parser() -> config.Parser:
@@ -67,8 +67,12 @@ def get_args_parser() -> config.Parser:
     add('--ema_warmup_ratio', type=SHARE, default=0.9, help='share of the decay that this warm-up starts from')
 
     add = partial(parser.add_argument, heading='Data')
-    add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
-    add('--download', action=Switch, at_resume='free', help='get what is missing in --data_path, where torchvision can')
+    add(
+        '--val_share',
+        type=number(float, above=0, below=1),
+        at_resume='same',
+        help='share of every class that validates, where there is no val/; drawn from --seed',
+    )
 
     add = partial(parser.add_argument, heading='Loss')
     add('--criterion', choices=('ce', 'bce'), default='ce', help='cross-entropy, or binary ones summed over classes')
@@ -82,6 +86,12 @@ def get_args_parser() -> config.Parser:
         type=number(float, above=0, most=1),
         default=0.875,
         help='centre crop, as a share of the resized side',
+    )
+    add(
+        '--eval_logits',
+        choices=('all', 'present'),
+        default='all',
+        help='which classes an answer may be: all of the network, or those that the validation images have',
     )
 
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
@@ -146,10 +156,19 @@ def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
         core.train()
 
 
-def report(stats: dict[str, float]) -> None:
-    """MAE's closing lines."""
+def report(stats: dict[str, float], reader: Reader) -> None:
+    """MAE's closing lines, and before them how many images the reader has skipped."""
+    if skipped := reader.skipped():
+        info(f'bad images skipped: {len(skipped)}, listed in {reader.listing}')
     info(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     info(f'Accuracy of the network on the {stats["images"]} test images: {stats["acc1"]:.1f}%')
+
+
+def absent_classes(args: argparse.Namespace, val: named.Split) -> list[int]:
+    """The classes that no answer may be in an evaluation: with --eval_logits present, those without an image."""
+    if args.eval_logits == 'all':
+        return []
+    return sorted(set(range(args.nb_classes or len(val.classes))) - set(val.labels))
 
 
 def classification_loss(
@@ -178,24 +197,30 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if args.finetune:
         raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
-    [val], num_classes = named.labelled_splits(args, ('val',))
+    saved = read_checkpoint(fetch(args.resume))
+    origin = find_origin(saved)
+    named.check_same_share(args, origin.args if origin else {})
+    [val] = named.labelled_splits(args, ('val',), origin and origin.classes)
+    num_classes = args.nb_classes or len(val.classes)
     core = create_classifier(args, num_classes)
     check_steps(core, args)
-    loaded = load_published(core, args.resume, ema=args.use_ema)
+    loaded = load_published(core, saved, ema=args.use_ema, label=args.resume.partition('#')[0])
     if loaded.missing:
         origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
         raise UserError(
             f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
-    batches = build.val_loader(args, *val, torch.device(args.device))
+    batches = build.val_loader(args, val.images, val.labels, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     info(str(loaded))
+    info(*val.notes)
     if loaded.origin:
         notice_differences(args, loaded.origin)
     layout = memory_format(args, core)
     normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
     core = core.to(device, memory_format=layout)
-    report(evaluate(core, batches, normalise, amp_dtype(args, device)))
+    stats = evaluate(core, batches, normalise, amp_dtype(args, device), absent_classes(args, val))
+    report(stats, batches.dataset.reader)
     dist.cleanup()
 
 
@@ -209,6 +234,14 @@ def notice_differences(args: argparse.Namespace, origin: Origin) -> None:
         info(f'not as it was fine-tuned: {listed}')
 
 
+def notice_classes(loaded: Report, classes: list[str]) -> None:
+    """Say where a head was loaded that was trained for other classes."""
+    then = loaded.origin and loaded.origin.classes
+    if then and then != classes and not loaded.missing:
+        differing = named.difference(then, classes, loaded.source, 'train/')
+        info(f'the head that was loaded was trained for other classes: {differing}')
+
+
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
     method = find_method(args.model)
@@ -216,7 +249,8 @@ def main(args: argparse.Namespace) -> None:
         return evaluate_checkpoint(args)
     config.check_common_args(args)
     config.check_schedule(args)
-    (train, val), num_classes = named.labelled_splits(args, ('train', 'val'))
+    train, val = named.labelled_splits(args, ('train', 'val'))
+    num_classes = args.nb_classes or len(train.classes)
     if augment.mixes(args) and args.batch_size % 2:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size}'
@@ -224,8 +258,9 @@ def main(args: argparse.Namespace) -> None:
     crop = augment.finetune_transform(
         args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
     )
-    sampler = build.epoch_batches(args, len(train[0]))
-    with Run(args, 'finetune', sampler, get_args_parser().roles) as run:
+    sampler = build.epoch_batches(args, len(train.images))
+    with Run(args, 'finetune', sampler, get_args_parser().roles, train.classes) as run:
+        run.notices += [*train.notes, *val.notes]
         core = create_classifier(args, num_classes)
         check_steps(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
@@ -240,13 +275,15 @@ def main(args: argparse.Namespace) -> None:
         model = dist.parallel(core, device, args.compile)
         training = Training(args, core, model, optimizer, sampler, device, ema)
 
-        images = datasets.ImageFiles(*train, crop, args.seed, Reader.of(args))
+        images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         if loaded:
             info(str(loaded))
+            notice_classes(loaded, train.classes)
         batches = build.loader(images, sampler, args, device)
-        val_batches = build.val_loader(args, *val, device)
+        val_batches = build.val_loader(args, val.images, val.labels, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
+        absent = absent_classes(args, val)
         loss_of = classification_loss(training, augmentation, augment.criterion(args))
 
         for epoch in run.epochs():
@@ -254,10 +291,10 @@ def main(args: argparse.Namespace) -> None:
             run.save_before_evaluation(epoch)
             networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
             tests = {
-                name: evaluate(network, val_batches, training.normalise, training.amp_dtype)
+                name: evaluate(network, val_batches, training.normalise, training.amp_dtype, absent)
                 for name, network in networks.items()
             }
-            report(tests['test'])
+            report(tests['test'], val_batches.dataset.reader)
             keep_best(run, epoch, networks, tests)
             values = {f'train_{name}': value for name, value in stats.items()}
             values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
@@ -277,6 +314,7 @@ def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dic
             state = {
                 'model': networks[name].state_dict(),
                 'weights': name,
+                'classes': run.classes,
                 'args': config.plain(run.args),
                 **run.record,
             }

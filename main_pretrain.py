@@ -17,7 +17,7 @@ import models_mixmae
 from engine_pretrain import train_one_epoch
 from util import build, config, dist, rng
 from util.config import AT_LEAST_0, SHARE, Switch, number
-from util.data import augment, datasets
+from util.data import augment, datasets, named
 from util.data.images import Reader
 from util.errors import UserError, closest, run_main
 from util.log import info
@@ -88,9 +88,10 @@ def main(args: argparse.Namespace) -> None:
     config.check_common_args(args)
     config.check_schedule(args)
     method = find_method(args.model)
-    files = datasets.pretraining_files(args.data_path)
-    sampler = build.epoch_batches(args, len(files))
+    train = named.training_images(args)
+    sampler = build.epoch_batches(args, len(train.images))
     with Run(args, 'pretrain', sampler, get_args_parser().roles) as run:
+        run.notices += train.notes
         core = create_model(args)
         check_step(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
@@ -103,10 +104,10 @@ def main(args: argparse.Namespace) -> None:
         training = Training(args, core, model, optimizer, sampler, device)
 
         crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
-        images = datasets.ImageFiles(files, None, crop, args.seed, Reader.of(args))
+        images = datasets.ImageFiles(train.images, None, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         batches = build.loader(images, sampler, args, device)
-        pictures = Pictures(core, files, args, images.reader) if args.vis_freq and dist.is_main() else None
+        pictures = Pictures(core, train.images, args, images.reader) if args.vis_freq and dist.is_main() else None
 
         for epoch in run.epochs():
             stats = train_one_epoch(training, run, batches, epoch)

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.losses import PIXEL_LOSSES, pixel_loss
 from util.nn.models import eval_mode, factory
-from util.nn.patches import patch_mask_to_pixels, random_plan
+from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
 from util.nn.vit import norm_layer
@@ -275,24 +275,21 @@ class A2MIM(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, imgs: Tensor, plan: CellPlan) -> dict[str, Tensor]:
-        """Panels [N, 3, S, S] in the input's normalised space.
+        """Panels [N, 3, S, S] in the input's normalised space: `first_panels`, the prediction, and spectra.
 
-        `prediction` means something at hidden pixels only; `composite` has it there, and the image elsewhere. Spectra
-        are log amplitudes averaged over colours, low frequencies in the middle, on the image's scale of grays.
+        Visible pixels are left out of the prediction, unless they have a loss. Spectra are log amplitudes averaged over
+        colours, low frequencies in the middle, on the image's scale of grays.
         """
         hidden = patch_mask_to_pixels(plan.mask, self.cell_size)
         masked = self.fill(imgs, hidden)
         with eval_mode(self):
             pred = self.forward_decoder(self.forward_encoder(masked, plan.mask)).float()
-        composite = torch.where(hidden > 0, pred, imgs)
+        panels = first_panels(imgs, hidden, {'': pred}, masked if self.mask_color != 'none' else None)
         return {
-            'original': imgs,
-            'masked': masked if self.mask_color != 'none' else imgs * (1 - hidden),
-            'prediction': pred,
-            'composite': composite,
+            **panels,
+            'prediction': left_out(pred, hidden + self.unmask_weight),
+            'spectrum (composite)': draw_spectrum(panels['composite'], like=imgs),
             'spectrum (original)': draw_spectrum(imgs, like=imgs),
-            'spectrum (prediction)': draw_spectrum(pred, like=imgs),
-            'spectrum (composite)': draw_spectrum(composite, like=imgs),
         }
 
     def encoder_state_dict(self) -> dict[str, Tensor]:

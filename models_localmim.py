@@ -34,15 +34,16 @@ from util.nn.hog import draw_hog, hog
 from util.nn.models import eval_mode, factories
 from util.nn.patches import (
     MaskPlan,
+    first_panels,
     gather_tokens,
+    left_out,
     mask_plan,
     normalise_patches,
     patch_mask_to_pixels,
-    patch_stats,
     patchify,
+    pixel_scales,
     random_plan,
     unpatchify,
-    visible_mean,
 )
 from util.nn.pos_embed import sincos_2d
 from util.nn.swin import SwinClassifier, Windows, group_slots, plain_and_shifted, stage_grids, swin_stages, unit_major
@@ -167,37 +168,35 @@ class LocalMIM(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, imgs: Tensor, plan: Plan) -> dict[str, Tensor]:
-        """Panels [N, 3, H, W] in the input's normalised space: original, masked, and each scale's, 0 the finest.
+        """Panels [N, 3, H, W] in the input's normalised space: `first_panels` and each scale's, 0 the finest.
 
-        HOG targets and predictions are drawn as strokes along the edges, from the images' darkest to their brightest
-        value; predictions where something is hidden. Pixels that were normalised per patch need a mean and a deviation:
-        `oracle` takes each patch's own, which leaks the answer's brightness and contrast, `honest` the visible patches'
-        average. All patches are drawn, but predictions of visible ones are not trained and mean nothing.
+        The composite has the deepest scale whose cells are hidden whole. In finer ones, normalisation takes more of the
+        image away. What is wholly visible is left out of predictions, since nothing is trained there.
         """
         with eval_mode(self):
             preds = self.forward_decoders(self.forward_encoder(imgs, plan), plan)
-        panels = {'original': imgs, 'masked': imgs * (1 - patch_mask_to_pixels(plan.mask, self.mask_size))}
-        for k, (pred, target, cell) in enumerate(zip(preds, self.forward_targets(imgs), self.cells, strict=True)):
-            if self.target == 'hog':
-                dark, bright = imgs.amin((0, 2, 3), keepdim=True), imgs.amax((0, 2, 3), keepdim=True)
-                hidden = self.loss_weights(plan.mask, pred.shape[1]).unsqueeze(-1) > 0
-                for what, hist in (('target', target), ('prediction', pred.float() * hidden)):
-                    panels[f'{what} {k}'] = dark + (bright - dark) * draw_hog(hist, self.hog_bins, cell)
-            elif self.norm_pix_loss:
-                mean, std = patch_stats(patchify(imgs, cell))
-                honest_mean, honest_std = self.visible_stats(imgs, plan.mask, cell)
-                panels[f'prediction {k} (honest)'] = unpatchify(pred.float() * honest_std + honest_mean, cell)
-                panels[f'prediction {k} (oracle)'] = unpatchify(pred.float() * std + mean, cell)
-            else:
-                panels[f'prediction {k}'] = unpatchify(pred.float(), cell)
+        scales = zip(preds, self.forward_targets(imgs), self.cells, strict=True)
+        scales = [self.draw(imgs, pred.float(), target, plan.mask, cell) for pred, target, cell in scales]
+        shown = max(k for k, cell in enumerate(self.cells) if cell <= self.mask_size)
+        panels = first_panels(imgs, patch_mask_to_pixels(plan.mask, self.mask_size), scales[shown])
+        for k, (pictures, pred, cell) in enumerate(zip(scales, preds, self.cells, strict=True)):
+            hidden = patch_mask_to_pixels(self.loss_weights(plan.mask, pred.shape[1]), cell)
+            panels |= {f'scale {k}{kind}': left_out(picture, hidden) for kind, picture in pictures.items()}
         return panels
 
-    def visible_stats(self, imgs: Tensor, mask: Tensor, cell: int) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of visible patches, averaged: two [N, 1, 1]."""
-        cell = min(cell, self.mask_size)  # larger ones are rarely wholly visible
-        mean, std = patch_stats(patchify(imgs, cell))
-        visible = 1 - self.loss_weights(mask, mean.shape[1]).unsqueeze(-1)
-        return visible_mean(mean, visible), visible_mean(std, visible)
+    def draw(self, imgs: Tensor, pred: Tensor, target: Tensor, mask: Tensor, cell: int) -> dict[str, Tensor]:
+        """One scale's prediction [N, L_k, P_k] as a picture, and what to compare it with: {name's end: [N, 3, H, W]}.
+
+        HOG is drawn as strokes along the edges, from the images' darkest to their brightest value, and followed by the
+        target. Pixels that were normalised per patch: see `pixel_scales`.
+        """
+        if self.target == 'hog':
+            dark, bright = imgs.amin((0, 2, 3), keepdim=True), imgs.amax((0, 2, 3), keepdim=True)
+            hidden = self.loss_weights(mask, pred.shape[1]).unsqueeze(-1) > 0  # strokes reach beyond their cells
+            hists = {'': pred * hidden, ' (true edges)': target * hidden}
+            return {kind: dark + (bright - dark) * draw_hog(h, self.hog_bins, cell) for kind, h in hists.items()}
+        stats = pixel_scales(imgs, mask, cell, self.norm_pix_loss)
+        return {kind: unpatchify(pred * std + mean, cell) for kind, (mean, std) in stats.items()}
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
         """The encoder under the classifier's names."""

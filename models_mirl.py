@@ -31,15 +31,16 @@ from util.nn.checks import check_divides, check_heads, check_mask_ratio
 from util.nn.models import eval_mode, factories
 from util.nn.patches import (
     MaskPlan,
+    first_panels,
     gather_tokens,
+    left_out,
     mask_plan,
     normalise_patches,
     patch_mask_to_pixels,
-    patch_stats,
     patchify,
+    pixel_scales,
     random_plan,
     unpatchify,
-    visible_mean,
 )
 from util.nn.pos_embed import sincos_2d
 from util.nn.vit import norm_layer, vit_classifier
@@ -183,34 +184,29 @@ class MIRL(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, imgs: Tensor, plan: MaskPlan) -> dict[str, Tensor]:
-        """Panels [N, 3, H, W] in the input's normalised space: original, masked, and each pair's sum and two parts.
+        """Panels [N, 3, H, W] in the input's normalised space: `first_panels`, and each pair's sum and two parts.
 
-        Predictions are per-patch normalised and need a mean and a deviation to become pixels. `oracle` takes each
-        patch's own, which leaks the answer's brightness and contrast; `honest` takes the visible patches' average. Main
-        and residual are drawn with the oracle's, the mean added to both, so a residual is detail on a mid-tone. All
-        patches are drawn, but predictions of visible ones are not trained and mean nothing.
+        The composite has the sum of pair 0, whose residual comes from the deepest segment. Predictions are normalised
+        per patch; see `pixel_scales` for how they become pixels. The pairs are drawn with the oracle's mean and
+        deviation, as in the paper; the mean is added to both parts, so a residual is detail on a mid-tone. Visible
+        patches are left out of them, since nothing is trained there.
         """
         with eval_mode(self):
             preds = self.forward_decoders(*self.forward_encoder(imgs, plan), plan, num_pred=self.num_patches)
 
         restore = torch.cat([plan.ids_keep, plan.ids_hidden], dim=1).argsort(dim=1)
-        mean, std = patch_stats(patchify(imgs, self.patch_size))  # [N, L, 1]
-        if not self.norm_pix_loss:
-            mean, std = torch.zeros_like(mean), torch.ones_like(std)
-        honest = [visible_mean(stat, 1 - plan.mask.unsqueeze(-1)) for stat in (mean, std)]
+        scales = pixel_scales(imgs, plan.mask, self.patch_size, self.norm_pix_loss)
 
-        def picture(pred: Tensor, mean: Tensor = mean, std: Tensor = std) -> Tensor:
+        def picture(pred: Tensor, kind: str) -> Tensor:
+            mean, std = scales[kind]
             return unpatchify(gather_tokens(pred.float(), restore) * std + mean, self.patch_size)
 
         hidden = patch_mask_to_pixels(plan.mask, self.patch_size)
-        panels = {'original': imgs, 'masked': imgs * (1 - hidden)}
+        panels = first_panels(imgs, hidden, {kind: picture(sum(pairs(preds)[0]), kind) for kind in scales})
+        oracle = list(scales)[-1]
         for i, (main, residual) in enumerate(pairs(preds)):
-            panels |= {
-                f'prediction {i} (honest)': picture(main + residual, *honest),
-                f'prediction {i} (oracle)': picture(main + residual),
-                f'main {i}': picture(main),
-                f'residual {i}': picture(residual),
-            }
+            parts = {f'prediction {i}{oracle}': main + residual, f'main part {i}': main, f'residual part {i}': residual}
+            panels |= {name: left_out(picture(part, oracle), hidden) for name, part in parts.items()}
         return panels
 
     def encoder_state_dict(self) -> dict[str, Tensor]:

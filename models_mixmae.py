@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio, check_windows
 from util.nn.models import eval_mode, factories
 from util.nn.patches import (
+    first_panels,
     normalise_patches,
     patch_mask_to_pixels,
-    patch_stats,
     patchify,
+    pixel_scales,
     random_plan,
     unpatchify,
-    visible_mean,
 )
 from util.nn.pos_embed import sincos_2d
 
@@ -230,28 +230,24 @@ class MixMAE(MixMIMEncoder):
 
     @torch.no_grad()
     def reconstruct(self, imgs: Tensor, plan: MixPlan) -> dict[str, Tensor]:
-        """Panels [N, 3, H, W] in the input's normalised space: both originals, their mixture, both un-mixed from it.
+        """Panels [N, 3, H, W] in the input's normalised space: `first_panels` of the image and of its partner.
 
-        An un-mixed image has its visible cells as they are and its hidden ones as predicted. Predictions are normalised
-        per cell and need a mean and a deviation to become pixels. `oracle` takes each cell's own, which leaks the
-        answer's brightness and contrast; `honest` takes the average of the image's visible cells.
+        A composite is the image un-mixed. `mixed` is what the network saw: what is hidden of one image shows the other.
+        Predictions are normalised per cell; see `pixel_scales` for how they become pixels.
         """
         mixed = self.mix(imgs, plan.mask)
         with eval_mode(self):
             decoded = self.forward_decoder(self.forward_features(mixed, plan.mask), plan.mask)
             preds = [self.forward_pred(x).float() for x in decoded]
 
-        originals = [imgs, imgs.flip(0)]
-        panels = {'original': imgs, 'partner': originals[1], 'mixed': mixed}
-        masks = [plan.mask.unsqueeze(-1), 1 - plan.mask.unsqueeze(-1)]  # [1, L, 1]
-        for name, original, pred, hidden in zip(('original', 'partner'), originals, preds, masks, strict=True):
-            cells = patchify(original.float(), self.cell_size)
-            oracle = patch_stats(cells) if self.norm_pix_loss else (0.0, 1.0)
-            honest = [visible_mean(stat, 1 - hidden) for stat in oracle]
-            for kind, (mean, std) in (('honest', honest), ('oracle', oracle)):
-                unmixed = torch.where(hidden.bool(), pred * std + mean, cells)
-                panels[f'un-mixed {name} ({kind})'] = unpatchify(unmixed, self.cell_size)
-        return panels
+        images = []
+        for original, pred, mask in zip((imgs, imgs.flip(0)), preds, (plan.mask, 1 - plan.mask), strict=True):
+            scales = pixel_scales(original, mask, self.cell_size, self.norm_pix_loss)
+            pictures = {kind: unpatchify(pred * std + mean, self.cell_size) for kind, (mean, std) in scales.items()}
+            images.append(first_panels(original, patch_mask_to_pixels(mask, self.cell_size), pictures))
+        own, others = images
+        partner = {f'{name} of partner': panel for name, panel in others.items() if name.startswith('composite')}
+        return {**own, 'mixed': mixed, 'partner': others['original'], **partner}
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
         """The encoder under the classifier's names, which are its own."""

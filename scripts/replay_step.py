@@ -206,17 +206,18 @@ class Replay:
         """Network, images, and from a `Training` the engine's forward."""
         args = self.args
         crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
-        images = datasets.ImageFiles(datasets.pretraining_files(args.data_path), None, crop, args.seed)
+        images = datasets.ImageFiles(named.training_images(args).images, None, crop, args.seed)
         return main_pretrain.create_model(args), images, lambda training: partial(engine_pretrain.forward, training)
 
     def prepare_finetune(self, device: torch.device) -> tuple[nn.Module, datasets.ImageFiles, Callable]:
         """The same of fine-tuning."""
         args = self.args
-        [train], num_classes = named.labelled_splits(args, ('train',))
+        [train] = named.labelled_splits(args, ('train',))
+        num_classes = args.nb_classes or len(train.classes)
         crop = augment.finetune_transform(
             args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
         )
-        images = datasets.ImageFiles(*train, crop, args.seed)
+        images = datasets.ImageFiles(train.images, train.labels, crop, args.seed)
         augmentation, criterion = augment.batch_augmentation(args, num_classes, device), augment.criterion(args)
 
         def forward_of(training: Training) -> Callable:

@@ -204,9 +204,13 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
             f'update it'
         )
     saved = state.get('run')
-    if not isinstance(saved, dict) or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys():
+    if (
+        not isinstance(saved, dict)
+        or 'stage' not in saved
+        or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys()
+    ):
         raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
-    differing = [k for k in current if saved.get(k) != current[k]]
+    differing = [k for k in current if k in saved and saved[k] != current[k]]  # older versions wrote fewer
     if differing:
         listed = '; '.join(f'{k}: {saved.get(k)} then, {current[k]} now' for k in differing)
         raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}')

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from util import dist, optim
+from util.data import named
 from util.errors import UserError, closest
 from util.recipes import find_recipe, read_recipe
 
@@ -356,6 +357,8 @@ def add_data_args(parser: Parser) -> None:
         at_resume='free',
         help='train/ and val/ with a folder per class; for pretraining any folder of images',
     )
+    add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
+    add('--download', action=Switch, at_resume='free', help='get what is missing in --data_path, where torchvision can')
     add('--num_workers', type=AT_LEAST_0, default=10, at_resume='free', help='loader processes per rank')
     add('--pin_mem', action=Switch, default=True, at_resume='free', help='pinned batches, for faster copies to a GPU')
     add(
@@ -364,7 +367,12 @@ def add_data_args(parser: Parser) -> None:
         default='raise',
         help='what to do with an image that cannot be read',
     )
-    add('--max_bad_images', type=number(float, 0, below=1), default=0.001, help='largest share of images to skip')
+    add(
+        '--max_bad_images',
+        type=number(float, 0, below=1),
+        at_resume='free',
+        help='largest share of images to skip; default: 0.001, or 10 images',
+    )
     add(
         '--data_retries',
         type=AT_LEAST_0,

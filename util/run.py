@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from util import checkpoint, config, diagnosis, digests, dist, optim, rng, signals
+from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles
 from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
 from util.log import MetricLogger, RunLog, info
@@ -25,7 +26,7 @@ from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import read_checkpoint
+from util.weights import find_origin, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -37,8 +38,16 @@ class Run:
     disk or another process has caused. What belongs to the loop (training, images, log) is there after `resume`.
     """
 
-    def __init__(self, args: argparse.Namespace, stage: str, sampler: EpochBatches, roles: dict[str, config.AtResume]):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        stage: str,
+        sampler: EpochBatches,
+        roles: dict[str, config.AtResume],
+        classes: list[str] | None = None,
+    ):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
+        self.classes = classes  # their names, where there are labels
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
@@ -57,6 +66,7 @@ class Run:
             self.resumed_from, self.saved = self.find_saved()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
+                self.check_same_classes()
                 self.notices += checkpoint.changed_settings(self.saved, config.plain(self.args), self.roles)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -115,6 +125,14 @@ class Run:
         elif not digests.beside(path).exists():
             self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
         return path, saved
+
+    def check_same_classes(self) -> None:
+        """Raise UserError if the checkpoint was trained for classes of other names; old ones do not tell."""
+        origin = find_origin(self.saved)
+        then = origin and origin.classes
+        if then and self.classes and then != self.classes:
+            differing = named.difference(then, self.classes, 'it', f'{self.args.data_path}')
+            raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
 
     def join(self, core: nn.Module, ema: WeightAverage | None = None) -> torch.device:
         """Check the network against the checkpoint, then meet the other processes; returns this process's device."""
@@ -208,6 +226,7 @@ class Run:
             info(f'resumed from {self.resumed_from} at {position}')
         if dist.is_main():
             resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
+            resolved |= {'classes': self.classes} if self.classes else {}
             digests.replace(args.output_dir / 'args.json', (json.dumps(resolved, indent=2) + '\n').encode())
 
     # --------------------------------------------------------------------------
@@ -334,6 +353,7 @@ class Run:
                 'record': self.record,
                 'run': self.identity(),
                 'args': config.plain(self.args),
+                **({'classes': self.classes} if self.classes else {}),
             }
             checkpoint.save(self.args.output_dir / name, state)
             if not self.folder.has_failed():

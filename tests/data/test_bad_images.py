@@ -329,15 +329,19 @@ def test_folders_that_cannot_train(said, tmp_path):
     check('no images in', 'pretrain', tmp_path / 'empty')
     make_images(tmp_path / 'one', 1, 1, 1)
     batch = ['--batch_size', '16']
+    check('1 training images in .* are fewer than one step', 'pretrain', tmp_path / 'one', *batch)
+    check("one has a single class, 'class0': there is nothing to tell it from$", 'finetune', tmp_path / 'one', *batch)
     for stage in MAINS:
-        check('1 training images in .* are fewer than one step', stage, tmp_path / 'one', *batch)
         check('12 training images in .* are fewer', stage, data, *batch)
     shutil.copytree(data, tmp_path / 'other')
     (tmp_path / 'other/val/class1').rename(tmp_path / 'other/val/klass1')
-    check(r"differ: \['class1', 'klass1'\]", 'finetune', tmp_path / 'other')
-    shutil.rmtree(data / 'val/class2')
-    (data / 'val/class2').mkdir()
-    check('no images in .*val/class2', 'finetune', data)
+    check("of train/ differ: val/ alone has 'klass1'; train/ alone has 'class1'", 'finetune', tmp_path / 'other')
+    for image in (data / 'val').glob('*/*'):
+        image.unlink()
+    check('no images in .*val/class0, .*val/class1, .*val/class2 ', 'finetune', data)
+    shutil.rmtree(data / 'train/class2')
+    (data / 'train/class2').mkdir()
+    check(r'no images in \S+train/class2 .*: fill its folder, or remove it$', 'finetune', data)
 
 
 @pytest.mark.fault(34)
@@ -461,7 +465,7 @@ def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys)
         capsys.readouterr()
         main = MAINS['finetune']
         main.main(main.get_args_parser().parse(arguments(folder, tmp_path / 'eval', *flags, *more)))
-        return capsys.readouterr().out.splitlines()[-2:]
+        return capsys.readouterr().out.splitlines()[-3:]
 
     without = shutil.copytree(data, tmp_path / 'without')
     bad = spoil(data, 'val/class0/3.png', 'val/class2/0.png')
@@ -469,8 +473,10 @@ def test_skipped_images_do_not_count_in_evaluation(data, said, tmp_path, capsys)
         (without / path.removeprefix(f'{data}/')).unlink()
     skip = ['--bad_images', 'skip', '--max_bad_images', '0.2']
     found = lines(data, *skip, '--num_workers', '2')
-    assert found == lines(without) == lines(data, *skip)
-    assert 'on the 13 test images' in found[1]
+    assert found == lines(data, *skip)
+    assert found[1:] == lines(without)[1:]
+    assert found[0] == f'bad images skipped: 2, listed in {tmp_path}/eval/bad_images_val.txt'
+    assert 'on the 13 test images' in found[2]
     listed = (tmp_path / 'eval/bad_images_val.txt').read_text().splitlines()
     assert sorted(line.partition('\t')[0] for line in listed) == sorted(bad)
     code, line = said('finetune', data, *flags, '--bad_images', 'skip', '--max_bad_images', '0.1')
@@ -533,10 +539,24 @@ def test_more_than_the_share_end_the_run(data, said, tmp_path, measured):
     assert (code, '4 of 66 images cannot be read' in line) == (2, True), line
 
 
+@pytest.mark.parametrize(
+    ('share', 'images', 'most'),
+    [(None, 65, 10), (None, 50_000, 50), (None, 12, 6), (None, 2, 1), (None, 1, 0), (0.05, 66, 3), (0.0, 66, 0)],
+)
+def test_how_many_may_be_bad(share, images, most, tmp_path):
+    """Without --max_bad_images a small data set may have some; a share that is given is kept to."""
+    reader = Reader(listing=tmp_path / 'list.txt', max_share=share)
+    for i in range(most):
+        reader.skip(f'{i}.png', 'why', images)
+    limit = rf'allows by default \({most}\)' if share is None else f'{share:g}'
+    with pytest.raises(UserError, match=f'^{most + 1} of {images} images .* --max_bad_images {limit}; they are listed'):
+        reader.skip('last.png', 'why', images)
+
+
 def test_replacements(data, tmp_path):
     """Another image with its own label, drawn from (seed, epoch, index, attempt) alone."""
     spoil(data, *(f'train/class0/{i}.png' for i in range(22)))
-    files, labels, _ = datasets.labelled_files(data, 'train')
+    files, labels, *_ = datasets.labelled_files(data, 'train')
     reader = Reader(listing=tmp_path / 'list.txt', max_share=0.9)
     transform = augment.eval_transform(32, 1.0)
     forward, backward = ({} for _ in range(2))

@@ -124,7 +124,7 @@ def test_batches_are_what_pil_gives(images):
 
 
 def test_an_augmentation_depends_on_seed_epoch_and_index_only(images):
-    files, labels, _ = datasets.labelled_files(images, 'train')
+    files, labels, *_ = datasets.labelled_files(images, 'train')
     transform = augment.finetune_transform(32, (0.08, 1.0), 0.5, None, 'rand-m9-mstd0.5-inc1', (0.5, 0.5, 0.5))
     dataset = datasets.ImageFiles(files, labels, transform, seed=1)
     first = dataset[3, 5][0]

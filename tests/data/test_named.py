@@ -149,8 +149,8 @@ MAKE = {
 CLASSES = {
     'folder': ['class0', 'class1'],
     'imagenet': ['class0', 'class1'],
-    'inat2018': ['7', '8'],
-    'inat2019': ['7', '8'],
+    'inat2018': ['Pica pica', 'Parus major'],
+    'inat2019': ['Pica pica', 'Parus major'],
     'places365': PLACES365_CLASSES,
     'places205': ['0', '1'],
     'cifar10': ['cat', 'dog'],
@@ -180,7 +180,7 @@ def test_every_name_has_a_layout_here():
 @pytest.mark.parametrize('name', MAKE)
 def test_images_labels_and_classes(make, name, split):
     """Every image that was written, beside its label: colours of JPEGs are near, all others exact."""
-    images, labels, classes = named.labelled_images(name, make(name), split)
+    images, labels, classes, _ = named.labelled_images(name, make(name), split)
     assert classes == CLASSES[name]
     assert sorted(labels) == sorted(LABELS[split])
     dataset = datasets.ImageFiles(images, labels, np.asarray, seed=0)
@@ -196,7 +196,7 @@ def test_images_labels_and_classes(make, name, split):
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_pixels_in_memory_are_augmented_as_files_are(make, tmp_path, num_workers):
     """The same bytes from an array and from PNGs of it, whichever worker makes them, for seed, epoch and index."""
-    images, labels, _ = named.labelled_images('cifar10', make('cifar10'), 'train')
+    images, labels, *_ = named.labelled_images('cifar10', make('cifar10'), 'train')
     assert isinstance(images, np.ndarray)
     assert (images.shape, images.dtype) == ((6, 32, 32, 3), np.uint8)
     files = [str(tmp_path / f'{i}.png') for i in range(len(images))]
@@ -233,6 +233,18 @@ def test_training_and_evaluation(make, tmp_path, capsys, measured, name):
     measured(f'{name}: an epoch and its evaluation in a new run: Acc@1{line}')
     with pytest.raises(UserError, match=f'dataset: {name} then, folder now'):
         train('finetune', make('folder'), output, *flags, '--dataset', 'folder', '--resume', 'auto')
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'places205'])
+def test_pretraining(make, tmp_path, capsys, name):
+    """Without labels, pictures too, from pixels in memory as from files; another data set does not resume it."""
+    data, output = make(name), tmp_path / 'out'
+    flags = ['--batch_size', '2', '--epochs', '1', '--warmup_epochs', '0', '--vis_freq', '1']
+    train('pretrain', data, output, *flags, '--dataset', name)
+    assert f'{name}, train: 6 images of 2 classes; no label is used\n' in capsys.readouterr().out
+    assert (output / 'pictures-0.png').is_file()
+    with pytest.raises(UserError, match=f'dataset: {name} then, folder now'):
+        train('pretrain', make('folder'), output, *flags, '--resume', 'auto')
 
 
 def test_layouts_that_differ_by_where_the_images_are(make):
@@ -431,16 +443,16 @@ def test_classes(make, said):
     content = json.loads(path.read_text())
     content['categories'].append({'id': 11, 'name': 'Pinus'})
     path.write_text(json.dumps(content))
-    assert 'the classes of train/ and val/ in' in said('inat2018', folder)
+    assert "of train/ differ: val/ alone has 'Pinus'" in said('inat2018', folder)
     folder = make('places205')
     path = folder / 'trainvalsplit_places205' / 'val_places205.csv'
-    path.write_text(path.read_text().replace(' 1', ' 0'))
-    assert "differ: ['1']" in said('places205', folder)
+    path.write_text(path.read_text().replace(' 1', ' 2') + 'a/abbey1/val1.jpg 1\n')
+    assert "differ: val/ alone has '2'" in said('places205', folder)
 
 
 def test_an_image_in_the_middle_that_is_not_there_is_named(make):
     folder = make('inat2018')
-    images, labels, _ = named.labelled_images('inat2018', folder, 'train')
+    images, labels, *_ = named.labelled_images('inat2018', folder, 'train')
     (folder / 'train_val2018/Aves/1/train3.jpg').unlink()
     with pytest.raises(UserError, match=r'cannot read the image \S+Aves/1/train3\.jpg'):
         datasets.ImageFiles(images, labels, None, 0)[0, 3]
@@ -503,4 +515,4 @@ def test_one_process_downloads(make, monkeypatch, name):
     monkeypatch.setattr(named, 'INaturalist', None)  # which would list half a million files on every rank
     named.labelled_images(name, folder, 'val', download=True)
     assert len(calls) == 1
-    assert [labels for _, labels, _ in found] == [LABELS['val']] * 2
+    assert [labels for _, labels, *_ in found] == [LABELS['val']] * 2

@@ -29,11 +29,12 @@ OURS = """
     lr_decay_rate=0.5 sched_per_epoch opt=lamb opt_eps=1e-7 betas=0.9,0.9 rule_kwargs=a=1 clip_grad=0 max_bad_steps=2
     hflip=0 bad_images=skip max_bad_images=0.1 data_retries=1 print_freq=5 save_freq=5 save_freq_steps=5 keep_last=1
     amp_dtype=none channels_last no_channels_last grad_checkpoint compile deterministic dist_timeout=60 crop_scale=0.5,1
+    dataset=cifar10 download
 """
 OURS_PRETRAIN = 'no_norm_pix_loss interpolation=bilinear vis_freq=5'
 OURS_FINETUNE = """
-    dataset=cifar10 download use_ema no_use_ema ema_decay=0.9 ema_warmup_epochs=1 ema_warmup_ratio=0.5 eval_size=40
-    crop_pct=0.9 repeated_aug=2 criterion=bce
+    val_share=0.1 eval_logits=present use_ema no_use_ema ema_decay=0.9 ema_warmup_epochs=1 ema_warmup_ratio=0.5
+    eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce
 """
 OLD = [('pretrain', word) for word in f'{MAE} {MAE_PRETRAIN} {OURS} {OURS_PRETRAIN}'.split()]
 OLD += [('finetune', word) for word in f'{MAE} {MAE_FINETUNE} {OURS} {OURS_FINETUNE}'.split()]
@@ -126,7 +127,7 @@ FREE = """
     config data_path output_dir log_dir device dist_url dist_timeout world_size local_rank num_workers pin_mem
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
-    dist_eval resplit
+    dist_eval resplit max_bad_images
 """
 
 
@@ -137,11 +138,11 @@ def roles(stage: str) -> dict[str, set[str]]:
 
 def test_roles_at_resume():
     """What decides which sample and which mask comes when must be the same; what decides numbers is told."""
-    both = {'model', 'model_kwargs', 'input_size', 'opt', 'seed'}
+    both = {'model', 'model_kwargs', 'input_size', 'opt', 'seed', 'dataset'}
     pretrain, finetune = roles('pretrain'), roles('finetune')
     assert pretrain.keys() == finetune.keys() == {'same', 'warn', 'free'}
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
-    assert finetune['same'] == both | {'dataset', 'repeated_aug'}
+    assert finetune['same'] == both | {'val_share', 'repeated_aug'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
 
 

@@ -207,7 +207,7 @@ def test_data_folder(said, stage, tmp_path):
 def test_classes_of_train_and_val(said, images, tmp_path):
     shutil.copytree(images, tmp_path / 'copy')
     (tmp_path / 'copy/val/class1').rename(tmp_path / 'copy/val/klass1')
-    assert_matches(said('finetune', data=tmp_path / 'copy'), r"train/ and val/ .* differ: \['class1', 'klass1'\]")
+    assert_matches(said('finetune', data=tmp_path / 'copy'), r"val/ in .* and of train/ differ: .*'klass1'; .*'class1'")
     shutil.rmtree(tmp_path / 'copy/val')
     assert_matches(said('finetune', data=tmp_path / 'copy'), r'no such folder: \S+val; .* should hold train/ and val/')
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from main_pretrain import METHODS
 from util.data.datasets import to_device
 from util.nn.grad_checkpoint import blocks, checkpoint_blocks
 from util.nn.models import eval_mode
+from util.nn.patches import patch_mask_to_pixels
 from util.optim import GuardedOptimizer, adamw, param_groups
 
 MODELS = [(module, name) for module in METHODS for name in module.__all__]
@@ -82,7 +84,7 @@ def without_initialisation(monkeypatch):
     """Make networks without filling them: the large ones take seconds to draw."""
     for name in ('xavier_uniform_', 'normal_', 'trunc_normal_', 'kaiming_uniform_', 'kaiming_normal_', 'uniform_'):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
-    for name in ('normal_', 'uniform_'):  # timm's truncated normal draws with the latter
+    for name in ('normal_', 'uniform_', 'erfinv_', 'clamp_', 'mul_', 'add_'):  # what timm's truncated normal calls
         monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
 
 
@@ -208,8 +210,27 @@ def test_reconstruct(module, name):
     for mode in (True, False):
         panels = model.train(mode).reconstruct(imgs, plan)
         assert model.training is mode
+    assert list(panels)[:3] == ['composite', 'masked', 'original']
     assert torch.equal(panels['original'], imgs)
     assert all(panel.shape == imgs.shape and not panel.requires_grad for panel in panels.values())
+    visible = patch_mask_to_pixels(plan.mask, size_of(name) // math.isqrt(plan.mask.shape[1])).expand_as(imgs) == 0
+    assert torch.equal(panels['masked'][visible], imgs[visible])
+    assert (panels['masked'] != imgs)[~visible].all()
+    for key in panels.keys() & {'composite', 'composite (oracle)', 'composite (true edges)'}:
+        assert torch.equal(panels[key][visible], imgs[visible])
+        assert (panels[key] != imgs)[~visible].float().mean() > 0.99
+
+
+@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+def test_nothing_untrained_is_drawn(module, name):
+    """Where the image was visible, and so without a loss, another network has the same pictures."""
+    model = make(module, name)
+    imgs, plan = batch(model, name)
+    other = getattr(module, name)(img_size=size_of(name))
+    visible = patch_mask_to_pixels(plan.mask, size_of(name) // math.isqrt(plan.mask.shape[1])).expand_as(imgs) == 0
+    for key, panel in other.reconstruct(imgs, plan).items():
+        if not re.search('spectrum|of partner|scale 3', key):  # scale 3: patches larger than the mask's
+            assert torch.equal(panel[visible], model.reconstruct(imgs, plan)[key][visible]), key
 
 
 def test_evaluation_mode_ends_with_an_exception():

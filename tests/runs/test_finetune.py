@@ -72,7 +72,7 @@ def test_fine_tuning_starts_from_the_encoder(images, tmp_path):
 
 
 def test_evaluate_is_the_plain_average(images):
-    files, labels, _ = datasets.labelled_files(images, 'val')
+    files, labels, *_ = datasets.labelled_files(images, 'val')
     dataset = datasets.ImageFiles(files, labels, augment.eval_transform(32, 0.875), 0)
     core = main_finetune.find_method('mirl_vit_tiny').create_classifier('mirl_vit_tiny', num_classes=7, img_size=32)
     normalise = datasets.Normalisation.of((0.5,) * 3, (0.5,) * 3, torch.device('cpu'))
@@ -87,6 +87,11 @@ def test_evaluate_is_the_plain_average(images):
         100 * (logits.topk(5).indices == target[:, None]).any(1).float().mean().item()
     )
     assert stats['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-6)
+    batches = datasets.loader(dataset, datasets.eval_batches(15, 4, 0, 1), 0, False)
+    among = evaluate(core, batches, normalise, None, absent=[3, 4, 5, 6])  # as if the network had no such outputs
+    loss = torch.nn.functional.cross_entropy(logits[:, :3], target).item()
+    assert among['loss'] == pytest.approx(loss, rel=1e-6)
+    assert among['acc1'] == pytest.approx(100 * (logits[:, :3].argmax(1) == target).float().mean().item())
 
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])

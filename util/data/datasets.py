@@ -3,18 +3,20 @@
 Workers hand over uint8 [N, 3, H, W]; `Normalisation` makes floats of a whole batch on the device.
 """
 
+import errno
 import itertools
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import rng, signals
 from util.data.images import Reader, reason
@@ -192,52 +194,184 @@ class Normalisation(NamedTuple):
 # --------------------------------------------------------------------------
 # folders
 
+# what systems leave among images, beside names that begin with a dot
+LEFT_BY_SYSTEMS = {
+    *('__MACOSX', '@eaDir', '@Recycle', '#recycle', 'lost+found', '$RECYCLE.BIN', 'System Volume Information'),
+    '__pycache__',
+}
 
-def list_images(folder: Path) -> list[str]:
-    """All image files below `folder`, sorted; class folders or a flat one; folders that links lead to once.
+
+CLASS_FOLDERS = 'train/ and val/, one folder per class in each'
+
+
+class Split(NamedTuple):
+    """A split of a data set, and what to say of it."""
+
+    images: Images
+    labels: list[int] | None  # places in `classes`; None in pretraining
+    classes: list[str]
+    notes: list[str]
+
+
+class LeftOut:
+    """What lies among images and is none: {kind: {name or ending: how many}}."""
+
+    def __init__(self):
+        self.kinds: dict[str, Counter] = defaultdict(Counter)
+
+    def notes(self) -> list[str]:
+        """['not taken as images: by ending 3 (.txt, .gif), hidden 1 (.ipynb_checkpoints)'], or nothing."""
+        counted = [f'{kind} {names.total()} ({listed(names)})' for kind, names in sorted(self.kinds.items())]
+        return [f'not taken as images: {", ".join(counted)}'] if counted else []
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """'a, b, c, ...': the first names, of a Counter the commonest."""
+    names = sorted(names, key=lambda name: (-names[name], name)) if isinstance(names, Counter) else list(names)
+    return ', '.join(printable(name, 200) for name in names[:most]) + (', ...' if len(names) > most else '')
+
+
+def scan(folder: str | Path, left: LeftOut) -> tuple[list[str], list[str]]:
+    """The folders in a folder, sorted, and its image files, but none that is hidden; all else is left out.
+
+    Raises UserError for a folder that cannot be listed.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name, kind = entry.name, kind_of(entry)
+                of_image = name.lower().endswith(IMG_EXTENSIONS)
+                if kind == 'file' and of_image:
+                    files.append(entry.path)
+                elif kind == 'file':
+                    left.kinds['by ending'][os.path.splitext(name)[1].lower() or name] += 1
+                elif kind == 'folder':
+                    folders.append(entry.path)
+                    if of_image:
+                        left.kinds['folders named like images'][name] += 1
+                else:
+                    left.kinds[kind][name] += 1
+    except OSError as error:
+        raise cannot_list(error) from error
+    return sorted(folders), files
+
+
+def cannot_list(error: OSError) -> UserError:
+    return UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}')
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """From what listing the folder has told: only of a link it is looked up what it leads to."""
+    if entry.name[0] == '.' or entry.name in LEFT_BY_SYSTEMS:
+        return 'hidden'
+    try:
+        if entry.is_file():
+            return 'file'
+        if entry.is_dir():
+            return 'folder'
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # reading it will tell what is wrong
+            return 'file'
+    return 'broken links' if entry.is_symlink() else 'special files'
+
+
+def images_below(folder: str | Path, left: LeftOut) -> list[str]:
+    """All image files below a folder, sorted; those of a folder that several links lead to once."""
+    files, seen, ahead = [], set(), [folder]
+    while ahead:
+        where = ahead.pop()
+        try:
+            status = os.stat(where)
+        except OSError as error:
+            raise cannot_list(error) from error
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would be followed for ever
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders, images = scan(where, left)
+        ahead += reversed(folders)  # so that all machines enter a folder of several names by the same one
+        files += images
+    return sorted(files)
+
+
+def list_images(folder: Path, left: LeftOut | None = None) -> list[str]:
+    """All image files below `folder`, sorted; class folders or a flat one; what is passed over is counted in `left`.
 
     Raises UserError if there are none, or for a folder that cannot be listed.
     """
     if not os.path.isdir(folder):
         raise UserError(f'no such folder: {folder}')
-    files, seen = [], set()
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=cannot_list):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would be followed for ever
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()  # so that all machines enter a folder of several names by the same one
-        files += [os.path.join(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    if not files:
-        raise UserError(f'no images in {folder} (looked for {", ".join(IMG_EXTENSIONS)})')
-    return sorted(files)
+    left = left or LeftOut()
+    if files := images_below(folder, left):
+        return files
+    raise UserError(no_images(str(folder), left))
 
 
-def cannot_list(error: OSError) -> NoReturn:
-    raise UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}') from error
+def no_images(where: str, left: LeftOut) -> str:
+    return '; '.join([f'no images in {where} (looked for {", ".join(IMG_EXTENSIONS)})', *left.notes()])
 
 
-def pretraining_files(data_path: Path) -> list[str]:
-    """The images of `data_path/train` if there is such a folder, else of `data_path`; labels are not needed."""
+def pretraining_folder(data_path: Path) -> Path:
+    """`data_path/train` if there is such a folder, else `data_path`; labels are not needed."""
     train = data_path / 'train'
-    return list_images(train if os.path.isdir(train) else data_path)
+    return train if os.path.isdir(train) else data_path
 
 
-def labelled_files(data_path: Path, split: str) -> tuple[list[str], list[int], list[str]]:
-    """Files, labels and class names of `data_path/split/<class>/`. Raises UserError for an empty class."""
-    folder = data_path / split
+def pretraining_files(data_path: Path, left: LeftOut | None = None) -> list[str]:
+    """The images of pretraining, as `list_images` gives them."""
+    return list_images(pretraining_folder(data_path), left)
+
+
+def folders_in(folder: Path) -> list[Path]:
+    return list(map(Path, scan(folder, LeftOut())[0])) if os.path.isdir(folder) else []
+
+
+def nearby(data_path: Path) -> str:
+    """'; did you mean --data_path ...?' where a folder above, or a few levels below, is laid out as it should be."""
+    ahead = [data_path.parent] if data_path.name in ('train', 'val') else []
+    below = [data_path]
+    for _ in range(3):
+        below = [inner for folder in below for inner in folders_in(folder)][:20]
+        ahead += below
+    for folder in ahead:
+        if all(os.path.isdir(folder / split) for split in ('train', 'val')):
+            return f'; did you mean --data_path {folder}?'
+    return ''
+
+
+def advice(data_path: Path) -> str:
+    """What to do where there is no `train/` or `val/`."""
+    if hint := nearby(data_path):
+        return hint
+    whole = 'train/' if os.path.isdir(data_path / 'train') else f'the class folders in {data_path}'
+    if os.path.isdir(data_path / 'val') or (whole != 'train/' and len(folders_in(data_path)) < 2):
+        return ''
+    return f'; without val/, --val_share 0.1 takes a tenth of {whole} for validation'
+
+
+def labelled_files(data_path: Path, split: str) -> Split:
+    """The images of `data_path/split/<class>/`.
+
+    Raises UserError where there are no class folders, or none of them holds an image; in training, where one does not.
+    """
+    folder, left = data_path / split, LeftOut()
     if not os.path.isdir(folder):
+        missing = folder if os.path.isdir(data_path) else data_path
+        raise UserError(f'no such folder: {missing}; {data_path} should hold {CLASS_FOLDERS}{advice(data_path)}')
+    folders, loose = scan(folder, left)
+    if not folders:
+        found = f'{len(loose)} images, but no class folders' if loose else 'no class folders'
         raise UserError(
-            f'no such folder: {folder}; {data_path} should hold train/ and val/, one folder per class in each'
+            f'{folder} has {found} in it: each image must be in a folder of its class, such as {folder}/cat/1.jpg'
+            + ('; or move val/ away, and --val_share 0.1 takes a tenth of train/' if split == 'val' else '')
         )
-    try:
-        classes, _ = find_classes(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f'{folder} has no class folders in it') from error
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        of_class = list_images(folder / name)
-        files += of_class
-        labels += [label] * len(of_class)
-    return files, labels, classes
+    of_class = [images_below(path, left) for path in folders]
+    empty = [path for path, files in zip(folders, of_class, strict=True) if not files]
+    if empty and (split != 'val' or len(empty) == len(folders)):
+        hint = '' if split == 'val' else '; a class without images cannot be learnt: fill its folder, or remove it'
+        raise UserError(no_images(listed(empty), left) + hint)
+    notes = left.notes()
+    if loose:
+        notes.append(f'not used, as they lie beside the class folders: {len(loose)} ({listed(loose, 1)})')
+    labels = [label for label, files in enumerate(of_class) for _ in files]
+    return Split([file for files in of_class for file in files], labels, list(map(os.path.basename, folders)), notes)

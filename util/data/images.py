@@ -80,7 +80,7 @@ class Reader(NamedTuple):
     retries: int = 5  # of reading from storage that does not answer
     root: Path | None = None  # of the data set: while it is missing or empty, the storage is gone, not a file
     listing: Path | None = None
-    max_share: float = 0.0
+    max_share: float | None = 0.0  # None: a thousandth, but at least 10 images, of a small data set half
     advice: str = ''
 
     @classmethod
@@ -136,11 +136,17 @@ class Reader(NamedTuple):
             count = len(self.skipped())
         except OSError as error:
             raise StorageError(f'cannot write the list of bad images {self.listing}: {error.strerror}') from error
-        if count > self.max_share * images:
+        if count > self.most(images):
+            given = '' if self.max_share is None else f' {self.max_share:g}'
+            limit = f'--max_bad_images{given or f" allows by default ({self.most(images):g})"}'
             raise UserError(
-                f'{count} of {images} images cannot be read, more than --max_bad_images {self.max_share:g}; '
+                f'{count} of {images} images cannot be read, more than {limit}; '
                 f'they are listed in {self.listing}; the last: {name}: {why}'
             )
+
+    def most(self, images: int) -> float:
+        """How many of so many images may be bad."""
+        return max(0.001 * images, min(10, images // 2)) if self.max_share is None else self.max_share * images
 
     def skipped(self) -> set[str]:
         """The bad images on the list."""

@@ -1,7 +1,7 @@
 """Named data sets as labelled images: torchvision's classes where they list files or hold pixels, else official lists.
 
-Each loader returns (images, labels, classes) of a split: files or pixels; each image's index in `classes`; and names or
-numbers of the classes, in every split the same. What is wrong with the data it says in a `Misfit`, OSError or
+Each loader returns a `Split`: files or pixels; each image's place in `classes`; and the classes, by their published
+names or else by numbers, in every split the same. What is wrong with the data it says in a `Misfit`, OSError or
 RuntimeError, which `labelled_images` completes to one line.
 """
 
@@ -11,36 +11,37 @@ import http.client
 import json
 import os
 import tarfile
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, INaturalist, Places365
 
-from util import digests
-from util.data.datasets import Images, labelled_files
-from util.errors import UserError
-
-Labelled = tuple[Images, list[int], list[str]]
+from util import digests, rng
+from util.data import datasets
+from util.data.datasets import CLASS_FOLDERS, Split, labelled_files, listed
+from util.errors import UserError, printable
 
 
 class Misfit(Exception):
     """What is wrong with the files of a data set."""
 
 
-def folders(folder: Path, split: str, download: bool) -> Labelled:
+def folders(folder: Path, split: str, download: bool) -> Split:
     """`split/<class>/`."""
     return labelled_files(folder, split)
 
 
-def cifar(folder: Path, split: str, download: bool, dataset: type[CIFAR10]) -> Labelled:
+def cifar(folder: Path, split: str, download: bool, dataset: type[CIFAR10]) -> Split:
     """The pickled batches, which torchvision opens only if their checksums are right; the test images are `val`."""
     data = dataset(folder, train=split == 'train', download=download)
-    return data.data, data.targets, data.classes
+    return Split(data.data, data.targets, data.classes, [])
 
 
-def inaturalist(folder: Path, split: str, download: bool, year: int) -> Labelled:
+def inaturalist(folder: Path, split: str, download: bool, year: int) -> Split:
     """The official splits, lists in COCO's JSON. torchvision's class knows no splits, but where to get the images."""
     listing = folder / f'{split}{year}.json'
     try:
@@ -61,10 +62,18 @@ def inaturalist(folder: Path, split: str, download: bool, year: int) -> Labelled
         INaturalist(folder, renamed, download=True)
     if (folder / renamed).is_dir():
         names = [name.replace(f'{archive}/', f'{renamed}/', 1) for name in names]
-    return files_below(folder, names, listing), labels, [str(category) for category in classes]
+    return Split(files_below(folder, names, listing), labels, names_of(content['categories'], classes), [])
 
 
-def places205(folder: Path, split: str, download: bool) -> Labelled:
+def names_of(categories: list[dict], numbers: list[int]) -> list[str]:
+    """The names of these categories, or their numbers where some have no name of their own."""
+    names = {int(category['id']): category.get('name') for category in categories}
+    found = [names[number] for number in numbers]
+    apart = all(isinstance(name, str) and name for name in found) and len(set(found)) == len(found)
+    return found if apart else list(map(str, numbers))
+
+
+def places205(folder: Path, split: str, download: bool) -> Split:
     """The official lists, lines of `path label`."""
     listing = folder / 'trainvalsplit_places205' / f'{split}_places205.csv'
     names, labels = [], []
@@ -80,17 +89,17 @@ def places205(folder: Path, split: str, download: bool) -> Labelled:
         raise Misfit(f'{listing} is damaged: its labels are {len(classes)} numbers from {classes[0]} to {classes[-1]}')
     inside = ('images256', 'data/vision/torralba/deeplearning/images256')  # the second: as the archive unpacks
     images = next((folder / name for name in inside if (folder / name).is_dir()), folder)
-    return files_below(images, names, listing), labels, [str(label) for label in classes]
+    return Split(files_below(images, names, listing), labels, [str(label) for label in classes], [])
 
 
-def places365(folder: Path, split: str, download: bool) -> Labelled:
+def places365(folder: Path, split: str, download: bool) -> Split:
     """Places365-Standard: the 256 x 256 images, else the large ones. torchvision checks the checksums of its lists."""
     split = {'train': 'train-standard'}.get(split, split)
     small = (folder / 'val_256').is_dir() or not (folder / 'val_large').is_dir()
     data = Places365(folder, split, small, download)
     names = [file.removeprefix(f'{folder}/') for file, _ in data.imgs]
     files = files_below(folder, names, folder / f'places365_{split.replace("-", "_")}.txt')
-    return files, data.targets, sorted(data.class_to_idx, key=data.class_to_idx.get)
+    return Split(files, data.targets, sorted(data.class_to_idx, key=data.class_to_idx.get), [])
 
 
 def files_below(folder: Path, names: list[str], listing: Path) -> list[str]:
@@ -117,13 +126,12 @@ def files_below(folder: Path, names: list[str], listing: Path) -> list[str]:
 class Source(NamedTuple):
     """How a data set is read, what its folder holds, where that comes from, and how much of it torchvision can get."""
 
-    load: Callable[[Path, str, bool], Labelled]
+    load: Callable[[Path, str, bool], Split]
     layout: str
     origin: str = ''
     downloads: str = ''
 
 
-CLASS_FOLDERS = 'train/ and val/, one folder per class in each'
 SOURCES = {
     'folder': Source(folders, CLASS_FOLDERS),
     'imagenet': Source(folders, CLASS_FOLDERS, 'https://image-net.org/download-images'),
@@ -168,7 +176,7 @@ SOURCES = {
 FAULTS = (Misfit, OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError)
 
 
-def labelled_images(name: str, folder: Path, split: str, download: bool = False) -> Labelled:
+def labelled_images(name: str, folder: Path, split: str, download: bool = False) -> Split:
     """A split, 'train' or 'val', of the data set of this name in `folder`; with `download`, first get what is missing.
 
     Raises UserError saying what is missing or damaged, what the folder should hold, and where that comes from.
@@ -187,14 +195,169 @@ def labelled_images(name: str, folder: Path, split: str, download: bool = False)
         raise UserError(f'--dataset {name}: {wrong}; looked in {needed}{hint}') from error
 
 
-def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...]) -> tuple[list[tuple], int]:
-    """(images, labels) of each split, and the number of classes. Raises UserError where they differ or do not fit."""
-    found = [labelled_images(args.dataset, args.data_path, split, args.download) for split in splits]
-    classes = found[0][2]
-    for split, (_, _, others) in zip(splits, found, strict=True):
-        if others != classes:
-            differing = sorted(set(classes) ^ set(others))
-            raise UserError(f'the classes of {splits[0]}/ and {split}/ in {args.data_path} differ: {differing[:5]}')
+# --------------------------------------------------------------------------
+# splits of a run
+
+FOLDERS = ('folder', 'imagenet')
+
+
+def training_images(args: argparse.Namespace) -> Split:
+    """The images of pretraining, without labels: those of a folder, or of a data set's training split."""
+    if args.dataset in FOLDERS and not args.download:
+        left = datasets.LeftOut()
+        files = datasets.pretraining_files(args.data_path, left)
+        line = f'{datasets.pretraining_folder(args.data_path)}: {len(files)} images'
+        return Split(files, None, [], ['; '.join([line, *left.notes()])])
+    found = labelled_images(args.dataset, args.data_path, 'train', args.download)
+    line = f'{args.dataset}, train: {len(found.images)} images of {len(found.classes)} classes; no label is used'
+    return Split(found.images, None, [], [line])
+
+
+def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...], classes: list[str] | None = None) -> list[Split]:
+    """Splits whose labels are places in `classes`, by default those of the first split, each with a line of notes.
+
+    `classes` are a checkpoint's. A split may lack some. Raises UserError for one that has others; for a training split
+    of one class; and for data that is not as its layout has it.
+    """
+    if args.val_share is None:
+        found = {split: labelled_images(args.dataset, args.data_path, split, args.download) for split in splits}
+    else:
+        found = shared_out(args)
+    if not classes:
+        check_learnable(args, splits[0], found[splits[0]].classes)
+    owner = 'the checkpoint' if classes else f'{splits[0]}/'
+    classes = classes or found[splits[0]].classes
     if args.nb_classes is not None and args.nb_classes < len(classes):
-        raise UserError(f'--nb_classes {args.nb_classes}, but {args.data_path} has {len(classes)} classes')
-    return [(images, labels) for images, labels, _ in found], args.nb_classes or len(classes)
+        where = owner if owner == 'the checkpoint' else args.data_path
+        raise UserError(f'--nb_classes {args.nb_classes}, but {where} has {len(classes)} classes')
+    return [settled(args, split, found[split], classes, owner) for split in splits]
+
+
+def shared_out(args: argparse.Namespace) -> dict[str, Split]:
+    """Training and validation from class folders without a `val/`: --val_share of every class is for validation.
+
+    At least one image of a class that has two, never all; drawn from the seed, by the order of its files.
+    """
+    share, path = args.val_share, args.data_path
+    if args.dataset not in FOLDERS:
+        raise UserError(f'--val_share {share:g}: --dataset {args.dataset} has a validation split of its own')
+    if os.path.isdir(path / 'val'):
+        raise UserError(f'--val_share {share:g}, but {path / "val"} is there to validate on; drop the flag')
+    whole = labelled_images(args.dataset, path, 'train' if os.path.isdir(path / 'train') else '', args.download)
+    labels, for_val = np.array(whole.labels), np.zeros(len(whole.labels), bool)
+    of_classes = np.split(np.arange(len(labels)), np.flatnonzero(np.diff(labels)) + 1)
+    for label, places in enumerate(of_classes):
+        count = min(max(1, round(share * len(places))), len(places) - 1)
+        for_val[rng.generator(args.seed, rng.VAL_SHARE, label).permutation(places)[:count]] = True
+
+    def part(chosen: np.ndarray, notes: list[str]) -> Split:
+        images = [whole.images[i] for i in np.flatnonzero(chosen)]
+        return Split(images, labels[chosen].tolist(), whole.classes, notes)
+
+    note = f'taken from the training images by --val_share {share:g} and --seed {args.seed}'
+    return {'train': part(~for_val, whole.notes), 'val': part(for_val, [note])}
+
+
+def check_same_share(args: argparse.Namespace, then: dict) -> None:
+    """Raise UserError if an evaluation would take images that were trained on, with the arguments `then`."""
+    now, then = ((given.get('val_share'), given.get('seed')) for given in (vars(args), then))
+    if None not in (now[0], then[0]) and now != then:
+        share, seed = (printable(value, 40) for value in then)
+        raise UserError(
+            f'--val_share {now[0]} --seed {now[1]} takes other images for validation than the training did, with '
+            f'--val_share {share} --seed {seed}'
+        )
+
+
+def check_learnable(args: argparse.Namespace, split: str, classes: list[str]) -> None:
+    """Raise UserError for a single class in training, and for folders of a wrong level that are taken for classes."""
+    if len(classes) > 1 and not {'train', 'val'} <= set(classes):
+        return
+    hint = hint_on_levels(args, split, classes)
+    if split == 'train' or hint:
+        one = f'a single class, {classes[0]!r}: there is nothing to tell it from'
+        raise UserError(f'{args.data_path} has {one if len(classes) == 1 else "classes named train and val"}{hint}')
+
+
+def hint_on_levels(args: argparse.Namespace, split: str, classes: list[str]) -> str:
+    """Where a folder level is too many, and what to do; nothing where it is not."""
+    if args.dataset not in FOLDERS:
+        return ''
+    folder = args.data_path / split if os.path.isdir(args.data_path / split) else args.data_path
+    inner, images = datasets.scan(folder / classes[0], datasets.LeftOut())
+    hint = datasets.nearby(args.data_path)
+    if len(classes) > 1 or images or not inner:
+        return hint
+    if not hint and args.val_share and len(inner) > 1:
+        hint = f'; did you mean --data_path {folder / classes[0]}?'
+    names = listed([os.path.basename(path) for path in inner])
+    return f'; that folder holds only folders ({names}): one folder level too many' + (
+        hint or f'; move them up, into {folder}'
+    )
+
+
+def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str], owner: str) -> Split:
+    """A split whose labels are places in `classes`, those of `owner`; the line of notes tells what it has and lacks."""
+    if not split.labels:
+        raise UserError(f'no images for {name}/ in {args.data_path}')
+    if split.classes == classes:
+        labels = split.labels
+    else:
+        place = {of_owner: number for number, of_owner in enumerate(classes)}
+        if not place.keys() >= set(split.classes):
+            raise UserError(
+                f'the classes of {name}/ in {args.data_path} and of {owner} differ: '
+                + difference(split.classes, classes, f'{name}/', owner)
+                + hint_on_levels(args, name, split.classes)
+            )
+        places = [place[of_split] for of_split in split.classes]
+        labels = [places[label] for label in split.labels]
+    first = owner in (f'{name}/', 'the checkpoint')  # to speak of the classes
+    lacking = sorted(set(range(len(classes))) - set(labels))
+    present, outputs = len(classes) - len(lacking), args.nb_classes or len(classes)
+    parts = [f'{name}: {len(split.images)} images, {len(classes)} classes']
+    if lacking:
+        missing = listed([classes[label] for label in lacking])
+        parts = [f'{name}: {len(split.images)} images, {present} of {len(classes)} classes, none of {missing}']
+    if name == 'val' and (present < outputs or args.eval_logits == 'present'):
+        over = {'all': f'all {outputs} logits', 'present': f'the {present} logits of its classes'}[args.eval_logits]
+        parts.append(f'evaluated over {over}')
+    if outputs > len(classes) and owner == 'val/':
+        parts.append(
+            f'the checkpoint names no classes: folder k of these {len(classes)} is taken for class k of {outputs}'
+        )
+    elif outputs > len(classes) and first:
+        parts.append(f'{outputs - len(classes)} of {outputs} outputs of the network have no class')
+    return Split(split.images, labels, classes, ['; '.join([*parts, *(twins(classes) if first else ()), *split.notes])])
+
+
+def folded(name: str) -> str:
+    return ''.join(unicodedata.normalize('NFC', name).casefold().split())
+
+
+def twins(classes: list[str]) -> list[str]:
+    """A note on classes that look alike, or nothing."""
+    first: dict[str, str] = {}
+    pairs = [(other, name) for name in classes if (other := first.setdefault(folded(name), name)) != name]
+    alike = '; '.join(f'{a!a} and {b!a}' for a, b in pairs[:3])
+    return [f'classes that differ in case or blanks alone: {alike}'] if pairs else []
+
+
+def difference(ours: list[str], theirs: list[str], us: str, them: str) -> str:
+    """The first of the names that one side lacks: train/ alone has 'cat' (val/ has 'Cat'); val/ alone has 'Cat'."""
+    if set(ours) == set(theirs):
+        number = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+        return (
+            f'the same names in another order: class {number} is {ours[number]!r} in {us}, {theirs[number]!r} in {them}'
+        )
+    parts = []
+    for names, others, who, whom in ((ours, theirs, us, them), (theirs, ours, them, us)):
+        known, alike = set(others), {folded(other): other for other in others}
+        alone = [name for name in names if name not in known]
+        shown = [
+            f'{name!a} ({whom} has {alike[folded(name)]!a})' if folded(name) in alike else repr(name)
+            for name in alone[:3]
+        ]
+        if alone:
+            parts.append(f'{who} alone has {", ".join(shown)}{", ..." if len(alone) > 3 else ""}')
+    return '; '.join(parts)

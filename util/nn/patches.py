@@ -71,6 +71,41 @@ def visible_mean(values: Tensor, visible: Tensor) -> Tensor:
     return (values * visible).sum(dim=1, keepdim=True) / visible.sum(dim=1, keepdim=True)
 
 
+def pixel_scales(imgs: Tensor, mask: Tensor, patch_size: int, normalised: bool) -> dict[str, tuple]:
+    """The mean and deviation with which predicted patches become pixels: {what a panel's name ends with: the two}.
+
+    imgs [N, 3, H, W], hidden cells [N or 1, L] of any size. Predictions of `normalised` patches lack mean and
+    deviation. The honest way comes first: the average of visible patches, two [N, 1, 1]. Then the oracle: each patch's
+    own, two [N, L', 1], which give the answer's brightness and contrast away.
+    """
+    if not normalised:
+        return {'': (0.0, 1.0)}
+    cell = imgs.shape[-1] // round(mask.shape[1] ** 0.5)
+    size = min(patch_size, cell)  # larger patches than cells may be visible in part only
+    visible = 1 - patch_mask_to_pixels(mask, cell // size).flatten(1).unsqueeze(-1)
+    honest = tuple(visible_mean(stat, visible) for stat in patch_stats(patchify(imgs.float(), size)))
+    return {'': honest, ' (oracle)': patch_stats(patchify(imgs.float(), patch_size))}
+
+
+def first_panels(
+    imgs: Tensor, hidden: Tensor, predictions: dict[str, Tensor], masked: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What every method shows first, [N, 3, H, W] each: `composite`, `masked`, `original`, and further composites.
+
+    A composite is the image where it was visible, a prediction where `hidden` [N or 1, 1, H, W] is not 0. `predictions`
+    is {what its composite's name ends with: [N, 3, H, W]}, '' first; `masked` what the network saw, if not plain gray
+    in place of what is hidden.
+    """
+    composites = {f'composite{kind}': torch.where(hidden > 0, pred.float(), imgs) for kind, pred in predictions.items()}
+    masked = left_out(imgs, hidden == 0) if masked is None else masked
+    return {'composite': composites['composite'], 'masked': masked, 'original': imgs} | composites
+
+
+def left_out(picture: Tensor, shown: Tensor) -> Tensor:
+    """[N, 3, H, W] where `shown` [N or 1, 1, H, W] is not 0, elsewhere the normalisation's mean: a plain gray."""
+    return torch.where(shown > 0, picture, 0.0)
+
+
 def patch_mask_to_pixels(mask: Tensor, patch_size: int) -> Tensor:
     """[N, L] of a square grid -> [N, 1, H, W]."""
     n, length = mask.shape

@@ -4,8 +4,9 @@
 """
 
 from util.weights import download
+from util.weights.download import fetch
 from util.weights.files import read_checkpoint
-from util.weights.intake import Origin
+from util.weights.intake import Origin, Report, find_origin
 from util.weights.published import load_published
 
-__all__ = ['Origin', 'download', 'load_published', 'read_checkpoint']
+__all__ = ['Origin', 'Report', 'download', 'fetch', 'find_origin', 'load_published', 'read_checkpoint']

@@ -26,6 +26,7 @@ class Origin:
 
     stage: str
     args: dict
+    classes: list[str] | None = None
 
     def __str__(self) -> str:
         return f'main_{self.stage}.py --model {printable(self.args["model"], 80)}'
@@ -35,7 +36,14 @@ def find_origin(container: dict) -> Origin | None:
     """None for files of others."""
     args, run = container.get('args'), container.get('run', {'stage': 'finetune'})  # checkpoint-best.pth has no `run`
     ours = isinstance(args, dict) and isinstance(args.get('model_kwargs'), dict) and isinstance(run, dict)
-    return Origin(printable(run.get('stage'), 80), args) if ours and 'model' in args else None
+    return Origin(printable(run.get('stage'), 80), args, class_names(container)) if ours and 'model' in args else None
+
+
+def class_names(container: dict) -> list[str] | None:
+    """The classes that a fine-tuned network of our own knows, in their order; None if the file does not tell."""
+    names = container.get('classes')
+    plain = isinstance(names, list) and 0 < len(names) <= 1_000_000
+    return list(names) if plain and all(isinstance(name, str) and len(name) <= 1000 for name in names) else None
 
 
 @dataclass

@@ -450,16 +450,19 @@ ANY_INTAKE = Intake(
 )
 
 
-def load_published(model: nn.Module, source: str | Path | dict, *, ema: bool = False) -> Report:
+def load_published(
+    model: nn.Module, source: str | Path | dict, *, ema: bool = False, label: str = 'state dict'
+) -> Report:
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
     `source` is a path, a URL with its hash (`download.py`), or a state dict in the paper's own names: torch tensors in
     torch's layout, or numpy arrays in Paddle's. A class that INTAKES does not list takes our own checkpoints of it.
     Positions for another image size or window are resized. `ema` asks for the averaged weights of our own checkpoint.
+    `label` is what a dict is called, such as the path that it was read from.
     Raises CheckpointError when the source is not for this model, naming the first five keys that differ with both
     shapes; the model is then unchanged.
     """
-    label = 'state dict' if isinstance(source, dict) else str(source).partition('#')[0]
+    label = label if isinstance(source, dict) else str(source).partition('#')[0]
     container = source if isinstance(source, dict) else read_checkpoint(download.fetch(source))
     of_timm = type(model).__module__.startswith('timm.')
     intake = INTAKES.get(type(model).__name__, ANY_INTAKE if of_timm else None)

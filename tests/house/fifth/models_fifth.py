@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_divides
 from util.nn.models import eval_mode, factory
-from util.nn.patches import patch_mask_to_pixels, patchify, random_plan, unpatchify
+from util.nn.patches import first_panels, patch_mask_to_pixels, patchify, random_plan, unpatchify
 
 __all__ = ['fifth_tiny']
 
@@ -69,8 +69,7 @@ class Fifth(Encoder):
     def reconstruct(self, imgs: Tensor, plan: FifthPlan) -> dict[str, Tensor]:
         with eval_mode(self):
             prediction = unpatchify(self.predict(imgs, plan).float(), self.patch_size)
-        hidden = patch_mask_to_pixels(plan.mask, self.patch_size)
-        return {'original': imgs, 'composite': torch.where(hidden > 0, prediction, imgs)}
+        return first_panels(imgs, patch_mask_to_pixels(plan.mask, self.patch_size), {'': prediction})
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if k.split('.')[0] in ('patch_embed', 'blocks', 'norm')}
