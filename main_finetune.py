@@ -5,17 +5,19 @@ Examples:
     torchrun --nproc_per_node=8 main_finetune.py --eval --resume runs/NAME/checkpoint-best.pth --model ...
 """
 
+from util import start  # noqa: F401
+
+# isort: split
 import argparse
 import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from engine_finetune import LossOf, evaluate, train_one_epoch
 from main_pretrain import find_method
-from util import build, checkpoint, config, dist, rng
+from util import agreement, build, checkpoint, config, dist, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -24,11 +26,11 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Origin, Report, fetch, find_origin, load_published, read_checkpoint
+from util.weights import Origin, fetch, find_origin, load_published, read_checkpoint
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_pretrain', usage=config.USAGE)
+    parser = config.Parser(__doc__, other='main_pretrain', usage=config.USAGE)
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -97,10 +99,11 @@ def get_args_parser() -> config.Parser:
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
     add(
         '--finetune',
-        default='',
+        type=config.source,
         metavar='PATH',
         help='pretrained weights, a path or URL#sha256=...; default: none, random weights',
     )
+    add('--finetune_ema', action=Switch, help='start from the averaged weights in that file')
     # MAE's scripts pass these: evaluation is always distributed, and --resplit has no effect there either
     add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
     add('--resplit', action=Switch, help=argparse.SUPPRESS)
@@ -210,10 +213,12 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(
             f'{args.resume} cannot be evaluated as {args.model} with {num_classes} classes: {loaded}{origin}'
         )
-    batches = build.val_loader(args, val.images, val.labels, torch.device(args.device))
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    agreement.check(args, device, val=val)
+    batches = build.val_loader(args, val.images, val.labels, device)
     info(str(loaded))
-    info(*val.notes)
+    for note in val.notes:
+        info(note)
     if loaded.origin:
         notice_differences(args, loaded.origin)
     layout = memory_format(args, core)
@@ -234,14 +239,7 @@ def notice_differences(args: argparse.Namespace, origin: Origin) -> None:
         info(f'not as it was fine-tuned: {listed}')
 
 
-def notice_classes(loaded: Report, classes: list[str]) -> None:
-    """Say where a head was loaded that was trained for other classes."""
-    then = loaded.origin and loaded.origin.classes
-    if then and then != classes and not loaded.missing:
-        differing = named.difference(then, classes, loaded.source, 'train/')
-        info(f'the head that was loaded was trained for other classes: {differing}')
-
-
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or evaluate, as the arguments say."""
     method = find_method(args.model)
@@ -264,12 +262,12 @@ def main(args: argparse.Namespace) -> None:
         core = create_classifier(args, num_classes)
         check_steps(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
-        loaded = load_published(core, args.finetune) if args.finetune and not run.saved else None
+        run.load(core, args.finetune, ema=args.finetune_ema, flag='--finetune_ema')
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
 
-        device = run.join(core, ema)
+        device = run.join(core, ema, train=train, val=val)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)
@@ -277,9 +275,6 @@ def main(args: argparse.Namespace) -> None:
 
         images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))
         run.resume(training, images)
-        if loaded:
-            info(str(loaded))
-            notice_classes(loaded, train.classes)
         batches = build.loader(images, sampler, args, device)
         val_batches = build.val_loader(args, val.images, val.labels, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
@@ -311,6 +306,7 @@ def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dic
     if acc1 > run.record.get('best_acc1', -math.inf):
         run.record |= {'best_acc1': acc1, 'best_epoch': epoch.number}
         if dist.is_main():
+            run.folder.check_lock()
             state = {
                 'model': networks[name].state_dict(),
                 'weights': name,

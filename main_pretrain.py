@@ -4,6 +4,9 @@ python main_pretrain.py --config scripts/recipes/NAME.yaml --data_path /data/ima
 torchrun --nproc_per_node=8 main_pretrain.py --model mirl_vit_base_depth48 --batch_size 64 --data_path ...
 """
 
+from util import start  # noqa: F401
+
+# isort: split
 import argparse
 from functools import partial
 from types import ModuleType
@@ -15,7 +18,7 @@ import models_localmim
 import models_mirl
 import models_mixmae
 from engine_pretrain import train_one_epoch
-from util import build, config, dist, rng
+from util import build, config, dist, resources, rng
 from util.config import AT_LEAST_0, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -62,7 +65,7 @@ def add_target_args(parser: config.Parser) -> None:
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], other='main_finetune', usage=config.USAGE)
+    parser = config.Parser(__doc__, other='main_finetune', usage=config.USAGE)
     config.add_common_args(
         parser,
         model='mirl_vit_base_depth48',
@@ -79,10 +82,18 @@ def get_args_parser() -> config.Parser:
     add('--crop_scale', type=some, nargs=2, default=[0.2, 1.0], help="smallest and largest share of the image's area")
     add('--interpolation', choices=('bicubic', 'bilinear'), default='bicubic', help='how the crop is resized')
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
+    add(
+        '--init',
+        type=config.source,
+        metavar='PATH',
+        help='weights to start from, with or without decoder: a path or URL#sha256=...; default: none, random weights',
+    )
+    add('--init_ema', action=Switch, help='start from the averaged weights in that file')
     add('--vis_freq', type=AT_LEAST_0, default=0, help='epochs between pictures of the same images; 0: none')
     return parser
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Pretrain as the arguments say."""
     config.check_common_args(args)
@@ -95,9 +106,10 @@ def main(args: argparse.Namespace) -> None:
         core = create_model(args)
         check_step(core, args)
         rules = build.param_rules(method, core, args.rule_kwargs)
+        run.load(core, args.init, ema=args.init_ema, flag='--init_ema', new_decoder=True)
         build.apply_options(core, args)
 
-        device = run.join(core)
+        device = run.join(core, train=train)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)

@@ -26,7 +26,7 @@ def main(folder: Path, size: int, val_share: int = 5) -> None:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
     parser.add_argument('folder', type=Path)
     parser.add_argument('--size', type=int, default=32)
     main(**vars(parser.parse_args()))

@@ -23,7 +23,7 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from util import build, checkpoint, config, diagnosis, dist
+from util import build, checkpoint, config, console, diagnosis, dist, resources
 from util.data import augment, datasets, named
 from util.errors import UserError, run_main
 from util.training import Training
@@ -32,9 +32,9 @@ SHOWN = 5  # modules with the largest outputs
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0])
+    parser = config.Parser(__doc__)
     add = parser.add_argument
-    add('diagnosis', type=Path, help='the diagnosis.json of a run')
+    add('diagnosis', type=config.path, help='the diagnosis.json of a run')
     add('--rank', type=int, help='of which rank; default: those whose loss was not finite, or else all')
     add('--amp_dtype', choices=('bf16', 'fp16', 'none'), default='none', help='autocast; none: all in float32')
     add('--device', default='cpu', help='cuda, cuda:N or cpu')
@@ -255,6 +255,7 @@ class Replay:
         return f'rank {rank}, micro-step {micro}: {listed}\n  {found or finite_findings(self.watch, precision)}'
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Every bad micro-step of every bad rank, or if no loss was bad, all of them."""
     device = dist.own_device(args.device)
@@ -262,14 +263,14 @@ def main(args: argparse.Namespace) -> None:
     if args.rank is not None and not 0 <= args.rank < len(record['ranks']):
         raise UserError(f'--rank {args.rank}: the run had ranks 0 to {len(record["ranks"]) - 1}')
     replay = Replay(record, weights, device, args.amp_dtype)
-    print(diagnosis.summary(record))
+    console.say(diagnosis.summary(record))
     if device.type != record['device']:
-        print(f'on {device.type} now, on {record["device"]} then: drop path, erasing and rounding fall otherwise')
+        console.say(f'on {device.type} now, on {record["device"]} then: drop path, erasing and rounding fall otherwise')
     ranks = (record['bad_ranks'] or range(len(record['ranks']))) if args.rank is None else [args.rank]
     for rank in ranks:
         seen = record['ranks'][rank]
         for micro in diagnosis.bad_micro_steps(seen) or range(len(seen['micro_steps'])):
-            print(replay.micro_step(rank, micro), flush=True)
+            console.say(replay.micro_step(rank, micro))
 
 
 if __name__ == '__main__':

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from util import config, optim
+from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.errors import STOPPED, UserError, closest, run_main
 
@@ -52,13 +52,18 @@ FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0])
+    parser = config.Parser(__doc__)
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
     add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
     add('--ngpus', type=AT_LEAST_1, default=8, help='GPUs, and tasks, of each machine; --device cpu: tasks only')
-    add('--job_dir', default='jobs/%j', help='pickles, logs, and without --output_dir checkpoints; %j: job id')
-    add('--array', nargs='+', default=[], metavar='RECIPE', help='a job for each recipe')
+    add(
+        '--job_dir',
+        type=config.path,
+        default=Path('jobs/%j'),
+        help='pickles, logs, and without --output_dir checkpoints; %j: job id',
+    )
+    add('--array', nargs='+', type=config.path, default=[], metavar='RECIPE', help='a job for each recipe')
     add('--seeds', nargs='+', type=AT_LEAST_0, default=[], metavar='SEED', help='a job for each seed')
     add('--local', action=config.Switch, help='run here, without SLURM, one job after the other')
 
@@ -117,8 +122,9 @@ class Job:
         remove_unfinished(paths.result_pickle)
         args = self.arguments(paths.folder)
         run_main(lambda: self.run(main.main, args), returns=True)
-        # done; while Python shuts down it would kill and count as failure
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        # done; while Python shuts down they would kill and count as failure
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         for function in AT_THE_END:  # when submitit has written the result
             atexit.register(function, 0)
 
@@ -127,6 +133,8 @@ class Job:
 
         Then it has saved, and the exception comes out of submitit's handler of SIGUSR2.
         """
+        from util import console
+
         try:
             main(args)
             return
@@ -135,7 +143,7 @@ class Job:
         except subprocess.SubprocessError:  # of a job that is back in the queue already, by its administrator
             why = 'was not queued again by scontrol, as it says above; if nobody else has done it'
         resume = f'submit it with --output_dir {args.output_dir} --resume auto'
-        print(f'job {submitit.JobEnvironment().job_id} {why}, {resume}', flush=True)
+        console.say(f'job {submitit.JobEnvironment().job_id} {why}, {resume}')
         raise SystemExit(STOPPED)
 
     def set_environment(self, job: submitit.JobEnvironment) -> None:
@@ -146,7 +154,7 @@ class Job:
             os.environ.pop(name, None)
         os.environ.setdefault('OMP_NUM_THREADS', '1')  # as torchrun does
         if self.local:
-            signals.end_with_parent()
+            signals.end_with_launcher(int(job.job_id))
             os.environ |= {'RANK': str(job.global_rank), 'WORLD_SIZE': str(job.num_tasks)}
             os.environ |= {'LOCAL_RANK': str(job.local_rank)}
             os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(self.port)}
@@ -220,10 +228,10 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f'--timeout {options.timeout} min is not longer than --signal_delay_s {options.signal_delay_s}')
     if options.local and options.nodes > 1:
         raise UserError(f'--local is this machine alone: --nodes 1, not {options.nodes}')
-    if re.search(r'%(?!j)', options.job_dir):
+    if re.search(r'%(?!j)', str(options.job_dir)):
         raise UserError(f'--job_dir {options.job_dir}: %j, the job id, is all that can be filled in')
-    if not options.job_dir.isprintable():
-        raise UserError(f'--job_dir must be one line of printable characters, got {options.job_dir!r}')
+    if not str(options.job_dir).isprintable():
+        raise UserError(f'--job_dir must be one line of printable characters, got {str(options.job_dir)!r}')
 
 
 def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
@@ -232,7 +240,7 @@ def variants(options: argparse.Namespace, flags: list[str]) -> dict[str, list[st
     for own, other in (('array', '--config'), ('seeds', '--seed')):
         if getattr(options, own) and other in given:
             raise UserError(f'--{own} sets {other} of each job; give only one of the two')
-    recipes = [(Path(recipe).stem, ['--config', recipe]) for recipe in options.array] or [('', [])]
+    recipes = [(recipe.stem, ['--config', str(recipe)]) for recipe in options.array] or [('', [])]
     seeds = [(f'seed{seed}', ['--seed', str(seed)]) for seed in options.seeds] or [('', [])]
     pairs = list(itertools.product(recipes, seeds))
     jobs = {'-'.join(filter(None, (a, b))): [*flags, *first, *second] for (a, first), (b, second) in pairs}
@@ -257,7 +265,7 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
         if not getattr(args, 'eval', False):
             config.check_schedule(args)
         optim.accumulation(args)
-    paths = {key: value.expanduser().absolute() for key, value in vars(args).items() if isinstance(value, Path)}
+    paths = {key: value.absolute() for key, value in vars(args).items() if isinstance(value, Path)}
     apart = {key: paths[key] / label for key in ('output_dir', 'log_dir') if key in paths}
     return argparse.Namespace(**{**vars(args), **paths, **apart})
 
@@ -266,12 +274,12 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
 # from jobs to SLURM, or to this machine
 
 
-def private_folder(job_dir: str, several: bool) -> Path:
+def private_folder(job_dir: Path, several: bool) -> Path:
     """The absolute job folder, `%j` still in it; its part that exists from now on is ours alone to write in.
 
     Pickles in it are executed. Raises UserError where others could replace them.
     """
-    folder = Path(job_dir).expanduser().resolve()
+    folder = job_dir.resolve()
     if several and '%j' not in str(folder):
         folder /= '%j'
     root = submitit.core.utils.JobPaths.get_first_id_independent_folder(folder)
@@ -308,7 +316,7 @@ def slurm_executor(folder: Path, options: argparse.Namespace, gpus: int) -> subm
     return executor
 
 
-def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job]) -> None:
+def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job], options: argparse.Namespace) -> None:
     """Queue the jobs, several as a SLURM array, and say where they are. Raises UserError with sbatch's own words."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
@@ -318,17 +326,28 @@ def submit(executor: submitit.AutoExecutor, jobs: dict[str, Job]) -> None:
                 with executor.batch():
                     queued = [executor.submit(job) for job in jobs.values()]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        raise UserError(f'SLURM refused: {error}') from error
+        raise UserError(f'SLURM refused: {error}{too_many_cpus(str(error), options)}') from error
     for label, job in zip(jobs, queued, strict=True):
         announce(label, job, jobs[label])
     tell_state(queued[0].job_id)
 
 
+def too_many_cpus(error: str, options: argparse.Namespace) -> str:
+    """What to change where SLURM's words are about CPUs, whose number nobody may have asked for."""
+    if not re.search('processors|CPU count|node configuration', error):
+        return ''
+    tasks, cpus = options.ngpus, options.cpus_per_task
+    return (
+        f'; --ngpus {tasks} tasks of --cpus_per_task {cpus} take {tasks * cpus} CPUs of a machine: take fewer, '
+        f'such as --cpus_per_task 2 with --num_workers 1'
+    )
+
+
 def announce(label: str, queued: submitit.Job, job: Job) -> None:
     """Three lines: id, folder of the checkpoints, log of rank 0."""
-    print(f'job {queued.job_id}: {" ".join(filter(None, (job.stage, label)))}')
-    print(f'  folder {job.args.output_dir or queued.paths.folder}')
-    print(f'  log    {queued.paths.stdout}', flush=True)
+    console.say(f'job {queued.job_id}: {" ".join(filter(None, (job.stage, label)))}')
+    console.say(f'  folder {job.args.output_dir or queued.paths.folder}')
+    console.say(f'  log    {queued.paths.stdout}')
 
 
 def tell_state(job_id: str) -> None:
@@ -347,7 +366,7 @@ def tell_state(job_id: str) -> None:
         if re.fullmatch(WILL_NOT_START, reason):
             raise UserError(f'job {number} will not start: {reason}; scancel {number}')
     told = ', '.join(sorted({f'{state} ({reason})' if state == 'PENDING' else state for state, reason in states}))
-    print(f'  state  {told or "squeue does not show it"}')
+    console.say(f'  state  {told or "squeue does not show it"}')
 
 
 def queue_states(number: str) -> list[tuple[str, str]]:
@@ -378,12 +397,12 @@ def run_here(folder: Path, options: argparse.Namespace, jobs: dict[str, Job], gp
         announce(label, started, job)
         started.wait()
         if any(started.task(rank).exception() for rank in range(options.ngpus)):
-            print(f'job {started.job_id} did not finish; its log says why', file=sys.stderr)
+            console.say(f'job {started.job_id} did not finish; its log says why', error=True)
             raise SystemExit(STOPPED if stops else 1)
 
 
 def pass_on_stops(controller: int) -> list[int]:
-    """From now on Ctrl-C and SIGTERM stop the job and are noted in the returned list; submitit tells the tasks."""
+    """From now on requests to stop are noted in the returned list, and stop the job; submitit tells the tasks."""
     stops: list[int] = []
 
     def pass_on(number: int, frame) -> None:
@@ -391,7 +410,7 @@ def pass_on_stops(controller: int) -> list[int]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(controller, signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in set(signals.ASKING) - set(signals.IGNORED):
         signal.signal(number, pass_on)
     return stops
 
@@ -410,7 +429,7 @@ def main(argv: list[str]) -> None:
     if options.local:
         run_here(folder, options, jobs, gpus)
     else:
-        submit(slurm_executor(folder, options, gpus), jobs)
+        submit(slurm_executor(folder, options, gpus), jobs, options)
 
 
 if __name__ == '__main__':

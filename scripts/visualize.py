@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from util import config, dist
+from util import config, console, dist, resources
 from util.data import datasets
 from util.data.images import Reader
 from util.errors import UserError, run_main
@@ -23,36 +23,41 @@ from util.weights import load_published
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__.partition('\n')[0], main=main_pretrain.get_args_parser())
+    parser = config.Parser(__doc__, main=main_pretrain.get_args_parser())
     add = parser.add_argument
-    add('images', nargs='+', type=Path, help='image files, or folders of them')
+    add('images', nargs='+', type=config.path, help='image files, or folders of them')
     add(
         '--checkpoint',
+        type=config.source,
         required=True,
         metavar='PATH',
         help='own or published, with its decoders: a path, or a URL#sha256=...',
     )
-    add('--output', type=Path, default=Path('reconstruction.png'), help='the PNG to write')
+    add('--use_ema', action=config.Switch, heading='Weight average', help='take its averaged weights')
+    add('--output', type=config.path, default=Path('reconstruction.png'), help='the PNG to write')
     add('--count', type=config.AT_LEAST_1, default=6, help='most images to draw, taken evenly from all')
-    add('--config', default='', metavar='YAML', help="pretraining's recipe, for the model and its input")
+    add('--config', type=config.path, metavar='YAML', help="pretraining's recipe, for the model and its input")
     config.add_model_args(parser, model='mirl_vit_base_depth48')
     main_pretrain.add_target_args(parser)
     return parser
 
 
+@resources.program
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, draw."""
     device = dist.own_device(args.device)
+    if not args.output.parent.is_dir():
+        raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
     files = [f for path in args.images for f in ([str(path)] if path.is_file() else datasets.list_images(path))]
     core = main_pretrain.create_model(args)
     main_pretrain.check_step(core, args)
-    print(load_published(core, args.checkpoint))
+    console.say(str(load_published(core, args.checkpoint, ema=args.use_ema)))
     picture = Pictures(core, files, args, Reader(args.max_pixels), args.count).draw(core.to(device), device)
     try:
         Image.fromarray(picture).save(args.output)
     except (OSError, ValueError) as error:
         raise UserError(f'cannot write {args.output}: {error}') from error
-    print(f'{min(len(files), args.count)} of {len(files)} images drawn in {args.output}')
+    console.say(f'{min(len(files), args.count)} of {len(files)} images drawn in {args.output}')
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import get_args, get_type_hints
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 
-from util import dist, optim, training
+from util import dist, optim, resources, training
 from util.data import augment, datasets
 from util.data.images import Reader
 from util.errors import UserError, closest
@@ -116,9 +116,10 @@ def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBa
 
 
 def loader(
-    images: datasets.ImageFiles, batches: Iterable, args: argparse.Namespace, device: torch.device
+    images: datasets.ImageFiles, batches: Collection, args: argparse.Namespace, device: torch.device
 ) -> datasets.Loader:
-    """Batches of images as the arguments have them."""
+    """Batches of images as the arguments have them. Raises ResourceError where shared memory is too small for them."""
+    resources.check_shm(args, len(batches))
     pin_memory = args.pin_mem and device.type == 'cuda'
     return datasets.loader(images, batches, args.num_workers, pin_memory, args.dist_timeout)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from util import digests
-from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError
-from util.weights import read_checkpoint
+from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
+from util.weights import check_finite, plain_field, read_checkpoint
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
@@ -41,7 +41,8 @@ def save(path: Path, state: dict) -> None:
                 keep_previous(path)
             put(temporary, hashing.sum.hexdigest(), path)
     except OSError as error:
-        raise StorageError(f'cannot write {path}: {error.strerror or error}{what_is_left(path)}') from error
+        why = (error.strerror or error) if path.parent.is_dir() else f'there is no folder {path.parent}'
+        raise StorageError(f'cannot write {path}: {why}{what_is_left(path)}') from error
 
 
 def write(state: dict, file: digests.Hashing) -> None:
@@ -154,7 +155,8 @@ def find_newest(folder: Path) -> tuple[Path | None, dict | None, dict[Path, str]
             except DamagedError as error:
                 damaged[path] = str(error)
                 continue
-            good.append(((state.get('epoch', -1), state.get('step', -1)), path, state))
+            position = [state.get(key) for key in ('epoch', 'step')]
+            good.append(([p if isinstance(p, int) else -1 for p in position], path, state))
             if path.name != PREVIOUS:  # which a numbered one may be newer than
                 break
     if damaged and not good:
@@ -188,40 +190,65 @@ def check_same_weights(saved: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError naming the first five weights that differ in shape, or that only one side has."""
 
     def shape(state: dict, name: str) -> str:
-        return str(list(state[name].shape)) if name in state else 'absent'
+        return str(list(state[name].shape)) if isinstance(state.get(name), Tensor) else 'absent'
 
     differing = [name for name in current | saved if shape(saved, name) != shape(current, name)]
     if differing:
-        listed = '; '.join(f'{name}: file {shape(saved, name)}, model {shape(current, name)}' for name in differing[:5])
+        listed = '; '.join(
+            f'{printable(name, 80)}: file {shape(saved, name)}, model {shape(current, name)}' for name in differing[:5]
+        )
         raise CheckpointError(f'{path} is of another architecture; {len(differing)} weights differ: {listed}')
+
+
+def check_healthy(saved: dict, path: Path) -> None:
+    """Raise CheckpointError if a run's weights, or their average, are not finite."""
+    for name in ('model', 'ema'):
+        try:
+            check_finite(saved.get(name, {}))
+        except CheckpointError as error:
+            raise CheckpointError(f'{path}: {error}; resume an earlier checkpoint') from error
+
+
+STATE = {
+    'model': dict,
+    'optimizer': dict,
+    'record': dict,
+    'epoch': int,
+    'step': int,
+    'steps': int,
+}  # of a run, at least
+FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune'}
 
 
 def check_same_run(state: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError naming what differs between the run that wrote a checkpoint and the one that resumes it."""
-    if state.get('schema', SCHEMA) > SCHEMA:
+    schema, saved = state.get('schema', SCHEMA), state.get('run')
+    if isinstance(schema, int) and schema > SCHEMA:
         raise CheckpointError(
-            f'{path} is of a newer version of this program (schema {state["schema"]}; this one knows {SCHEMA}): '
+            f'{path} is of a newer version of this program (schema {plain_field(schema)}; this one knows {SCHEMA}): '
             f'update it'
         )
-    saved = state.get('run')
-    if (
-        not isinstance(saved, dict)
-        or 'stage' not in saved
-        or not {'model', 'optimizer', 'record', 'epoch', 'step', 'steps'} <= state.keys()
-    ):
-        raise CheckpointError(f'{path} holds weights but no state of a run; --resume needs one that this program wrote')
-    differing = [k for k in current if k in saved and saved[k] != current[k]]  # older versions wrote fewer
+    instead = f'; to start a new run from its weights: {FROM_WEIGHTS[current["stage"]]} {path}'
+    whole = all(isinstance(state.get(name), kind) for name, kind in STATE.items())
+    if not isinstance(saved, dict) or 'stage' not in saved or not whole:
+        raise CheckpointError(
+            f'{path} holds weights but no state of a run; --resume needs one that this program wrote{instead}'
+        )
+    saved = {key: plain_field(saved[key]) for key in current if key in saved}  # older versions wrote fewer
+    differing = [k for k in saved if saved[k] != current[k]]
     if differing:
-        listed = '; '.join(f'{k}: {saved.get(k)} then, {current[k]} now' for k in differing)
-        raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}')
+        listed = '; '.join(f'{k}: {printable(saved[k], 200)} then, {current[k]} now' for k in differing)
+        instead = instead if saved.get('model') == current['model'] else ''
+        raise CheckpointError(f'{path} cannot be resumed with other settings: {listed}{instead}')
 
 
 def changed_settings(state: dict, current: dict, roles: dict[str, str]) -> list[str]:
     """A warning where a run is resumed with other settings that it may have, such as another learning rate."""
-    saved = state.get('args', {})
+    args = state.get('args')
+    saved = {key: plain_field(value) for key, value in args.items()} if isinstance(args, dict) else {}
     known = [name for name in saved.keys() & current.keys() if roles.get(name) == 'warn']
     differing = sorted(name for name in known if saved[name] != current[name])
     if not differing:
         return []
-    listed = '; '.join(f'--{name} {saved[name]} then, {current[name]} now' for name in differing)
+    listed = '; '.join(f'--{name} {printable(saved[name], 200)} then, {current[name]} now' for name in differing)
     return [f'WARNING: resumed with other settings, which hold from here on: {listed}']

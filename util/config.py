@@ -103,6 +103,24 @@ AT_LEAST_0, AT_LEAST_1 = number(int, 0), number(int, 1)
 ABOVE_0, SHARE = number(float, above=0), number(float, 0, 1)
 
 
+def path(text: str) -> Path:
+    """The type of a flag that is a path: `~` is expanded, which no shell does in `--flag=~/x` or in YAML.
+
+    A flag that was not given is None, or has its default: an empty path is an unset variable.
+    """
+    if not text.strip() or '\0' in text:
+        raise argparse.ArgumentTypeError(f'must be a path, got {text!r}')
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~nobody
+        raise argparse.ArgumentTypeError(f'must be a path, got {text}: no such home; ./{text} is a name') from None
+
+
+def source(text: str) -> str:
+    """The type of a flag that names a checkpoint: a path, as `path` has it, or a URL or the word auto as they are."""
+    return text if '://' in text else str(path(text))
+
+
 class Help(argparse.HelpFormatter):
     """Values are shown by their types, defaults in words."""
 
@@ -138,12 +156,14 @@ class Parser(argparse.ArgumentParser):
     has what this one lacks: a flag that is unknown here is looked up there.
     """
 
-    def __init__(self, description: str, main: 'Parser | None' = None, other: str = '', usage: str | None = None):
+    def __init__(
+        self, description: str | None, main: 'Parser | None' = None, other: str = '', usage: str | None = None
+    ):
         self.flags: dict[str, argparse.Action] = {}  # by each of their names
         self.roles: dict[str, AtResume] = {}  # by the names of their values
         self.instead_of: dict[str, str] = {}
         super().__init__(
-            description=description,
+            description=(description or '').partition('\n')[0],  # of a docstring, which python -OO takes away
             usage=usage,
             formatter_class=partial(Help, max_help_position=32),
             allow_abbrev=False,
@@ -177,7 +197,8 @@ class Parser(argparse.ArgumentParser):
         """Flags over recipe over defaults. Raises UserError naming the closest flag or key for one that is unknown."""
         argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument('--config', nargs='?')
+        first.add_argument('--config', nargs='?', type=path)
+        first.error = self.error
         config = first.parse_known_args(argv)[0].config
         if config and 'config' in self.roles:
             values = (self.main or self).recipe(find_recipe(config), stage)
@@ -264,7 +285,7 @@ def add_common_args(
 ) -> None:
     """Everything that pretraining and fine-tuning share; the defaults that differ are the parameters."""
     add = parser.add_argument
-    add('--config', default='', metavar='YAML', at_resume='free', help='recipe, or its name: sets defaults')
+    add('--config', type=path, metavar='YAML', at_resume='free', help='recipe, or its name: sets defaults')
     add_model_args(parser, model)
     add_batch_args(parser, batch_size)
     add_schedule_args(parser, epochs=epochs, blr=blr, warmup_epochs=warmup_epochs, min_lr=min_lr)
@@ -352,7 +373,7 @@ def add_data_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Data')
     add(
         '--data_path',
-        type=Path,
+        type=path,
         default=Path('data'),
         at_resume='free',
         help='train/ and val/ with a folder per class; for pretraining any folder of images',
@@ -386,8 +407,8 @@ def add_data_args(parser: Parser) -> None:
 
 def add_output_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
-    add('--output_dir', type=Path, default=Path('output_dir'), help='checkpoints, log.txt, args.json')
-    add('--log_dir', type=Path, help='TensorBoard events; default: --output_dir')
+    add('--output_dir', type=path, default=Path('output_dir'), help='checkpoints, log.txt, args.json')
+    add('--log_dir', type=path, help='TensorBoard events; default: --output_dir')
     add('--print_freq', type=AT_LEAST_1, default=20, help='optimiser steps between progress lines')
     add('--save_freq', type=AT_LEAST_1, default=20, help='epochs between numbered checkpoints')
     add(
@@ -397,7 +418,12 @@ def add_output_args(parser: Parser) -> None:
         help='steps between writes of checkpoint-last.pth; 0: epochs only',
     )
     add('--keep_last', type=AT_LEAST_0, default=0, help='newest numbered checkpoints to keep; 0: all')
-    add('--resume', default='', metavar='PATH', help="checkpoint to resume; 'auto': the newest of --output_dir, if any")
+    add(
+        '--resume',
+        type=source,
+        metavar='PATH',
+        help="checkpoint to resume; 'auto': the newest of --output_dir, if any",
+    )
     add('--start_epoch', type=AT_LEAST_0, default=0, help='first epoch of a run that is not resumed')
 
 
@@ -425,7 +451,7 @@ def check_common_args(args: argparse.Namespace) -> None:
         pair = getattr(args, name, None)
         if pair and pair[0] > pair[1]:
             raise UserError(f'--{name} takes the smaller share first, got {pair}')
-    if '://' in args.resume and not getattr(args, 'eval', False):
+    if args.resume and '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
     for name in ('output_dir', 'log_dir'):
         if folder := getattr(args, name):

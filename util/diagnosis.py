@@ -15,7 +15,7 @@ from util import checkpoint, config, digests, dist
 from util.data.datasets import ImageFiles
 from util.errors import DivergedError, StorageError, UserError
 from util.training import Epoch, Training
-from util.weights import read_checkpoint
+from util.weights import plain_field, read_checkpoint
 
 NAME, WEIGHTS = 'diagnosis.json', 'diagnosis.pth'
 POSITION = ('epoch', 'step')
@@ -135,6 +135,6 @@ def read(file: Path) -> tuple[dict, dict]:
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f'{file} is not a diagnosis that a run has written') from error
     weights = read_checkpoint(file.with_name(WEIGHTS))
-    if any(weights.get(key) != record[key] for key in POSITION) or 'model' not in weights:
+    if any(plain_field(weights.get(key)) != record[key] for key in POSITION) or 'model' not in weights:
         raise UserError(f'{file.with_name(WEIGHTS)} is not of the step that {file} describes')
     return record, weights['model']

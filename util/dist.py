@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import os
 import re
-import subprocess
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from util import dist_faults, signals
-from util.errors import LostError, RunError, UserError
+from util import console, dist_faults
+from util.errors import LostError, RunError, UserError, printable
 
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts decide together; None: the default group
 # how much longer NCCL waits than the hosts, which can say which rank was lost: its watchdog ends a process silently
@@ -44,7 +43,11 @@ def place() -> Place:
         ('SLURM_STEP_ID', ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID')),
         ('OMPI_COMM_WORLD_RANK', ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')),
     ):
-        if needed in env and all(name in env for name in names):
+        given = [name for name in names if name in env]
+        if needed in env and 1 < len(given) < len(names):
+            [missing] = set(names) - set(given)
+            raise UserError(f'the launcher set {" and ".join(given)}, but not {missing}')
+        if needed in env and given == [*names]:
             try:
                 return Place(*(int(env[name]) for name in names))
             except ValueError as error:
@@ -53,15 +56,25 @@ def place() -> Place:
     return Place()
 
 
+def local_ranks() -> int:
+    """How many processes the launcher started on this machine, as far as it says."""
+    env = os.environ
+    for name in ('LOCAL_WORLD_SIZE', 'SLURM_STEP_TASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE'):
+        if name in env and place().world_size > 1:  # SLURM's is a list such as 2(x3),1
+            return max((int(n) for n in re.findall(r'(?<![x\d])\d+', env[name])), default=1)
+    return 1
+
+
 def init(device: str, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
     """Join the process group if there are several processes, and return this process's device."""
     global HOST_GROUP
     here, timeout = place(), timedelta(seconds=timeout_s)
     if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun
-        signals.end_with_parent()
         restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0'))
         if restarts and here.rank == 0 and os.environ.get('TORCH_DISABLE_SHARE_RDZV_TCP_STORE') != '1':
-            print('torchrun --max-restarts can fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment')
+            console.say(
+                'torchrun --max-restarts can fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment'
+            )
     own = own_device(device)
     if own.type == 'cuda':
         torch.cuda.set_device(own)
@@ -126,12 +139,20 @@ def own_device(device: str) -> torch.device:
 
 def slurm_url() -> str:
     """The rendezvous of a plain `srun`: the job's first node, and a port from 20000 on that follows from its id."""
-    if 'SLURM_JOB_NODELIST' not in os.environ:
-        raise UserError('several processes, but MASTER_ADDR and MASTER_PORT, where they meet, are not set')
-    nodes = subprocess.run(
-        ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']], capture_output=True, text=True, check=True
-    )
-    return f'tcp://{nodes.stdout.split()[0]}:{20000 + int(os.environ["SLURM_JOB_ID"]) % 20000}'
+    nodes = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_JOB_NODELIST', '')
+    job, host = os.environ.get('SLURM_JOB_ID', ''), first_host(nodes)
+    if not host or not job.isdecimal():
+        known = (
+            f' (SLURM_JOB_NODELIST={printable(nodes, 80)}, SLURM_JOB_ID={printable(job, 80)})' if nodes or job else ''
+        )
+        raise UserError(f'several processes, but MASTER_ADDR and MASTER_PORT, where they meet, are not set{known}')
+    return f'tcp://{host}:{20000 + int(job) % 20000}'
+
+
+def first_host(nodes: str) -> str:
+    """The first of a node list of SLURM, such as `gpu[03-05,9]-ib,login1`: gpu03-ib; '' if it is not one."""
+    first = re.match(r'([\w.-]|\[\d[\w,-]*\])+(?=,|$)', nodes)
+    return re.sub(r'\[(\d+)[^]]*\]', r'\1', first[0]) if first else ''
 
 
 def active() -> bool:

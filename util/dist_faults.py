@@ -20,10 +20,10 @@ import ctypes
 import os
 import socket
 import stat
-import sys
 
 from torch import nn
 
+from util import console
 from util.errors import AT_THE_END
 
 
@@ -48,6 +48,5 @@ def end_process(code: int) -> None:
     """What Python does at its end, but for the freeing of what is left."""
     atexit.unregister(end_process)  # which may be one of them
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    console.flush()
     os._exit(code)

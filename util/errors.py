@@ -3,8 +3,11 @@
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
+
+from util import console
 
 STOPPED = 75  # sysexits' "try again later": stopped on request with the state saved
 MEANING = {
@@ -13,7 +16,7 @@ MEANING = {
     2: 'a mistake in arguments, data or files',
     3: 'diverged: too many steps in a row were not finite',
     4: 'none of the checkpoints can be read',
-    5: 'storage: full, read-only, or gone',
+    5: 'a resource is used up or gone: disk, memory, shared memory, open files',
     6: 'a rank or a loader process was lost',
     STOPPED: 'stopped on request with the state saved; can be resumed',
     130: 'interrupted at once; what was saved before can be resumed',
@@ -25,12 +28,19 @@ class RunError(Exception):
 
     code = 1
     rank: int | None = None  # set if only this rank fails like this, or if its message differs from the others'
+    common = False  # whether every rank is known to fail like this
 
 
 class UserError(RunError):
     """A mistake in arguments, data or files."""
 
     code = 2
+
+
+class DisagreementError(UserError):
+    """Ranks that were started with different arguments, versions or data."""
+
+    common = True
 
 
 class CheckpointError(UserError):
@@ -45,6 +55,7 @@ class DivergedError(RunError):
     """Too many steps in a row whose loss or gradient was not finite."""
 
     code = 3
+    common = True
 
 
 class NoCheckpointError(CheckpointError):
@@ -53,10 +64,14 @@ class NoCheckpointError(CheckpointError):
     code = 4
 
 
-class StorageError(RunError):
-    """A disk that is full, read-only or gone."""
+class ResourceError(RunError):
+    """Something that the machine has no more of: memory, shared memory, open files."""
 
     code = 5
+
+
+class StorageError(ResourceError):
+    """A disk that is full, read-only or gone."""
 
 
 class LostError(RunError):
@@ -97,6 +112,7 @@ def exit_code(error: BaseException | None) -> int:
     return 1
 
 
+FIRST_S = 5  # how long other ranks wait for the first one of their machine to say the same
 AT_THE_END: list[Callable[[int], None]] = []  # called with the exit code, after everything else (util/dist_faults.py)
 
 
@@ -105,19 +121,31 @@ def run_main(main: Callable[[], None], returns: bool = False) -> None:
 
     `returns`: after a good end, the process still has something to do before `AT_THE_END`.
     """
+    console.settle()
     error = None
     try:
         main()
     except BaseException as raised:
         error = raised
     if isinstance(error, RunError):
-        if error.rank is not None or os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0':
-            who = '' if error.rank is None else f'rank {error.rank}: '
-            print(f'{os.path.basename(sys.argv[0])}: error: {who}{one_line(error)}', file=sys.stderr)
+        tell(error)
     elif isinstance(error, Exception):
-        traceback.print_exception(error)
+        console.say(''.join(traceback.format_exception(error)).rstrip(), error=True)
     if error or not returns:
         for function in AT_THE_END:
             function(exit_code(error))
+    console.flush()
     if error:
         raise SystemExit(exit_code(error)) from None
+
+
+def tell(error: RunError) -> None:
+    """The line of an error. What may be every rank's, the first one of a machine says; others only if it does not."""
+    env, rank = os.environ, error.rank
+    if rank is None and env.get('LOCAL_RANK', env.get('SLURM_LOCALID', '0')) != '0':
+        if error.common:
+            return
+        time.sleep(FIRST_S)  # if the first one has ended with this, the launcher now ends this process too
+        rank = env.get('RANK', env.get('SLURM_PROCID'))
+    who = '' if rank is None else f'rank {rank}: '
+    console.say(f'{os.path.basename(sys.argv[0])}: error: {who}{one_line(error)}', error=True)

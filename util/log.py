@@ -1,11 +1,11 @@
 """Running averages that never make the host wait, progress lines, `log.txt` and TensorBoard."""
 
+import contextlib
 import itertools
 import json
 import math
 import re
-import shutil
-import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import digests, dist
+from util import console, digests, dist
 
 
 def info(text: str) -> None:
     """Print on rank 0."""
     if dist.is_main():
-        print(text, flush=True)
+        console.say(text)
 
 
 def clock(seconds: float) -> str:
@@ -149,11 +149,7 @@ class MetricLogger:
     def _print(text: str, last: bool) -> None:
         """A line of its own, or on a terminal one that the next overwrites."""
         if dist.is_main():
-            if not sys.stdout.isatty():
-                print(text, flush=True)
-            else:
-                width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be overwritten
-                print(f'\r\x1b[K{text if last else text[:width]}', end='\n' if last else '', flush=True)
+            console.say(text, fleeting=not last)
 
 
 class RunLog:
@@ -164,38 +160,61 @@ class RunLog:
     """
 
     def __init__(self, output_dir: Path, log_dir: Path, first_epoch: int = 0, first_step_1000x: int = 0):
-        self.writer = None
+        self.file = self.writer = None
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-            self.file = output_dir / 'log.txt'
-            self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x + 1)
+            self.file, self.log_dir = output_dir / 'log.txt', log_dir
+            threading.excepthook = report_but_for_events
+            with self.writing_events():
+                self.writer = SummaryWriter(str(log_dir), purge_step=first_step_1000x + 1)
             if self.file.is_file():
                 lines = self.file.read_text(encoding='utf-8').splitlines(keepends=True)
                 whole = [(line, re.search(r'"epoch": (\d+)\}$', line)) for line in lines]  # no match: torn by a kill
                 kept = [line for line, match in whole if match and int(match[1]) < first_epoch]
                 digests.replace(self.file, ''.join(kept).encode())
 
+    @contextlib.contextmanager
+    def writing_events(self) -> Iterator[None]:
+        """Where events cannot be written, say so once: the run goes on without them."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            why = error.strerror or error
+            info(
+                f'WARNING: TensorBoard events cannot be written to {self.log_dir}: {why}; the run goes on without them'
+            )
+
     def scalars(self, epoch_1000x: int, **values: float) -> None:
         """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size."""
         if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, epoch_1000x)
+            with self.writing_events():
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, epoch_1000x)
 
     def image(self, name: str, picture: np.ndarray, epoch_1000x: int) -> None:
         """A [H, W, 3] uint8 picture."""
         if self.writer is not None:
-            self.writer.add_image(name, picture, epoch_1000x, dataformats='HWC')
+            with self.writing_events():
+                self.writer.add_image(name, picture, epoch_1000x, dataformats='HWC')
 
     def flush(self) -> None:
         """Bring the events to the disk: a checkpoint must not be ahead of them."""
         if self.writer is not None:
-            self.writer.flush()
+            with self.writing_events():
+                self.writer.flush()
 
     def epoch(self, **values) -> None:
         """A line of `log.txt`; not-a-number and infinity are written as null, which JSON has."""
-        if self.writer is not None:
+        if self.file is not None:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with open(self.file, 'a', encoding='utf-8') as file:
                 file.write(json.dumps(clean) + '\n')
-            self.writer.flush()
+            self.flush()
+
+
+def report_but_for_events(args: threading.ExceptHookArgs) -> None:
+    """Python's report of an exception in a thread. TensorBoard's raises it again where `RunLog` meets it."""
+    if not type(args.thread).__module__.startswith('tensorboard.'):
+        threading.__excepthook__(args)

@@ -19,16 +19,15 @@ class RecipeLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # many times
         return super().construct_mapping(node, deep)
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(path: Path) -> Path:
     """The file at a path, or the one in scripts/recipes of that bare name. Raises UserError with the closest names."""
-    path = Path(name)
     if path.exists() and not path.is_dir():
         return path
     ours = {file.stem: file for file in sorted(RECIPES.glob('*.yaml'))}
     stem = path.name.removesuffix('.yaml')
     if stem in ours and path.parent == Path('.'):
         return ours[stem]
-    raise UserError(f'there is no recipe {name}{closest(stem, ours) or f"; those in {RECIPES} go by their names"}')
+    raise UserError(f'there is no recipe {path}{closest(stem, ours) or f"; those in {RECIPES} go by their names"}')
 
 
 def read_recipe(path: Path, stage: str = '') -> dict:

@@ -6,9 +6,11 @@ takes a training to the position of the checkpoint, `epochs` leads it to its end
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,16 +19,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from util import checkpoint, config, diagnosis, digests, dist, optim, rng, signals
+from util import agreement, checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
 from util.data import named
-from util.data.datasets import EpochBatches, ImageFiles
-from util.errors import STOPPED, DivergedError, LostError, RunError, StorageError, UserError, exit_code
+from util.data.datasets import EpochBatches, ImageFiles, Split
+from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
 from util.log import MetricLogger, RunLog, info
 from util.optim import WeightAverage
 from util.recipes import recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import find_origin, read_checkpoint
+from util.weights import Origin, find_origin, load_published, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 
@@ -48,14 +50,20 @@ class Run:
     ):
         self.args, self.stage, self.sampler, self.roles = args, stage, sampler, roles
         self.classes = classes  # their names, where there are labels
+        log_dir = args.log_dir or args.output_dir
+        if any('\ud800' <= letter <= '\udfff' for letter in str(log_dir)):
+            raise UserError(f'TensorBoard cannot write to {log_dir}, whose name is not UTF-8: give another --log_dir')
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
         self.folder = RunFolder(args.output_dir, dist.place())
-        prepare(args.log_dir or args.output_dir)
+        if args.log_dir:
+            with contextlib.suppress(StorageError):  # the run can go on without events, which `RunLog` says
+                prepare(args.log_dir)
         self.notices: list[str] = []  # printed when training begins
         self.damaged: dict[Path, str] = {}  # checkpoints that were skipped, and why
         self.resumed_from: Path | None = None
         self.saved: dict | None = None  # what it holds, until it is restored
+        self.weights = f'weights: random, from seed {args.seed}'  # where a new run's come from
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
 
     def __enter__(self) -> 'Run':
@@ -85,11 +93,13 @@ class Run:
     def named(self, error: BaseException | None) -> BaseException | None:
         """What storage or another process has caused, with the position of the run; other faults as they are."""
         position = f'epoch {self.folder.epoch}, after {self.folder.step} of {self.sampler.steps} steps'
-        if dist.is_lost(error):
+        if (line := resources.named(error, self.args)) is not error:
+            error = ResourceError(f'{position}: {line}')
+        elif dist.is_lost(error):
             error = LostError(f'{position}: {self.folder.lost(error)}')
         elif isinstance(error, OSError) and (error.errno in STORAGE or not self.args.output_dir.is_dir()):
             error = StorageError(f'{position}: {error}')
-        if isinstance(error, RunError) and dist.active() and not isinstance(error, DivergedError):
+        if isinstance(error, RunError) and dist.active() and not error.common:
             error.rank = dist.rank()
         return error
 
@@ -108,7 +118,7 @@ class Run:
     def branches(self) -> bool:
         """Whether the run resumes from a checkpoint of its own folder that was named: a branch begins there."""
         resume = self.args.resume
-        return resume not in ('', 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
+        return resume not in (None, 'auto') and Path(resume).resolve().parent == self.args.output_dir.resolve()
 
     def find_saved(self) -> tuple[Path | None, dict | None]:
         """The checkpoint that --resume means, and what it holds. A damaged one is skipped, with a warning."""
@@ -128,35 +138,52 @@ class Run:
 
     def check_same_classes(self) -> None:
         """Raise UserError if the checkpoint was trained for classes of other names; old ones do not tell."""
-        origin = find_origin(self.saved)
-        then = origin and origin.classes
-        if then and self.classes and then != self.classes:
-            differing = named.difference(then, self.classes, 'it', f'{self.args.data_path}')
+        if differing := self.other_classes(find_origin(self.saved), 'it', str(self.args.data_path)):
             raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
 
-    def join(self, core: nn.Module, ema: WeightAverage | None = None) -> torch.device:
-        """Check the network against the checkpoint, then meet the other processes; returns this process's device."""
+    def other_classes(self, origin: Origin | None, theirs: str, ours: str) -> str:
+        """How the classes of a checkpoint's network differ from this run's; '' if they are equal, or not known."""
+        then = origin and origin.classes
+        known = then and self.classes
+        return named.difference(then, self.classes, theirs, ours) if known and then != self.classes else ''
+
+    def load(self, core: nn.Module, source: str | None, **options) -> None:
+        """Fill the network of a new run from a file, if one is given; a run that is resumed has its weights."""
+        if options['ema'] and not source:
+            raise UserError(f'{options["flag"]} needs {options["flag"].removesuffix("_ema")} PATH')
+        if not source or self.saved:
+            return
+        report = load_published(core, source, **options)
+        self.weights = f'weights from {report}'
+        if not report.missing and (differing := self.other_classes(report.origin, report.source, 'train/')):
+            self.notices.append(f'the head that was loaded was trained for other classes: {differing}')
+
+    def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: Split) -> torch.device:
+        """Check the network against the checkpoint, then meet the other processes; returns this process's device.
+
+        `data` are the splits by name, on which the ranks must agree.
+        """
         args = self.args
         if self.saved:
             checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
+            checkpoint.check_healthy(self.saved, self.resumed_from)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
         signals.restore()  # while it waits for other processes, Python could not obey
         device = dist.init(args.device, args.dist_url, args.dist_timeout)
         signals.install_early()
-        self.agree_on_saved()
+        self.folder.run = dist.gather(self.folder.run)[0]
+        agreement.check(args, device, self.found(), **data)
         rng.settle_kernels(args.deterministic)
         return device
 
-    def agree_on_saved(self) -> None:
-        """Raise StorageError unless all ranks have read one checkpoint: a disk can show them different ones."""
-        saved = self.saved or {}
-        sums = digests.read_sums(self.resumed_from) if self.resumed_from else []
-        mine = (str(self.resumed_from), sums, *(saved.get(key) for key in ('epoch', 'step', 'closed')))
-        runs, found = zip(*dist.gather((self.folder.run, mine)), strict=True)
-        self.folder.run = runs[0]
-        if any(other != mine for other in found):
-            raise StorageError(f'the ranks see different checkpoints in {self.args.output_dir}: {found}')
+    def found(self) -> str:
+        """The checkpoint to resume, in words: a disk can show ranks different ones."""
+        if not self.saved:
+            return 'none'
+        sums = ' or '.join(digest[:12] for digest in digests.read_sums(self.resumed_from))
+        position = ', '.join(f'{key} {self.saved.get(key)}' for key in ('epoch', 'step', 'closed'))
+        return f'{self.resumed_from} ({position}, SHA-256 {sums})'
 
     def resume(self, training: Training, images: ImageFiles) -> None:
         """Take the training to the position that was saved, if one was; then open the logs and tell what will run.
@@ -221,9 +248,8 @@ class Run:
             info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
-        if self.resumed_from:
-            position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
-            info(f'resumed from {self.resumed_from} at {position}')
+        position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
+        info(f'resumed from {self.resumed_from} at {position}' if self.resumed_from else self.weights)
         if dist.is_main():
             resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
             resolved |= {'classes': self.classes} if self.classes else {}
@@ -280,6 +306,7 @@ class Run:
         args, number = self.args, epoch.number
         counts = {'bad_steps': self.bad_steps(epoch, epoch.steps), **self.images.reader.counted()}
         tests = {name: value for name, value in values.items() if name.startswith('test')}
+        self.folder.check_lock()
         self.log.scalars(self.axis(number + 1, 0), **tests)
         self.log.epoch(**values, **counts, epoch=number)
         if (number + 1) % args.save_freq == 0 or number + 1 == args.epochs:
@@ -328,7 +355,11 @@ class Run:
         requeue = signals.requeue_handler()
         if request == signals.REQUEUE and requeue:
             if dist.is_main():
-                requeue(signal.SIGUSR2, None)  # does not return
+                try:
+                    requeue(signal.SIGUSR2, None)  # does not return
+                except (OSError, subprocess.SubprocessError) as error:  # scontrol is missing, fails or does not answer
+                    again = f'submit it with --output_dir {self.args.output_dir} --resume auto'
+                    info(f'the job was not queued again: {error}; if nobody else has done it, {again}')
             dist.wait_for_main_to_end()
         else:
             dist.cleanup()
@@ -340,6 +371,7 @@ class Run:
         `closed` is False after the last step of an epoch whose evaluation is still to come. After too many bad steps in
         a row nothing is written: they end the run, and what was written before stays.
         """
+        self.folder.check_lock()
         self.bad_steps(epoch, step)
         position = {'epoch': epoch.number, 'step': step, 'steps': epoch.steps, 'closed': closed}
         sums = epoch.meters.sums()

@@ -1,24 +1,27 @@
 """A run's hold on its output folder: one writer at a time, `status.json`, and a sign of life of every rank.
 
-`.lock` is held by rank 0 until the run ends, whatever ends it. `status.json` says how the run goes or ended, since
-launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is the position of a rank: when a rank is lost, the
-others read there which one, and at which step. They name it and end; to end a rank that hangs is the launcher's work.
+`.lock` is held by rank 0 until the run ends, whatever ends it. `console.txt` has what was printed. `status.json` says
+how the run goes or ended, since launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is the position of
+a rank: when a rank is lost, the others read there which one, and at which step. They name it and end; to end a rank
+that hangs is the launcher's work.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from util import digests, dist_faults
+from util import console, digests, dist_faults
 from util.dist import Place
-from util.errors import MEANING, STOPPED, StorageError, UserError
+from util.errors import MEANING, STOPPED, StorageError, UserError, printable
 from util.log import info
 
 SIGN_BYTES = 1024  # a sign of life is written in place, so all of them have one length
@@ -48,8 +51,12 @@ class RunFolder:
         self.run = f'{time.time_ns():x}' if place.rank == 0 else ''
         self.identity = {'host': socket.gethostname(), 'pid': os.getpid()}
         self.identity |= {'job': os.environ['SLURM_JOB_ID']} if 'SLURM_JOB_ID' in os.environ else {}
+        self.lockable = True
         prepare(folder)
         self.lock = self.take_lock() if place.rank == 0 else None
+        if self.lock:
+            words = printable(shlex.join(sys.argv), 2000)
+            console.keep_in(folder / 'console.txt', f'# {now()}, {self.who()}: {words}')
         prepare(folder / '.ranks')
         self.sign = open(self.sign_of(place.rank), 'w+b', buffering=0)  # noqa: SIM115
         self.beat(state='starting')
@@ -69,10 +76,34 @@ class RunFolder:
             ) from error
         except OSError as error:
             info(f'{self.folder} cannot be locked ({error.strerror}): make sure that no other run writes there')
+            self.lockable = False
         file.truncate(0)
-        file.write(', '.join(f'{key} {value}' for key, value in self.identity.items()))
+        file.write(self.who())
         file.flush()
         return file
+
+    def who(self) -> str:
+        return ', '.join(f'{key} {value}' for key, value in self.identity.items())
+
+    def is_ours(self) -> bool:
+        """Whether the folder still is this run's: another one may have it once the lock was removed or replaced."""
+        if not self.lock:
+            return not self.run or read_json(self.folder / 'status.json').get('run', self.run) == self.run
+        try:
+            path, held = os.stat(self.folder / '.lock'), os.fstat(self.lock.fileno())
+        except FileNotFoundError:
+            return not self.lockable or not self.folder.is_dir()  # without its folder, saving fails and says so
+        except OSError:
+            return True
+        return not self.lockable or os.path.samestat(path, held)
+
+    def check_lock(self) -> None:
+        """Raise UserError on rank 0 if the folder is not this run's any more: before anything is written."""
+        if self.lock and not self.is_ours():
+            raise UserError(
+                f'{self.folder}/.lock was removed or replaced while this run had it, so that another one may write '
+                f'there; this one ends without writing anything more. To resume: --resume auto, once none runs there'
+            )
 
     # --------------------------------------------------------------------------
     # status
@@ -90,7 +121,7 @@ class RunFolder:
             'rank': self.place.rank,
             'world_size': self.place.world_size,
             **self.identity,
-            'time': datetime.now().astimezone().isoformat(timespec='seconds'),
+            'time': now(),
         }
         content = (json.dumps(status, indent=2) + '\n').encode()
         file = self.folder / 'status.json'
@@ -113,9 +144,10 @@ class RunFolder:
         if self.sign.closed:
             return
         state = {0: 'done', STOPPED: 'stopped'}.get(code, 'failed')
-        if not self.has_failed() and (self.place.rank == 0 or (code and self.run)):
-            self.write_status(state, code, message if state == 'failed' else '')
-        self.beat(state='noticed' if noticed else state, message=message)
+        if self.is_ours():
+            if not self.has_failed() and (self.place.rank == 0 or (code and self.run)):
+                self.write_status(state, code, message if state == 'failed' else '')
+            self.beat(state='noticed' if noticed else state, message=message)
         self.sign.close()
         if self.lock:
             self.lock.close()
@@ -134,7 +166,8 @@ class RunFolder:
             self.epoch, self.step = epoch, step
         sign = {'state': state, 'epoch': self.epoch, 'step': self.step, **self.identity, 'message': message[:150]}
         with contextlib.suppress(OSError):
-            os.pwrite(self.sign.fileno(), json.dumps(sign, ensure_ascii=False).encode().ljust(SIGN_BYTES), 0)
+            content = json.dumps(sign, ensure_ascii=False).encode(errors='backslashreplace')
+            os.pwrite(self.sign.fileno(), content.ljust(SIGN_BYTES), 0)
             if state != 'running':  # other hosts are to see this within seconds
                 os.fsync(self.sign.fileno())
 
@@ -173,6 +206,10 @@ class RunFolder:
         if self.has_died(sign):
             return f'{who} has died; {position}'
         return f'{who} does not answer; {position}; kill it if the launcher does not'
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec='seconds')
 
 
 def alive(pid: int) -> bool:

@@ -1,8 +1,11 @@
-"""Requests to stop: SIGTERM, SIGUSR2 and Ctrl-C only set a flag, which the training loop reads between two steps.
+"""Requests to stop: SIGTERM, Ctrl-C and others only set a flag, which the training loop reads between two steps.
 
-SLURM, through submitit, sends SIGUSR2 before a time limit or a preemption: the job is to be queued again.
+SLURM, through submitit, sends SIGUSR2 before a time limit or a preemption: the job is to be queued again. What batch
+systems send as a warning (`sbatch --signal=USR1@90`, a limit of CPU time) and a lost terminal (SIGHUP) ask to stop. A
+signal that the program was started to ignore, as `nohup` does with SIGHUP, stays ignored.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -13,7 +16,10 @@ from collections.abc import Callable
 from util.errors import STOPPED
 
 STOP, REQUEUE = 1, 2  # what is asked for (0: nothing); of several requests the largest counts
-MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGUSR2: REQUEUE}
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)  # to stop
+MEANING = dict.fromkeys(ASKING, STOP) | {signal.SIGUSR2: REQUEUE}
+SUBMITITS = (signal.SIGUSR2, signal.SIGUSR1)  # it takes the first, unless SUBMITIT_PREEMPT_SIGNAL says otherwise
+IGNORED = [number for number in MEANING if signal.getsignal(number) == signal.SIG_IGN]
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 asked = 0
@@ -29,13 +35,19 @@ def install() -> None:
 
 
 def install_early() -> None:
-    """Until `install` there is nothing to save: SIGTERM ends the process at once, as stopped."""
-    stand_in(signal.SIGTERM, stop_at_once)
+    """Until `install` there is nothing to save: a request ends the process at once, as stopped.
+
+    But for Ctrl-C, which is Python's own, and submitit's signal, which it obeys.
+    """
+    for number in ASKING:
+        if number != signal.SIGINT and not (number in SUBMITITS and callable(signal.getsignal(number))):
+            stand_in(number, stop_at_once)
 
 
 def stand_in(number: int, handler: Callable[[int, object], None]) -> None:
-    previous = signal.signal(number, handler)
-    before.setdefault(number, previous)
+    if number not in IGNORED:
+        previous = signal.signal(number, handler)
+        before.setdefault(number, previous)
 
 
 def restore() -> None:
@@ -56,8 +68,10 @@ def note(number: int, frame) -> None:
     if number == signal.SIGINT:
         if asked:
             raise KeyboardInterrupt
-        os.write(2, b'\nstopping after this step; once more Ctrl-C stops at once, saving nothing\n')
-    asked = max(asked, MEANING[number])
+        with contextlib.suppress(OSError):
+            os.write(2, b'\nstopping after this step; once more Ctrl-C stops at once, saving nothing\n')
+    submitits = number in SUBMITITS and callable(before.get(number))
+    asked = max(asked, REQUEUE if submitits else MEANING[number])
 
 
 def requested() -> int:
@@ -66,9 +80,8 @@ def requested() -> int:
 
 
 def requeue_handler() -> Callable[[int, object], None] | None:
-    """submitit's handler of SIGUSR2, which queues the job again; None outside of submitit's jobs."""
-    handler = before.get(signal.SIGUSR2)
-    return handler if callable(handler) else None
+    """submitit's handler of its signal, which queues the job again; None outside of submitit's jobs."""
+    return next((before[number] for number in SUBMITITS if callable(before.get(number))), None)
 
 
 def ignore(worker_id: int = 0) -> None:
@@ -87,7 +100,9 @@ def end_workers() -> None:
         worker.join()
 
 
-def end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when its launcher is killed: nothing else would end it."""
+def end_with_launcher(launcher: int) -> None:
+    """Have Linux send this process SIGTERM when its launcher is killed, or is gone: nothing else would end it."""
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            signal.raise_signal(signal.SIGTERM)

@@ -7,7 +7,7 @@ import re
 import pytest
 from training import MAINS
 
-from scripts import run_with_submitit, visualize
+from scripts import replay_step, run_with_submitit, visualize
 from util import config
 from util.errors import UserError
 
@@ -78,7 +78,7 @@ def numbers(parser: config.Parser) -> dict[str, argparse.Action]:
     return {
         action.dest: action
         for action in parser.flags.values()
-        if action.type and action.type.__module__ == 'util.config'
+        if action.type and action.type.__name__ in ('int', 'float')
     }
 
 
@@ -120,6 +120,67 @@ def test_ranges(kind, range, inside, outside, words):
 
 
 # --------------------------------------------------------------------------
+# paths
+
+PARSERS = {module.__name__: module.get_args_parser for module in (*MAINS.values(), visualize, replay_step)}
+PARSERS['run_with_submitit'] = run_with_submitit.get_args_parser
+PATHS = {
+    'main_pretrain': '--config --data_path --output_dir --log_dir --resume',
+    'main_finetune': '--config --data_path --output_dir --log_dir --resume --finetune',
+    'scripts.visualize': '--config --checkpoint --output images',
+    'scripts.replay_step': 'diagnosis',
+    'run_with_submitit': '--job_dir --array',
+}
+
+
+def test_every_path_is_one():
+    """A flag that names files is a path to its parser, and no default is an empty one."""
+    for name, get_args_parser in PARSERS.items():
+        actions = get_args_parser()._actions
+        found = [
+            (*action.option_strings, action.dest)[0]
+            for action in actions
+            if action.type in (config.path, config.source)
+        ]
+        assert {*PATHS[name].split()} <= {*found}, name
+        for action in actions:
+            if re.search('_dir$|^data_path$', action.dest) or action.metavar in ('PATH', 'YAML', 'RECIPE'):
+                assert action.type in (config.path, config.source), action.dest
+        assert not [action.dest for action in actions if action.default == '']
+
+
+@pytest.mark.parametrize('kind', [config.path, config.source])
+def test_paths(kind, monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert kind('~/runs/x') == kind(str(tmp_path / 'runs/x'))
+    assert kind('~') == kind(str(tmp_path))
+    assert str(kind('a~/~b')) == 'a~/~b'
+    for text in ('', ' ', 'a\0b', '~nobody-of-this-name/x'):
+        with pytest.raises(argparse.ArgumentTypeError, match=r'^must be a path, got '):
+            kind(text)
+    assert config.source('https://host/~me/a.pth#sha256=0') == 'https://host/~me/a.pth#sha256=0'
+
+
+@pytest.mark.parametrize('stage', MAINS)
+def test_paths_on_the_command_line_and_in_recipes(stage, monkeypatch, tmp_path):
+    """With a word of its own or behind `=`; an unset variable is a mistake, not a flag that was not given."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    parser, recipe = MAINS[stage].get_args_parser(), tmp_path / 'a.yaml'
+    for flag in PATHS[f'main_{stage}'].split():
+        name = flag[2:]
+        with pytest.raises(UserError, match=rf"^{flag} must be a path, got ''$"):
+            parser.parse([flag, ''])
+        if name == 'config':
+            continue
+        assert str(vars(parser.parse([f'{flag}=~/x']))[name]) == str(tmp_path / 'x')
+        recipe.write_text(f'{name}: ~/y\n')
+        assert str(vars(parser.parse(['--config=~/a.yaml']))[name]) == str(tmp_path / 'y')
+        recipe.write_text(f"{name}: ''\n")
+        with pytest.raises(UserError, match=rf"a\.yaml: {name} must be a path, got ''$"):
+            MAINS[stage].get_args_parser().parse(['--config', str(recipe)])
+
+
+# --------------------------------------------------------------------------
 # what becomes of a flag when a run is resumed
 
 
@@ -127,7 +188,7 @@ FREE = """
     config data_path output_dir log_dir device dist_url dist_timeout world_size local_rank num_workers pin_mem
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
-    dist_eval resplit max_bad_images
+    dist_eval resplit max_bad_images init init_ema finetune_ema
 """
 
 

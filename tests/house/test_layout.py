@@ -101,7 +101,7 @@ def test_util_weights_has_one_door(path):
 
 @pytest.mark.parametrize('path', of('util.weights'))
 def test_util_weights_knows_no_run(path):
-    rooms = ('util.weights', 'util.nn', 'util.digests', 'util.errors', 'util.log')
+    rooms = ('util.weights', 'util.nn', 'util.digests', 'util.errors', 'util.log', 'util.resources')
     assert all(inside(module, *rooms) for module in imports(path) if inside(module, 'util'))
 
 
@@ -110,6 +110,17 @@ def test_who_alone_imports(path):
     for library, allowed in ALONE.items():
         if str(path.relative_to(ROOT)) not in allowed:
             assert not [module for module in imports(path) if inside(module, library)]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_console_alone_prints(path):
+    """`say`, which never ends a run."""
+    calls = [node.func.id for node in ast.walk(ast.parse(path.read_text())) if is_call(node)]
+    assert path.name == 'console.py' or 'print' not in calls
+
+
+def is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
 
 
 def test_no_circle():

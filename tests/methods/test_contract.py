@@ -228,9 +228,10 @@ def test_nothing_untrained_is_drawn(module, name):
     imgs, plan = batch(model, name)
     other = getattr(module, name)(img_size=size_of(name))
     visible = patch_mask_to_pixels(plan.mask, size_of(name) // math.isqrt(plan.mask.shape[1])).expand_as(imgs) == 0
+    panels = model.reconstruct(imgs, plan)
     for key, panel in other.reconstruct(imgs, plan).items():
         if not re.search('spectrum|of partner|scale 3', key):  # scale 3: patches larger than the mask's
-            assert torch.equal(panel[visible], model.reconstruct(imgs, plan)[key][visible]), key
+            assert torch.equal(panel[visible], panels[key][visible]), key
 
 
 def test_evaluation_mode_ends_with_an_exception():

@@ -1,15 +1,24 @@
 """Lost ranks (dead or stuck), failing ranks, ranks that do not meet, and two runs in one folder."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from training import SHORT, command, environment, free_port, load, processes_of, read_until, run, same, start, train
+
+import engine_finetune
+from util import errors, run_folder
+from util.errors import DisagreementError, UserError
+from util.optim import GuardedOptimizer
+from util.run import Run
 
 FLAGS = [*SHORT, '--batch_size', '4', '--save_freq_steps', '2', '--dist_timeout', '5']  # 8 steps of 2 ranks an epoch
 
@@ -122,6 +131,79 @@ def test_one_writer_per_folder(images, tmp_path, measured):
         'pretrain', images, tmp_path, *flags, '--epochs', '3', '--resume', 'auto'
     )  # the lock has died with its process
     measured('two processes on one folder: 1 runs, 1 ends with exit code 2 and names the other')
+
+
+def remove(lock: Path) -> None:
+    lock.unlink()
+
+
+def replace(lock: Path) -> None:
+    lock.unlink()
+    lock.touch()
+
+
+def replace_folder(lock: Path) -> None:
+    shutil.rmtree(lock.parent)
+    lock.parent.mkdir()
+    lock.touch()
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize('change', [remove, replace, replace_folder])
+@pytest.mark.parametrize('when', ['first step', 'evaluation'])
+def test_a_lock_that_is_lost(change, when, images, tmp_path, monkeypatch):
+    """Another run may write there. This one ends at its next save, and writes nothing, its end neither."""
+    owner, name = {'first step': (GuardedOptimizer, 'step'), 'evaluation': (engine_finetune.F, 'cross_entropy')}[when]
+    original, written = getattr(owner, name), {}
+
+    def lose(*args, **kwargs):
+        if not written:
+            change(tmp_path / 'run' / '.lock')
+            written.update(contents(tmp_path / 'run'))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, lose)
+    flags = [*SHORT, '--batch_size', '32', '--print_freq', '100', '--log_dir', tmp_path / 'log']
+    with pytest.raises(UserError, match=r'run/\.lock was removed or replaced while this run had it'):
+        train('finetune', images, tmp_path / 'run', *flags)
+    assert contents(tmp_path / 'run') == written
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Checkpoints, log.txt, args.json, status.json."""
+    return {path: path.read_bytes() for path in folder.glob('[!.]*') if path.name != 'console.txt'}
+
+
+def test_a_file_system_without_locks(images, tmp_path, monkeypatch):
+    def cannot(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(run_folder.fcntl, 'lockf', cannot)
+    lose = lambda *_: (tmp_path / '.lock').unlink(missing_ok=True)  # noqa: E731
+    monkeypatch.setattr(Run, 'announce', lose)
+    train('pretrain', images, tmp_path, *SHORT, '--batch_size', '32', '--epochs', '1', '--warmup_epochs', '0')
+
+
+@pytest.mark.parametrize(
+    ('error', 'lines'),
+    [
+        (UserError('of rank 3 alone'), ['error: rank 3: of rank 3 alone']),
+        (DisagreementError('of all ranks'), []),
+    ],
+)
+def test_what_the_first_rank_of_a_machine_does_not_say(error, lines, monkeypatch, capsys):
+    """Before the ranks have met, nobody knows whether a mistake is one rank's alone."""
+    for name, value in {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1'}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(errors, 'FIRST_S', 0)
+
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        errors.run_main(fail)
+    assert caught.value.code == 2
+    assert [line.partition(': ')[2] for line in capsys.readouterr().err.splitlines()] == lines
 
 
 @pytest.mark.fault(25)

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from training import SHORT, command, equal_states, load, read_until, start, train
+from training import ROOT, SHORT, command, equal_states, free_port, load, read_until, start, train
 
 import engine_finetune
 import main_finetune
@@ -37,7 +39,7 @@ def whole(images, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def handlers():
     """A run that has stopped is deaf to signals; this process shall not be."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    before = {number: signal.getsignal(number) for number in signals.MEANING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -83,6 +85,15 @@ def test_a_request_at_any_moment(moment, name, images, whole, tmp_path, monkeypa
     if name == 'SIGTERM' or moment == 'in a step':
         resumed = train('finetune', images, tmp_path, *FLAGS, '--resume', 'auto')
         assert equal_states(resumed, whole)
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1', 'SIGXCPU'])
+def test_other_requests(name, images, tmp_path, monkeypatch, capfd):
+    """A terminal that is lost, `sbatch --signal=USR1@90`, a limit of CPU time; a full disk takes what is printed."""
+    signal_at(monkeypatch, GuardedOptimizer, 'backward', 2, getattr(signal, name))
+    assert stopped_at(images, tmp_path, capfd) == (0, 2)
+    assert json.loads((tmp_path / 'status.json').read_text())['state'] == 'stopped'
 
 
 def test_asked_twice_before_an_evaluation(images, whole, tmp_path, monkeypatch, capfd):
@@ -154,6 +165,43 @@ def test_signals_only_set_a_flag(installed):
     assert signals.requested() == signals.REQUEUE
 
 
+def test_before_there_is_something_to_save():
+    """Ctrl-C is Python's own then."""
+    signals.install_early()
+    try:
+        for number in set(signals.ASKING) - {signal.SIGINT}:
+            with pytest.raises(SystemExit) as caught:
+                signal.raise_signal(number)
+            assert caught.value.code == 75
+    finally:
+        signals.restore()
+
+
+@pytest.mark.parametrize('name', ['HUP', 'INT', 'TERM', 'USR1'])
+def test_what_was_ignored_stays_ignored(name):
+    """As by `nohup`."""
+    program = f"""
+import signal
+from util import signals
+signals.install_early()
+signals.install()
+for number in (signal.SIG{name}, signal.SIGXCPU):
+    signal.raise_signal(number)
+    print(signals.requested())
+"""
+    line = ['sh', '-c', f'trap "" {name}; exec "$0" "$@"', sys.executable, '-c', program]
+    assert subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60).stdout == '0\n1\n'
+
+
+def test_ctrl_c_where_nothing_can_be_printed(installed, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(signals.os, 'write', broken)
+    signal.raise_signal(signal.SIGINT)
+    assert signals.requested() == signals.STOP
+
+
 def test_second_ctrl_c_does_not_wait(installed):
     signal.raise_signal(signal.SIGINT)
     assert signals.requested() == signals.STOP
@@ -161,22 +209,25 @@ def test_second_ctrl_c_does_not_wait(installed):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_handlers_from_before_are_kept_and_put_back():
+@pytest.mark.parametrize('number', [signal.SIGUSR2, signal.SIGUSR1])  # the second by SUBMITIT_PREEMPT_SIGNAL
+def test_handlers_from_before_are_kept_and_put_back(number):
     def submitits(number, frame):
         raise AssertionError('only Run calls it')
 
-    on_interrupt, before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGUSR2, submitits)
+    on_interrupt, before = signal.getsignal(signal.SIGINT), signal.signal(number, submitits)
     try:
+        signals.install_early()
         signals.install()
         signals.install()
-        signal.raise_signal(signal.SIGUSR2)
+        signal.raise_signal(number)
+        assert signals.requested() == signals.REQUEUE
         assert signals.requeue_handler() is submitits
         signals.restore()
-        assert signal.getsignal(signal.SIGUSR2) is submitits
+        assert signal.getsignal(number) is submitits
         assert signal.getsignal(signal.SIGINT) is on_interrupt
         assert signals.requeue_handler() is None
     finally:
-        signal.signal(signal.SIGUSR2, before)
+        signal.signal(number, before)
 
 
 # --------------------------------------------------------------------------
@@ -244,3 +295,23 @@ def test_no_rank_outlives_its_torchrun(images, tmp_path):
     process.kill()
     out, _ = process.communicate(timeout=90)  # returns when the last process that holds the pipe has ended
     assert 'stopped on request at epoch' in out
+
+
+def test_no_rank_waits_without_its_torchrun(images, tmp_path):
+    """It waits for another rank, which never comes, and obeys nothing that Python would have to do."""
+    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
+    place = {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
+    place |= {'MASTER_PORT': str(free_port()), 'TORCHELASTIC_RUN_ID': 'stand-in'}
+    process = start([*torchrun, *command('pretrain', images, tmp_path, *SHORT)], **place)
+    while not (tmp_path / 'status.json').exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(1)
+    process.kill()
+    process.communicate(timeout=90)  # returns when the last process that holds the pipe has ended; not in 600 s
+
+
+def test_a_launcher_that_is_gone_already():
+    program = 'from util import signals; signals.end_with_launcher(launcher=0)'
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, timeout=60)
+    assert done.returncode == (-signal.SIGTERM if sys.platform == 'linux' else 0)

@@ -310,7 +310,8 @@ def test_own_checkpoints(tmp_path):
         net = classifier(seed=2)
         report = load_published(net, tmp_path / 'b.pth', ema=ema)
         assert torch.equal(net(images()), expected(images()))
-        assert ('averaged weights' in str(report)) is ema
+        assert (', averaged weights' in str(report)) is ema
+        assert ('also holds averaged weights (ema): --use_ema takes them' in str(report)) is not ema
     with pytest.raises(CheckpointError, match='no averaged weights in it: drop --use_ema'):
         load_published(net, tmp_path / 'a.pth', ema=True)
 
@@ -462,7 +463,8 @@ FILES = {
         lambda path: saved(path, torch.nn.Sequential(*[torch.nn.Linear(2, 2)] * 3).state_dict()),
         ': not a checkpoint for this model: its keys are 0.weight, 0.bias, 1.weight, 1.bias, ...; '
         'known are our MIRL pretraining, published MIRL pretraining, our LocalMIM pretraining, '
-        'published LocalMIM pretraining, MAE pretraining, ViT',
+        'published LocalMIM pretraining, MAE pretraining, ViT, '
+        'Hugging Face ViT, Hugging Face DeiT, Hugging Face BEiT',
     ),
     'global': (
         lambda path: path.write_bytes(pickle.dumps({'model': os.system})),
@@ -516,7 +518,7 @@ def test_mistaken_architectures(measured):
         'encoder alone': (
             toy(),
             encoder_of(tuned),
-            ': ViT: holds no decoders: main_finetune.py --finetune takes it, pretraining cannot resume from it',
+            ': ViT: holds no decoders: main_finetune.py --finetune and main_pretrain.py --init take it',
         ),
         'MAE': (
             toy(),

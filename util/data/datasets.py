@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import rng, signals
+from util import resources, rng, signals
 from util.data.images import Reader, reason
 from util.data.loader import Loader
 from util.errors import RunError, UserError, printable
@@ -78,6 +78,8 @@ class ImageFiles(Dataset):
             except RunError:
                 raise
             except Exception as error:  # Pillow raises of every kind
+                if resources.starved(error):  # no image is to blame
+                    raise
                 self.reader.skip(self.name(index), reason(error), len(self))
             if not self.replace:
                 return self.transform(Image.new('RGB', (1, 1))), SKIPPED
@@ -155,7 +157,7 @@ def loader(
         pin_memory=pin_memory,
         patience_s=PATIENCE_SHARE * dist_timeout_s,
         persistent_workers=num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=resources.PREFETCH if num_workers else None,
         worker_init_fn=signals.ignore,
     )
 

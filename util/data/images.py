@@ -9,7 +9,6 @@ import argparse
 import errno
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from util import console, resources
 from util.errors import StorageError, UserError, printable
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
@@ -25,8 +25,8 @@ BITS_PER_SAMPLE = 258  # a tag of TIFF
 TRANSIENT = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO),
     *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ESHUTDOWN),
+    *(errno.ENFILE, errno.ENOMEM),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
 }
 PAUSE_S = 0.5  # before the second attempt; doubles with each
 
@@ -107,9 +107,11 @@ class Reader(NamedTuple):
             except OSError as error:
                 if not self.may_come_back(error):
                     raise
-                why = reason(error)
+                last, why = error, reason(error)
             if not attempt:
-                print(f'waiting for {printable(path)}: {why}', file=sys.stderr, flush=True)
+                console.say(f'waiting for {printable(path)}: {why}', error=True)
+        if resources.starved(last):
+            raise last
         waited = time.monotonic() - began
         raise StorageError(f'{printable(path)} is gone: {self.retries + 1} attempts over {waited:.1f} s; {why}')
 
@@ -138,15 +140,17 @@ class Reader(NamedTuple):
             raise StorageError(f'cannot write the list of bad images {self.listing}: {error.strerror}') from error
         if count > self.most(images):
             given = '' if self.max_share is None else f' {self.max_share:g}'
-            limit = f'--max_bad_images{given or f" allows by default ({self.most(images):g})"}'
+            limit = f'--max_bad_images{given or f" allows by default ({self.most(images)})"}'
             raise UserError(
                 f'{count} of {images} images cannot be read, more than {limit}; '
                 f'they are listed in {self.listing}; the last: {name}: {why}'
             )
 
-    def most(self, images: int) -> float:
+    def most(self, images: int) -> int:
         """How many of so many images may be bad."""
-        return max(0.001 * images, min(10, images // 2)) if self.max_share is None else self.max_share * images
+        if self.max_share is None:
+            return max(images // 1000, min(10, images // 2))
+        return int(self.max_share * images)
 
     def skipped(self) -> set[str]:
         """The bad images on the list."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 
-from util import dist, signals
-from util.errors import LostError, RunError, printable
+from util import dist, resources, signals
+from util.errors import LostError, ResourceError, RunError, printable
 
 NAMED = 3  # files in a message
 
@@ -39,7 +39,9 @@ class Loader(DataLoader):
                     raise of_this_rank(batch)
                 yield batch
         except (LostError, RuntimeError, OSError, EOFError) as error:
-            if not self.num_workers or str(error).startswith('Caught '):  # raised by our own code
+            if self.num_workers and batches is None and isinstance(error, OSError):
+                raise of_this_rank(ResourceError(resources.cannot_start(self.num_workers, error))) from error
+            if not self.num_workers or resources.kind(error) or str(error).startswith('Caught '):  # by our own code
                 raise
             dead = wait_for_dead(getattr(batches, '_workers', ()))
             why = how_it_died(dead[0]) if dead else str(error) or type(error).__name__
@@ -66,14 +68,15 @@ class Loader(DataLoader):
         with self.patience():
             return next(batches, None)
 
-    def lost(self, received: int, why: str) -> LostError:
+    def lost(self, received: int, why: str) -> RunError:
         """What to say when a loader process is lost after so many batches. The others are ended, stuck ones too."""
         signals.end_workers()
         batch = next(itertools.islice(self.batch_sampler, received, None), [])
         files = ', '.join(printable(self.dataset.name(item[1])) for item in batch[:NAMED])
         worker = received % self.num_workers  # they take turns
         more = ', ...' if len(batch) > NAMED else ''
-        return LostError(f'{why}; loader worker {worker} was to bring the next {len(batch)} images: {files}{more}')
+        kind = ResourceError if 'SIGBUS' in why else LostError
+        return kind(f'{why}; loader worker {worker} was to bring the next {len(batch)} images: {files}{more}')
 
 
 def of_this_rank(error: RunError) -> RunError:
@@ -87,17 +90,21 @@ def collate(samples: list | RunError) -> Any:
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise LostError in what takes longer.
+    """Raise LostError in what takes longer. Time in which this process was stopped (Ctrl-Z) does not count.
 
     By a signal, since torch's own timeout is only for the news of a batch. Then it fetches the batch's memory from the
-    loader process, for which it waits without end.
+    loader process, for which it waits without end. The signal comes every second: those of a pause come as one.
     """
+    ticks, tick_s = 0, min(1, seconds / 10)
 
-    def expire(number, frame):
-        raise LostError(f'no loader process has answered for {seconds:g} seconds')
+    def tick(number, frame):
+        nonlocal ticks
+        ticks += 1
+        if ticks == round(seconds / tick_s):
+            raise LostError(f'no loader process has answered for {seconds:g} seconds')
 
-    handler = signal.signal(signal.SIGALRM, expire)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGALRM, tick)
+    timer = signal.setitimer(signal.ITIMER_REAL, tick_s, tick_s)
     try:
         yield
     finally:
@@ -117,4 +124,4 @@ def wait_for_dead(workers: list[Process], seconds: float = 1) -> list[Process]:
 def how_it_died(worker: Process) -> str:
     code = worker.exitcode
     end = f'was killed by {signal.Signals(-code).name}' if code < 0 else f'exited with code {code}'
-    return f'loader process {worker.pid} {end}'
+    return f'loader process {worker.pid} {end}{resources.why_killed(-code)}'

@@ -5,8 +5,18 @@
 
 from util.weights import download
 from util.weights.download import fetch
-from util.weights.files import read_checkpoint
-from util.weights.intake import Origin, Report, find_origin
+from util.weights.files import plain_field, read_checkpoint
+from util.weights.intake import Origin, Report, check_finite, find_origin
 from util.weights.published import load_published
 
-__all__ = ['Origin', 'Report', 'download', 'fetch', 'find_origin', 'load_published', 'read_checkpoint']
+__all__ = [
+    'Origin',
+    'Report',
+    'check_finite',
+    'download',
+    'fetch',
+    'find_origin',
+    'load_published',
+    'plain_field',
+    'read_checkpoint',
+]

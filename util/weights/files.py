@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from util import digests
+from util import digests, resources
 from util.errors import CheckpointError, DamagedError, printable
-from util.weights.unpickle import Refused, run
+from util.weights.unpickle import Dropped, Refused, run
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # what a reader may raise for a malformed file
@@ -29,29 +29,55 @@ DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, 
 def read_checkpoint(path: str | Path) -> dict:
     """A file's dict of plain data, tensors and numpy arrays.
 
-    Raises CheckpointError, one line for whatever is wrong; DamagedError, if it is the file and not the access to it.
+    Raises CheckpointError, one line for whatever is wrong; DamagedError, if it is the file and not the access to it;
+    ResourceError, if there is too little memory.
     """
     path, kind = Path(path), None
     if not path.is_file():
         raise CheckpointError(f'{path} {"is a folder, not a checkpoint" if path.is_dir() else "does not exist"}')
     try:
-        kind, read = recognise(path)
-        if not digests.agrees(path):
-            raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
-        state = read(path)
+        with resources.needed_for(f'reading {path}, of {resources.size(path.stat().st_size)}'):
+            kind, read = recognise(path)
+            if not digests.agrees(path):
+                raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
+            state = read(path)
         if not isinstance(state, dict):
             raise Refused(f'holds a {type(state).__name__}, not a dict of weights')
-        return state
+        return {key: value if bounded(value) else Dropped() for key, value in state.items()}
     except Refused as error:
         raise DamagedError(f'{path} {error}') from error
     except OSError as error:  # of these, a bad sector of the disk stays
         kind_of_error = DamagedError if error.errno == errno.EIO else CheckpointError
         raise kind_of_error(f'{path} cannot be read: {error.strerror or error}') from error
-    except MemoryError as error:
-        raise CheckpointError(f'{path} takes more memory than there is') from error
     except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
         raise DamagedError(f'{path} {what}') from error
+
+
+def bounded(value: object, most: int = 10**6, depth: int = 50) -> bool:
+    """Whether a walk through nested containers ends: a tuple that holds one tuple twice, and so on, takes for ever."""
+    waiting = [(value, depth)]
+    while waiting:
+        part, left = waiting.pop()
+        if isinstance(part, dict | list | tuple):
+            most -= len(part)
+            if most < 0 or not left:
+                return False
+            waiting += [(inner, left - 1) for inner in (part.values() if isinstance(part, dict) else part)]
+    return True
+
+
+def plain_field(value: object, depth: int = 2):
+    """A field of a file, to be compared and printed: a short string, a number, few of these; of all else, its type."""
+    if value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64):
+        return value
+    if isinstance(value, str):
+        return value[:1000]
+    if isinstance(value, list | tuple) and depth and len(value) <= 100:
+        return type(value)(plain_field(item, depth - 1) for item in value)
+    if isinstance(value, dict) and depth and len(value) <= 100:
+        return {plain_field(key): plain_field(item, depth - 1) for key, item in value.items()}
+    return f'a {type(value).__name__}'
 
 
 def recognise(path: Path) -> tuple[str | None, Callable]:

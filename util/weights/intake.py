@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from util.errors import CheckpointError, printable
 from util.nn.pos_embed import resize_bias_table, resize_pos_embed
+from util.weights.files import plain_field
 
 State = dict[str, Tensor]
 
@@ -36,7 +37,10 @@ def find_origin(container: dict) -> Origin | None:
     """None for files of others."""
     args, run = container.get('args'), container.get('run', {'stage': 'finetune'})  # checkpoint-best.pth has no `run`
     ours = isinstance(args, dict) and isinstance(args.get('model_kwargs'), dict) and isinstance(run, dict)
-    return Origin(printable(run.get('stage'), 80), args, class_names(container)) if ours and 'model' in args else None
+    if not ours or 'model' not in args:
+        return None
+    stage = printable(plain_field(run.get('stage')), 80)
+    return Origin(stage, {key: plain_field(args[key]) for key in args}, class_names(container))
 
 
 def class_names(container: dict) -> list[str] | None:
@@ -44,6 +48,10 @@ def class_names(container: dict) -> list[str] | None:
     names = container.get('classes')
     plain = isinstance(names, list) and 0 < len(names) <= 1_000_000
     return list(names) if plain and all(isinstance(name, str) and len(name) <= 1000 for name in names) else None
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint that is none of a model's formats: another's, or an encoder alone for a model with a decoder."""
 
 
 @dataclass
@@ -57,12 +65,13 @@ class Report:
     resized: list[str] = field(default_factory=list)  # 'pos_embed [1, 197, 768] -> [1, 577, 768]'
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # stay as initialised
+    hint: str = ''  # what else the file holds
 
     def __str__(self) -> str:
         parts = [f'{len(self.loaded)} loaded']
         rest = {'resized': self.resized, 'ignored': self.ignored, 'missing, stay as initialised': self.missing}
         parts += [f'{len(keys)} {what} ({shortened(keys)})' for what, keys in rest.items() if keys]
-        return f'{self.source}: {self.format}: ' + ', '.join(parts)
+        return f'{self.source}: {self.format}: ' + ', '.join(parts) + self.hint
 
 
 @dataclass(frozen=True)
@@ -96,41 +105,43 @@ class Intake:
     may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
 
 
-COMMON_WRAPPERS = ('model', 'state_dict', 'module')
+COMMON_WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'module', 'student')
 # a classifier's last layer, as timm's networks call it
 HEADS = r'(heads?(_dist)?|classif(ier)?|fc|last_linear)\..*'
+AVERAGED = re.compile(r'(.*[._-])?(ema|swa|averag\w*)([._-].*)?', re.IGNORECASE)
+# what trainers call the network that they train, where a file holds others beside it
+TRAINED = {'model', 'module', 'backbone', 'encoder', 'student', 'net', 'network', '_orig_mod', 'base_encoder', 'online'}
 
 # --------------------------------------------------------------------------
 # loading
 
 
-def load(model: nn.Module, container: dict, intake: Intake | None, label: str, ema: bool) -> Report:
+def load(model: nn.Module, container: dict, intake: Intake | None, label: str, ema: bool, flag: str) -> Report:
     """Fill the model from what the checkpoint `label` holds; without an intake, from our own checkpoint of it.
 
-    Raises CheckpointError, and changes nothing then.
+    `flag` is how a user asks for averaged weights (`ema`). Raises CheckpointError, and changes nothing then.
     """
-    averaged = ema and isinstance(container.get('ema'), dict)
-    if ema and not averaged and 'weights' not in container:  # checkpoint-best.pth holds the better of the two networks
-        raise CheckpointError('no averaged weights in it: drop --use_ema, or give --no_use_ema if a recipe turns it on')
     own = () if hasattr(model, 'encoder_state_dict') else ('encoder',)
-    wrappers = ('ema',) if averaged else (*(intake.wrappers if intake else own), *COMMON_WRAPPERS)
-    found = find_weights(container, wrappers)
-    weights = join_parts(found)
+    report = Report(label, '', find_origin(container))
+    found = find_weights(container, (*(intake.wrappers if intake else own), *COMMON_WRAPPERS))
+    weights = join_parts(plain_or_averaged(container, found, ema, flag, report))
+    report.ignored += [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
-    state = torch_state(weights)
-    intake = intake or own_names(model, state, found is container.get('encoder'))
-    layout = recognise(state, intake.formats)
+    state, target = torch_state(weights), model.state_dict()
+    formats = intake.formats if intake else (Format(f'own names of {type(model).__name__}', set()),)
+    layout, prefix = recognise(state, formats, list(target))
+    report.format = layout.name + (' (Paddle)' if from_paddle else '') + report.format
+    state = take_off(prefix, state, report) if prefix else state
+    intake = intake or own_names(model, state, formats, found is container.get('encoder'))
 
-    name = layout.name + (' (Paddle)' if from_paddle else '') + (', averaged weights' if averaged else '')
-    report = Report(label, name, find_origin(container))
-    report.ignored = [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     report.ignored += [key for key in state if layout.rename(key) is None]
     renamed = unique((name, value) for key, value in state.items() if (name := layout.rename(key)))
-    renamed, target = layout.adapt(renamed, model), model.state_dict()
+    renamed = layout.adapt(renamed, model)
     fit(renamed, target, intake, report)
     if not renamed:
         raise CheckpointError(f'none of its weights is for this model: its keys are {shortened(list(state))}')
     check(renamed, target, intake, report)
+    check_finite(renamed)
 
     model.load_state_dict(renamed, strict=False)
     report.loaded = sorted(renamed)
@@ -138,13 +149,13 @@ def load(model: nn.Module, container: dict, intake: Intake | None, label: str, e
     return report
 
 
-def own_names(model: nn.Module, state: State, is_encoder: bool) -> Intake:
+def own_names(model: nn.Module, state: State, formats: tuple[Format, ...], is_encoder: bool) -> Intake:
     """For a class that no table knows: our own checkpoints, in the names of the model.
 
     All of them strictly. But a classifier gets its head, and whatever else it has that an encoder has nothing of, not
     from an encoder; and a head for other classes is dropped and stays as initialised.
     """
-    formats, target = (Format(f'own names of {type(model).__name__}', set()),), model.state_dict()
+    target = model.state_dict()
     if hasattr(model, 'encoder_state_dict'):
         return Intake((), formats)
     heads = [name for name in target if name in state and re.fullmatch(HEADS, name)]
@@ -154,11 +165,45 @@ def own_names(model: nn.Module, state: State, is_encoder: bool) -> Intake:
 
 
 def find_weights(container: dict, wrappers: tuple[str, ...]) -> dict:
-    """The first dict under one of these names, or else the container itself."""
-    for name in wrappers:
-        if isinstance(container.get(name), dict):
-            return container[name]
+    """The first dict under one of these names, and in that one again, or else the container itself."""
+    for _ in range(3):
+        container = next((container[name] for name in wrappers if isinstance(container.get(name), dict)), container)
     return container
+
+
+def plain_or_averaged(container: dict, found: dict, ema: bool, flag: str, report: Report) -> dict:
+    """Of the weights that were found, or of averages in the file, what was asked for. Raises CheckpointError."""
+    twins = {twin: key for key in found if (twin := f'ema_{key}'.replace('.', '_')) in found}  # of mmcv's hook
+    where, average = find_average(container, found, twins)
+    if not ema:
+        report.ignored += twins
+        if average and average is not found:
+            report.hint = f'; the file also holds averaged weights ({printable(where, 80)}): {flag} takes them'
+        return {key: value for key, value in found.items() if key not in twins} if twins else found
+    if average:
+        report.format = f', averaged weights ({printable(where, 80)})'
+    elif 'weights' not in container:  # checkpoint-best.pth holds the better of the two networks
+        off = f'--no_{flag[2:]}'
+        raise CheckpointError(f'no averaged weights in it: drop {flag}, or give {off} if a recipe turns it on')
+    return average or found
+
+
+def find_average(container: dict, found: dict, twins: dict[str, str]) -> tuple[str, dict | None]:
+    """Averaged weights, and where they are: beside those that were found, or among them."""
+    if {'ema_state_dict', 'message_hub'} <= container.keys():  # OpenMMLab's runs, where the two have changed places
+        return 'state_dict', found
+    for key, value in container.items():
+        if isinstance(value, dict) and AVERAGED.fullmatch(str(key)):
+            inner = find_weights(value, COMMON_WRAPPERS)
+            if any(isinstance(weight, Tensor | np.ndarray) for weight in inner.values()):
+                return str(key), inner
+    if twins:
+        plain = {key: value for key, value in found.items() if key not in twins}
+        return 'ema_*', plain | {key: found[twin] for twin, key in twins.items()}
+    parts = (key.partition('.')[0] for key in map(str, found) if '.' in key)
+    if part := next(filter(AVERAGED.fullmatch, parts), None):
+        return f'{part}.*', {key: value for key, value in found.items() if str(key).startswith(f'{part}.')}
+    return '', None
 
 
 def join_parts(weights: dict) -> dict:
@@ -174,12 +219,13 @@ def join_parts(weights: dict) -> dict:
 
 
 def torch_state(weights: dict) -> State:
-    """The tensors, without the prefixes of DDP and torch.compile; Paddle's linear layers are transposed."""
+    """The tensors, without what wrappers put into the names of blocks; Paddle's linear layers are transposed."""
     tensors = {str(key): as_tensor(str(key), value) for key, value in weights.items()}
     tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f'no weights in it; its keys are {shortened(list(weights))}')
-    return unique((re.sub(r'^(module\.|_orig_mod\.)+', '', key), value) for key, value in tensors.items())
+        raise OtherFormatError(f'no weights in it; its keys are {shortened(list(weights))}')
+    wrapped = re.compile(r'(?<=\d\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+    return unique((wrapped.sub('', key), value) for key, value in tensors.items())
 
 
 def as_tensor(key: str, value):
@@ -201,15 +247,50 @@ def unique(items: Iterable[tuple[str, Tensor]]) -> State:
     return state
 
 
-def recognise(state: State, formats: tuple[Format, ...]) -> Format:
-    """The first of the formats that the keys fit."""
-    for layout in formats:
-        if state.keys() >= layout.marks:
-            if layout.refusal:
-                raise CheckpointError(f'{layout.name}: {layout.refusal}')
-            return layout
-    known = ', '.join(dict.fromkeys(layout.name for layout in formats if not layout.refusal))
-    raise CheckpointError(f'not a checkpoint for this model: its keys are {shortened(list(state))}; known are {known}')
+def recognise(state: State, formats: tuple[Format, ...], own: list[str]) -> tuple[Format, str]:
+    """The first of the formats that the keys fit, and the prefix under which they do.
+
+    `own` are the model's keys; some of them tell a format that has no marks: the model's own names.
+    """
+    layouts = [(layout, layout.marks or set(own[:5])) for layout in formats]
+    whole = ((layout, '') for layout, marks in layouts if state.keys() >= marks)
+    under = ((layout, prefix) for layout, marks in layouts if (prefix := find_prefix(state, marks, own)))
+    layout, prefix = next(whole, None) or next(under, None) or (formats[-1], None)
+    if prefix is None and layout.marks:
+        known = ', '.join(dict.fromkeys(layout.name for layout in formats if not layout.refusal))
+        keys = shortened(list(state))
+        raise OtherFormatError(f'not a checkpoint for this model: its keys are {keys}; known are {known}')
+    if layout.refusal:
+        raise OtherFormatError(f'{layout.name}: {layout.refusal}')
+    return layout, prefix or ''
+
+
+def take_off(prefix: str, state: State, report: Report) -> State:
+    """What stands under a prefix, without it; the rest is ignored, and named by its parts."""
+    outside = [key for key in state if not key.startswith(prefix)]
+    parts = list(dict.fromkeys(key.partition('.')[0] for key in outside))
+    report.ignored += outside
+    report.format += f', prefix {printable(prefix, 80)} taken off' + (f' beside {shortened(parts, 8)}' if parts else '')
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def find_prefix(state: State, marks: set[str], own: list[str]) -> str:
+    """The prefix under which keys stand in a file, of the trained network if there are several; '' if under none.
+
+    Raises CheckpointError where that is not clear.
+    """
+    mark, parts = min(marks), {name.partition('.')[0] for name in own}
+    found = [key.removesuffix(mark) for key in state if key.endswith(f'.{mark}') and key.partition('.')[0] not in parts]
+    found = sorted((prefix for prefix in found if all(prefix + other in state for other in marks)), key=prefix_rank)
+    if len(found) > 1 and prefix_rank(found[0]) == prefix_rank(found[1]):
+        raise CheckpointError(f'holds several networks for this model, under {shortened(found)}: keep one of them')
+    return found[0] if found else ''
+
+
+def prefix_rank(prefix: str) -> tuple:
+    """What the trained network stands under comes before averages and others, and the outer before the inner one."""
+    parts = prefix.split('.')[:-1]
+    return any(map(AVERAGED.fullmatch, parts)), len(set(parts) - TRAINED), len(parts)
 
 
 def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
@@ -278,6 +359,20 @@ def check(renamed: State, target: State, intake: Intake, report: Report) -> None
         raise CheckpointError(
             f'{report.format}, but of another architecture; differing keys ({len(differing)}): {first}'
             + ('; ...' if len(differing) > 5 else '')
+        )
+
+
+def check_finite(state: State) -> None:
+    """Raise CheckpointError naming the first tensor that holds nan or infinite values."""
+    bad = [
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not value.is_meta and not value.isfinite().all()
+    ]
+    if bad:
+        raise CheckpointError(
+            f'its weights are not finite (nan or infinite); first such key: {printable(bad[0], 80)}, '
+            f'{len(bad)} of {len(state)} tensors'
         )
 
 

@@ -19,7 +19,7 @@ from util.errors import CheckpointError
 from util.nn.pos_embed import sincos_2d
 from util.weights import download
 from util.weights.files import read_checkpoint
-from util.weights.intake import HEADS, Format, Intake, Report, State, find_origin, load, unique
+from util.weights.intake import HEADS, Format, Intake, OtherFormatError, Report, State, find_origin, load, unique
 
 # --------------------------------------------------------------------------
 # MIRL
@@ -46,6 +46,7 @@ def sincos_table(state: State, model: nn.Module) -> State:
     return state if 'pos_embed' in state else state | {'pos_embed': sincos_2d(dim, round((length - 1) ** 0.5))}
 
 
+COMPUTED = (r'.*relative_position_index', r'.*attn_mask')  # from the window's size alone
 VIT_MARKS = {'patch_embed.proj.weight', 'blocks.0.attn.qkv.weight'}
 MIRL_MARKS = {'decoder_embed0_1.weight'}
 OUR_MIRL_MARKS = {'memory_embed.weight'}
@@ -75,7 +76,7 @@ INTO_MIRL = (
     Format(
         'ViT',
         VIT_MARKS,
-        refusal='holds no decoders: main_finetune.py --finetune takes it, pretraining cannot resume from it',
+        refusal='holds no decoders: main_finetune.py --finetune and main_pretrain.py --init take it',
     ),
 )
 
@@ -140,6 +141,57 @@ INTO_LOCALMIM_SWIN_CLASSIFIER = (
     Format('Swin', SWIN_MARKS, ignorable=SWIN_BUFFERS),  # fine-tuned, published or our own, and our encoders
 )
 
+# the transformers library's ViT, ViTMAE, DeiT and BEiT
+HF_MARKS = {'embeddings.patch_embeddings.projection.weight', 'encoder.layer.0.attention.attention.query.weight'}
+HF_LAYER = r'encoder\.layer\.(\d+)\.'
+HF_RENAMES = (
+    (r'embeddings\.(cls_token|mask_token)', r'\1'),
+    (r'embeddings\.position_embeddings', 'pos_embed'),
+    (r'embeddings\.patch_embeddings\.projection\.(.*)', r'patch_embed.proj.\1'),
+    (HF_LAYER + r'attention\.attention\.(query|key|value)\.(.*)', r'blocks.\1.attn.\2.\3'),
+    (HF_LAYER + r'attention\.attention\.relative_position_bias\.(.*)', r'blocks.\1.attn.\2'),
+    (HF_LAYER + r'attention\.output\.dense\.(.*)', r'blocks.\1.attn.proj.\2'),
+    (HF_LAYER + r'intermediate\.dense\.(.*)', r'blocks.\1.mlp.fc1.\2'),
+    (HF_LAYER + r'output\.dense\.(.*)', r'blocks.\1.mlp.fc2.\2'),
+    (HF_LAYER + r'layernorm_before\.(.*)', r'blocks.\1.norm1.\2'),
+    (HF_LAYER + r'layernorm_after\.(.*)', r'blocks.\1.norm2.\2'),
+    (HF_LAYER + r'lambda_([12])', r'blocks.\1.gamma_\2'),
+    (r'layernorm\.(.*)', r'norm.\1'),
+    (r'pooler\.layernorm\.(.*)', r'fc_norm.\1'),
+)
+
+
+def joined_qkv(state: State, model: nn.Module) -> State:
+    """Query, key and value are one layer here; BEiT has biases of query and value, by names of their own."""
+    state = dict(state)
+    for query in [key for key in state if re.fullmatch(r'blocks\.\d+\.attn\.query\.(weight|bias)', key)]:
+        block, _, part = query.rpartition('.query.')
+        thirds = {name: state.pop(f'{block}.{name}.{part}', None) for name in ('query', 'key', 'value')}
+        if f'{block}.q_bias' in model.state_dict() and part == 'bias':
+            state |= {f'{block}.{name[0]}_bias': third for name, third in thirds.items() if third is not None}
+        elif any(third is None for third in thirds.values()):
+            raise CheckpointError(f'{query} is without its key or value')
+        else:
+            state[f'{block}.qkv.{part}'] = torch.cat(list(thirds.values()))
+    return state
+
+
+def hugging_face(adapt: Callable[[State, nn.Module], State]) -> tuple[Format, ...]:
+    """Of the transformers library: with a prefix and a classifier or MAE's decoder beside it, and the network alone."""
+    ignorable = (*COMPUTED, r'pooler\.dense\..*', r'embeddings\.mask_token')
+    beside = ((r'classifier\.(.*)', r'head.\1'),)
+    return tuple(
+        Format(
+            f'Hugging Face {name}',
+            {prefix + mark for mark in HF_MARKS},
+            beside + tuple((re.escape(prefix) + pattern, into) for pattern, into in HF_RENAMES),
+            (r'decoder\..*', *(f'(?:{re.escape(prefix)})?{pattern}' for pattern in ignorable)),
+            adapt,
+        )
+        for name, prefix in (('ViT', 'vit.'), ('DeiT', 'deit.'), ('BEiT', 'beit.'), ('ViT', ''))
+    )
+
+
 INTO_VIT = (
     Format(
         'our MIRL pretraining',
@@ -167,6 +219,7 @@ INTO_VIT = (
     ),
     Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),
     Format('ViT', VIT_MARKS),  # MAE's and MIRL's encoders, fine-tuned ones, timm's, our own
+    *hugging_face(joined_qkv),
 )
 
 # --------------------------------------------------------------------------
@@ -190,6 +243,16 @@ OPENMIXUP_CONVNEXT = (
     (r'stages\.(\d)\.(\d+)\.(norm\..*|gamma)', r'stages.\1.blocks.\2.\3'),
     (r'norm3\.(.*)', r'head.norm.\1'),
 )
+RELEASED_CONVNEXT = (  # of ConvNeXt's authors, and of SparK's
+    *OPENMIXUP_CONVNEXT[:2],
+    (r'stages\.(\d)\.(\d+)\.dwconv\.(.*)', r'stages.\1.blocks.\2.conv_dw.\3'),
+    (r'stages\.(\d)\.(\d+)\.pwconv([12])\.(.*)', r'stages.\1.blocks.\2.mlp.fc\3.\4'),
+    (r'stages\.(\d)\.(\d+)\.grn\.gamma', r'stages.\1.blocks.\2.mlp.grn.weight'),
+    (r'stages\.(\d)\.(\d+)\.grn\.beta', r'stages.\1.blocks.\2.mlp.grn.bias'),
+    (r'stages\.(\d)\.(\d+)\.(norm\..*|gamma)', r'stages.\1.blocks.\2.\3'),
+    (r'norm\.(.*)', r'head.norm.\1'),
+    (r'head\.(weight|bias)', r'head.fc.\1'),
+)
 SWIN_DOWNSAMPLE = tuple((rf'layers\.{i}\.downsample\.(.*)', rf'layers.{i + 1}.downsample.\1') for i in range(3))
 OPENMIXUP_SWIN = (
     *((pattern.replace('layers', 'stages', 1), name) for pattern, name in SWIN_DOWNSAMPLE),
@@ -204,6 +267,14 @@ OPENMIXUP_SWIN = (
 # Microsoft's SimMIM and Swin: timm's names, but that merging stands at the end of a stage
 MICROSOFT_SWIN = (*SWIN_DOWNSAMPLE, (r'((?:patch_embed|layers|norm)\..*)', r'\1'))
 MICROSOFT_VIT = ((r'((?:cls_token|pos_embed|patch_embed|blocks|norm|fc_norm|rel_pos_bias).*)', r'\1'),)
+
+
+def convnext_version(state: State, model: nn.Module) -> State:
+    """ConvNeXt V2 has global response normalisation (GRN) in place of V1's layer scale; its vectors are [C] here."""
+    v2 = any('.grn.' in name for name in model.state_dict())
+    if v2 != any('.grn.' in key for key in state):
+        raise CheckpointError(f'ConvNeXt {"V1" if v2 else "V2 (it has GRN)"}, the model is {"V2" if v2 else "V1"}')
+    return {key: value.flatten() if '.grn.' in key else value for key, value in state.items()}
 
 
 def flat_tokens(state: State, model: nn.Module) -> State:
@@ -254,7 +325,6 @@ FAMILIES = {
         'Swin', 'stages.0.blocks.0.attn.w_msa.qkv.weight', OPENMIXUP_SWIN, 'head.fc', openmixup_swin
     ),
 }
-COMPUTED = (r'.*relative_position_index', r'.*attn_mask')  # from the window's size alone
 PRETRAINING_ONLY = (r'(?:backbone\.|encoder\.)?mask_(?:token|gamma)', r'(?:neck|decoder)\..*')
 MIM_DECODERS = ((r'neck\.decoder(?:_pred)?\.0\.(.*)', r'decoder.\1'), (r'decoder\.0\.(.*)', r'decoder.\1'))
 
@@ -322,6 +392,7 @@ INTO_BEIT = (
         (*COMPUTED, *PRETRAINING_ONLY),
         microsoft_vit,
     ),
+    *hugging_face(lambda state, model: microsoft_vit(joined_qkv(state, model), model)),
     # timm's, our own, Microsoft's
     Format('BEiT', BEIT_MARKS, ignorable=(*COMPUTED, 'mask_token'), adapt=microsoft_vit),
     Format('ViT', VIT_MARKS, refusal="lacks BEiT's relative positions and LayerScale, which this model is made of"),
@@ -369,7 +440,11 @@ INTO_MIXMAE = (
     Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=COMPUTED),  # the published one and our own
     Format('mmpretrain MixMIM pretraining', MM_MIXMAE_MARKS, MM_RENAMES, MM_IGNORABLE, adapt=mmcv_mergings),
     *(
-        Format(f'{origin}MixMIM classifier', marks, refusal='holds no decoder: main_finetune.py --finetune takes it')
+        Format(
+            f'{origin}MixMIM classifier',
+            marks,
+            refusal='holds no decoder: main_finetune.py --finetune and main_pretrain.py --init take it',
+        )
         for origin, marks in (('', MIXMIM_MARKS), ('mmpretrain ', MM_MIXMIM_MARKS))
     ),
 )
@@ -426,7 +501,17 @@ INTAKES = {
     ),
     'ConvNeXt': Intake(
         wrappers=('encoder',),
-        formats=(OUR_A2MIM_ENCODER, *into_classifier(FAMILIES['ConvNeXt']), Format('ConvNeXt', {'stem.0.weight'})),
+        formats=(
+            OUR_A2MIM_ENCODER,
+            Format(
+                'ConvNeXt as released',
+                {'downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight'},
+                RELEASED_CONVNEXT,
+                adapt=convnext_version,
+            ),
+            *into_classifier(FAMILIES['ConvNeXt']),
+            Format('ConvNeXt', {'stem.0.weight'}, adapt=convnext_version),
+        ),
         may_lack=(r'head\.fc\..*',),
         may_drop=(r'head\.fc\..*',),
     ),
@@ -450,24 +535,79 @@ ANY_INTAKE = Intake(
 )
 
 
+# which intake the encoder of a pretraining model has; A2MIM's is a network of its own
+ENCODERS = {
+    'MIRL': 'VisionTransformer',
+    'LocalMIMViT': 'VisionTransformer',
+    'LocalMIMSwin': 'LocalMIMSwinClassifier',
+    'MixMAE': 'MixMIMClassifier',
+}
+
+
 def load_published(
-    model: nn.Module, source: str | Path | dict, *, ema: bool = False, label: str = 'state dict'
+    model: nn.Module,
+    source: str | Path | dict,
+    *,
+    ema: bool = False,
+    flag: str = '--use_ema',
+    new_decoder: bool = False,
+    label: str = 'state dict',
 ) -> Report:
     """Fill a pretraining model or a classifier from a published or own checkpoint.
 
     `source` is a path, a URL with its hash (`download.py`), or a state dict in the paper's own names: torch tensors in
     torch's layout, or numpy arrays in Paddle's. A class that INTAKES does not list takes our own checkpoints of it.
-    Positions for another image size or window are resized. `ema` asks for the averaged weights of our own checkpoint.
+    Names may stand under a prefix. Positions for another image size or window are resized. `ema` asks for the averaged
+    weights; `flag` is what the user knows it by. With `new_decoder`, a pretraining model takes an encoder alone, too.
     `label` is what a dict is called, such as the path that it was read from.
     Raises CheckpointError when the source is not for this model, naming the first five keys that differ with both
-    shapes; the model is then unchanged.
+    shapes, or holds values that are not finite; the model is then unchanged.
     """
     label = label if isinstance(source, dict) else str(source).partition('#')[0]
     container = source if isinstance(source, dict) else read_checkpoint(download.fetch(source))
-    of_timm = type(model).__module__.startswith('timm.')
-    intake = INTAKES.get(type(model).__name__, ANY_INTAKE if of_timm else None)
+    intake = intake_of(type(model).__name__, model)
     try:
-        return load(model, container, intake, label, ema)
+        try:
+            return load(model, container, intake, label, ema, flag)
+        except CheckpointError as error:
+            if not new_decoder or (intake and not isinstance(error, OtherFormatError)):
+                raise
+            return load_encoder(model, container, label, ema, flag)
     except CheckpointError as error:
         origin = find_origin(container)
         raise CheckpointError(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
+
+
+def intake_of(name: str, network: nn.Module) -> Intake | None:
+    return INTAKES.get(name, ANY_INTAKE if type(network).__module__.startswith('timm.') else None)
+
+
+class Encoder:
+    """A pretraining model's encoder, under the names of its classifier, for `load`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __getattr__(self, name: str):
+        if name == 'encoder_state_dict':  # it is no pretraining model itself
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def state_dict(self) -> State:
+        return self.model.encoder_state_dict()
+
+    def load_state_dict(self, state: State, strict: bool) -> None:
+        own = self.state_dict()  # of the model's storage
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def load_encoder(model: nn.Module, container: dict, label: str, ema: bool, flag: str) -> Report:
+    """The encoder alone; what else the model has stays as initialised."""
+    network = getattr(model, 'encoder', model)
+    intake = intake_of(ENCODERS.get(type(model).__name__, type(network).__name__), network)
+    report = load(Encoder(model), container, intake, label, ema, flag)
+    shared = {value.data_ptr() for value in model.encoder_state_dict().values()}
+    report.missing += [name for name, value in model.state_dict().items() if value.data_ptr() not in shared]
+    report.format += ', encoder alone: the decoder is new'
+    return report

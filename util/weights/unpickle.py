@@ -1,8 +1,9 @@
 """Pickles of plain data, read without running anything in them: those of Paddle, and those inside torch's files.
 
 A pickle is a program for a small machine, and its opcodes may call any Python function. `run` is that machine for the
-opcodes of plain data. All it can call is in `ALLOWED`: functions of ours that do nothing but build data. A size that a
-file declares is believed only as far as there are bytes for it.
+opcodes of plain data. All it can call is in `ALLOWED`: functions of ours that do nothing but build data. Objects of
+other packages (settings and callbacks of a trainer) are dropped. Calls of them, and what else is asked of Python,
+torch or numpy, are refused. A size that a file declares is believed only as far as there are bytes for it.
 
 `torch.load(weights_only=True)` runs no foreign code either, but it does not do for files of others: it allocates the
 4 GB that a pickle of 100 bytes asks of `bytearray`, hashes a nested key of 60 tuples for ever, takes a tensor of a
@@ -12,6 +13,7 @@ terabyte (stride 0), looks at no checksum, and does not know pickle protocol 4.
 import math
 import pickletools
 import re
+import sys
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -30,11 +32,24 @@ class Refused(Exception):
 # what a pickle may call
 
 
+MOST_AXES = 32
+
+
 class Dropped:
     """Stands for an object that no weight depends on (the arguments of a run, a path); what it held is dropped."""
 
     def __init__(self, *args):
         pass
+
+
+class Foreign:
+    """A class of another package, of which instances are dropped. A call of it, or of a function, is refused."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *args):
+        raise Refused(refusal(self.name))
 
 
 class Dtype:
@@ -61,7 +76,7 @@ def numpy_scalar(dtype: Dtype, data: bytes) -> int | float | bool:
 
 
 def rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *flags) -> Tensor:
-    if math.prod(size) > storage.numel():  # with strides of 0, as_strided takes any size
+    if len(size) > MOST_AXES or math.prod(size) > storage.numel():  # with strides of 0, as_strided takes any size
         raise ValueError(f'more than its storage of {storage.numel()} numbers')
     return storage.as_strided(size, stride, offset)
 
@@ -93,21 +108,31 @@ ALLOWED = {
     'torch._utils._rebuild_tensor_v2': rebuild_tensor,
     'torch._utils._rebuild_parameter': lambda data, *flags: data,
     **{f'torch.{name}Storage': dtype for name, dtype in STORAGES.items()},
-    'torch.Size': Dropped,
-    'torch.device': Dropped,
-    'argparse.Namespace': Dropped,
-    'pathlib.PosixPath': Dropped,
-    'pathlib._local.PosixPath': Dropped,  # Python 3.13
+    'collections.defaultdict': lambda *factory: {},
     'yacs.config.CfgNode': lambda: {},  # Microsoft's runs
     'mmengine.logging.history_buffer.HistoryBuffer': Dropped,  # OpenMMLab's
 }
+OWN = {*sys.stdlib_module_names, 'torch', '__torch__', 'numpy'}  # what of these is not allowed is refused
+DROPPED = re.compile(  # of these, what settings are made of
+    r'torch\.(Size|device|dtype)|argparse\.Namespace|types\.SimpleNamespace|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path'
+    r'|builtins\.(bool|complex|dict|float|frozenset|int|list|object|range|slice|str)|collections\.(Counter|deque)'
+    r'|typing\.\w+|datetime\.\w+|uuid\.UUID|decimal\.Decimal'
+)
 
 
 def look_up(name: str):
     name = re.sub(r'^__builtin__\.', 'builtins.', name)  # protocol 2 keeps Python 2's name
-    if name not in ALLOWED:
-        raise Refused(f'asks for {printable(name, 80)}, which is not plain data; nothing in it was run')
-    return ALLOWED[name]
+    if name in ALLOWED:
+        return ALLOWED[name]
+    if DROPPED.fullmatch(name):
+        return Dropped
+    if name.partition('.')[0] in OWN:
+        raise Refused(refusal(name))
+    return Foreign(name)
+
+
+def refusal(name: str) -> str:
+    return f'asks for {printable(name, 80)}, which is not plain data; nothing in it was run'
 
 
 # --------------------------------------------------------------------------
@@ -158,6 +183,8 @@ def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
             case 'SETITEM' | 'SETITEMS', [dict() as target, *more] if all(isinstance(k, str | int) for k in more[::2]):
                 stack.append(target)
                 target.update(zip(more[::2], more[1::2], strict=True))
+            case 'APPEND' | 'APPENDS' | 'SETITEM' | 'SETITEMS', [Dropped() as target, *_]:
+                stack.append(target)
             case 'BINPUT' | 'LONG_BINPUT', []:
                 memo[value] = stack[-1]
             case 'MEMOIZE', [item]:
@@ -169,13 +196,17 @@ def run(file: BinaryIO, find_storage: Callable[..., Tensor] | None = None):
                 stack.append(look_up(value.replace(' ', '.')))
             case 'STACK_GLOBAL', [str() as module, str() as name]:
                 stack.append(look_up(f'{module}.{name}'))
+            case 'NEWOBJ', [Foreign(), tuple()]:
+                stack.append(Dropped())
             case 'REDUCE' | 'NEWOBJ', [function, tuple() as args]:
                 stack.append(function(*args))  # nothing callable is on the stack but what look_up gave
             case 'BUILD', [target, state]:
                 stack.append(target)
                 build(target, state)
-            case 'BINPERSID', [('storage', torch.dtype() as dtype, str() as key, _, numel, *view)] if not any(view):
-                stack.append(find_storage(dtype, key, numel))
+            case 'BINPERSID', [('storage', torch.dtype() as dtype, str() as key, _, int() as n, *rest)] if not any(
+                rest
+            ):
+                stack.append(find_storage(dtype, key, n))
             case name, _:
                 raise ValueError(f'{name} is not for plain data, or not for what it is given')
     raise EOFError
@@ -185,7 +216,11 @@ def build(target, state) -> None:
     """Give an object its state: an array its data, a dtype its byte order. That of other objects is dropped."""
     if isinstance(target, np.ndarray):
         _, shape, dtype, fortran, data = state
-        if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.numpy().itemsize != len(data):
+        if (
+            len(shape) > MOST_AXES
+            or any(type(n) is not int or n < 0 for n in shape)
+            or math.prod(shape) * dtype.numpy().itemsize != len(data)
+        ):
             raise ValueError(f'not the {len(data)} bytes of its shape')
         target.__setstate__((1, shape, dtype.numpy(), fortran, bytes(data)))
     elif isinstance(target, Dtype):
