@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from util import config, digests
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
