@@ -293,7 +293,7 @@ def main(args: argparse.Namespace) -> None:
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
         build.apply_options(core, args)
 
-        device = run.join(core, ema, train=(train.images, train.labels), val=(val.images, val.labels))
+        device = run.join(core, ema, train=train, val=val)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from util import dist, optim
+from util import console, dist, optim
 from util.data import named
 from util.errors import UserError, closest
 from util.recipes import find_recipe, of_recipe, read_recipe
@@ -56,7 +56,7 @@ class Model(argparse.Action):
 
     def __call__(self, parser, namespace, name, option_string=None):
         if name == 'list':
-            print(models_table())
+            console.say(models_table())
             parser.exit()
         setattr(namespace, self.dest, name)
 
