@@ -131,7 +131,8 @@ class A2MIM(nn.Module):
         check_divides(img_size, mask_patch_size, 'mask_patch_size')
         self.img_size, self.cell_size, self.cells = img_size, mask_patch_size, img_size // mask_patch_size
         self.num_hidden = math.ceil(self.cells**2 * mask_ratio)
-        check_mask_ratio(mask_ratio, self.num_hidden, self.cells**2, 'cells')
+        smaller = f'mask_patch_size={mask_patch_size // 2}'
+        check_mask_ratio(mask_ratio, self.num_hidden, self.cells**2, 'cells of the mask', smaller)
         self.mask_color, self.replace, self.detach, self.token_mode = mask_color, replace, detach, mask_token
         self.token_lr_scale = token_lr_scale
         self.loss = dict(mode=loss, alpha=alpha, gamma=gamma, activate=activate, residual=residual)

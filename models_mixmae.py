@@ -143,9 +143,10 @@ class MixMAE(MixMIMEncoder):
         check_heads(decoder_dim, decoder_num_heads, 'decoder_dim')
         if range_mask_ratio < 0:
             raise ValueError(f'range_mask_ratio {range_mask_ratio} is negative')
+        smaller = f'patch_size={encoder.get("patch_size", 4) // 2}'
         for ratio in (mask_ratio, mask_ratio + range_mask_ratio):
             num_hidden, what = int(self.num_cells * ratio), f'cells of {self.cell_size} pixels a side'
-            check_mask_ratio(ratio, num_hidden, self.num_cells, what)
+            check_mask_ratio(ratio, num_hidden, self.num_cells, what, smaller)
         self.norm_pix_loss, self.mask_ratio, self.range_mask_ratio = norm_pix_loss, mask_ratio, range_mask_ratio
 
         self.decoder_embed = nn.Linear(self.num_features, decoder_dim)

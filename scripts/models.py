@@ -19,12 +19,12 @@ from util.config import MODELS_BEGIN, README, TABLE_END
 from util.recipes import count_recipes
 
 HEAD = '| model | encoder | pretraining | input sizes | recipes |\n|---|---|---|---|---|\n'
-UNITS = (8, 16, 32, 64, 128)  # what an image side may have to be a multiple of
+UNITS = (8, 16, 32, 64, 224)  # what an image side may have to be a multiple of
 
 
 @cache
 def parameters(name: str, size: int, classifier: bool = False) -> str:
-    """How many a model without storage has, or '' if it takes no images of this size."""
+    """How many to train a model without storage has, or '' if it takes no images of this size."""
     method = main_pretrain.find_method(name)
     try:
         with torch.device('meta'):
@@ -34,7 +34,7 @@ def parameters(name: str, size: int, classifier: bool = False) -> str:
                 model = getattr(method, name)(img_size=size)
     except ValueError:
         return ''
-    return f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M'
+    return f'{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M'
 
 
 def measures(name: str) -> list[str]:

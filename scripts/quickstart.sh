@@ -40,9 +40,9 @@ fi
 
 common=(--model "$MODEL" --input_size "$INPUT_SIZE" --data_path "$DATA" --seed "$SEED"
         --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --hflip 0 --num_workers 1)
-pretrain=("${common[@]}" "${kwargs[@]}" --batch_size 128 --epochs 60 --warmup_epochs 5 --lr 2e-3 --vis_freq 20 --print_freq 11)
+pretrain=("${common[@]}" ${kwargs[@]+"${kwargs[@]}"} --batch_size 128 --epochs 60 --warmup_epochs 5 --lr 2e-3 --vis_freq 20 --print_freq 11)
 # the learning rate is the best of 1e-3, 2e-3, 4e-3 and 8e-3 for both starts
-finetune=("${common[@]}" "${tuned_kwargs[@]}" --batch_size 64 --epochs 5 --warmup_epochs 1 --lr 4e-3 --layer_decay 0.75 --drop_path 0
+finetune=("${common[@]}" ${tuned_kwargs[@]+"${tuned_kwargs[@]}"} --batch_size 64 --epochs 5 --warmup_epochs 1 --lr 4e-3 --layer_decay 0.75 --drop_path 0
           --aa none --reprob 0 --smoothing 0 --crop_scale 0.6 1 --crop_pct 1 --print_freq 22)
 
 timed() { # timed NAME COMMAND...: its seconds go to $NAME_s
@@ -57,10 +57,10 @@ accuracy() { sed -n 's/^\* Acc@1 \([0-9.]*\).*/\1/p' "$1" | tail -n 1; }
 timed pretrain python main_pretrain.py "${pretrain[@]}" --output_dir "$OUTPUT/pretrain"
 timed finetune python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/finetune" \
   --finetune "$OUTPUT/pretrain/checkpoint-last.pth"
-timed scratch python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/scratch" > "$OUTPUT/scratch.txt"
-timed eval python main_finetune.py "${common[@]}" "${tuned_kwargs[@]}" --crop_pct 1 --eval \
+timed scratch python main_finetune.py "${finetune[@]}" --output_dir "$OUTPUT/scratch" > >(tee "$OUTPUT/scratch.txt")
+timed eval python main_finetune.py "${common[@]}" ${tuned_kwargs[@]+"${tuned_kwargs[@]}"} --crop_pct 1 --eval \
   --resume "$OUTPUT/finetune/checkpoint-last.pth" | tee "$OUTPUT/eval.txt"
-timed pictures python scripts/visualize.py --model "$MODEL" "${kwargs[@]}" --input_size "$INPUT_SIZE" --seed "$SEED" \
+timed pictures python scripts/visualize.py --model "$MODEL" ${kwargs[@]+"${kwargs[@]}"} --input_size "$INPUT_SIZE" --seed "$SEED" \
   --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --checkpoint "$OUTPUT/pretrain/checkpoint-last.pth" \
   --output "$OUTPUT/reconstruction.png" "$DATA/val"
 

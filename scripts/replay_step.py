@@ -19,6 +19,9 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util import start  # noqa: F401
+
+# isort: split
 import engine_finetune
 import engine_pretrain
 import main_finetune

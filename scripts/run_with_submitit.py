@@ -52,7 +52,10 @@ FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
 
 
 def get_args_parser() -> config.Parser:
-    parser = config.Parser(__doc__)
+    parser = config.Parser(
+        'Run a main as SLURM jobs that save, requeue and resume by themselves, or here (--local). '
+        'All flags of the main are accepted too: main_pretrain.py --help, main_finetune.py --help.'
+    )
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
     add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
@@ -398,10 +401,27 @@ def run_here(folder: Path, options: argparse.Namespace, jobs: dict[str, Job], gp
         started = executor.submit(job)
         stops = pass_on_stops(int(started.job_id))
         announce(label, started, job)
+        follow(started)
         started.wait()
         if any(started.task(rank).exception() for rank in range(options.ngpus)):
-            console.say(f'job {started.job_id} did not finish; its log says why', error=True)
+            console.say(f'job {started.job_id} did not finish; its log {started.paths.stdout} says why', error=True)
             raise SystemExit(STOPPED if stops else 1)
+
+
+def follow(job: submitit.Job) -> None:
+    """Print what rank 0 writes to its log, as it comes, until the job ends."""
+    log, shown, done = job.paths.stdout, 0, False
+    while not done:
+        done = job.done()
+        if log.exists():
+            with open(log, encoding='utf-8', errors='replace') as file:
+                file.seek(shown)
+                text = file.read()
+                shown = file.tell()
+            if text:
+                console.say(text.removesuffix('\n'))
+        if not done:
+            time.sleep(0.5)
 
 
 def pass_on_stops(controller: int) -> list[int]:

@@ -32,4 +32,4 @@ case "${1:-}" in
     ruff format --check .
     ;;
 esac
-python -m pytest "${workers[@]}" "$@"
+python -m pytest ${workers[@]+"${workers[@]}"} "$@" # an empty array is unset to bash 3.2, which macOS has

@@ -11,6 +11,7 @@ use_venv() {
     # Debian ships Python without ensurepip; virtualenv needs none
     "${PYTHON:-python3}" -m venv "$folder" 2>/dev/null || {
       rm -rf "$folder"
+      echo "this Python has no venv: installing virtualenv for the user (pip install --break-system-packages)" >&2
       "${PYTHON:-python3}" -m pip install --quiet --break-system-packages virtualenv
       "${PYTHON:-python3}" -m virtualenv --quiet "$folder"
     }
@@ -18,6 +19,7 @@ use_venv() {
   if [ "$(cat "$folder/installed" 2>/dev/null)" != "$stamp" ]; then
     local files=()
     for file in "$@"; do files+=(-r "$file"); done
+    echo "installing torch and others in $folder: up to 6 GB, some minutes" >&2
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "${files[@]}"
     echo "$stamp" > "$folder/installed"
   fi

@@ -11,9 +11,16 @@ from training import MAINS
 from util import optim
 from util.recipes import RECIPES, load_recipe
 
+OWN = '_cifar10_'
+
 
 def stage_of(name: str) -> str:
     return 'pretrain' if '_pretrain' in name else 'finetune'
+
+
+def published(*methods: str) -> set[str]:
+    """Names of the recipes of these methods, but for our own, which are for CIFAR-10."""
+    return {path.stem for path in RECIPES.glob('*.yaml') if path.stem.startswith(methods) and OWN not in path.stem}
 
 
 def resolve(name: str, *flags: str) -> argparse.Namespace:

@@ -188,11 +188,20 @@ def check_unused(folder: Path) -> None:
         )
 
 
-def check_space(folder: Path, tensors: Collection[Tensor]) -> None:
-    """Raise StorageError if a folder has no room for a checkpoint of these tensors."""
-    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
+def check_space(folder: Path, needed: int, count: int) -> str:
+    """Say what `count` checkpoints of so many bytes take. Raises StorageError if a folder has no room for one."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(f'{folder} has {free / 1e6:.0f} MB of free space, a checkpoint takes {needed / 1e6:.0f} MB')
+    told = (
+        f'a checkpoint takes {size(needed)}, the run keeps up to {count}: {size(count * needed)} of {size(free)} free'
+    )
+    return f'WARNING: {told}; --keep_last N keeps fewer' if count * needed > free else told
+
+
+def size(count: float) -> str:
+    """'1.2 GB'"""
+    return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.1f} MB'
 
 
 def check_same_weights(saved: dict, current: dict, path: Path) -> None:

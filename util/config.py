@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import torch
 
-from util import console, dist, optim
+from util import dist, optim
 from util.data import named
 from util.errors import UserError, closest
+from util.log import info
 from util.recipes import find_recipe, of_recipe, read_recipe
 
 HEADINGS = (  # of --help, in this order
@@ -56,7 +57,7 @@ class Model(argparse.Action):
 
     def __call__(self, parser, namespace, name, option_string=None):
         if name == 'list':
-            console.say(models_table())
+            info(models_table())
             parser.exit()
         setattr(namespace, self.dest, name)
 
@@ -251,8 +252,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
+            self.check_single_values(argv, unknown[0])
             raise UserError(f'unknown argument {unknown[0]}{self.hint(unknown[0])}')
         return args
+
+    def check_single_values(self, argv: list[str], unknown: str) -> None:
+        """Raise UserError for a word too many behind a flag that takes one: it is not an argument of its own."""
+        before = list(itertools.takewhile(lambda word: word != unknown, argv))
+        flag = next((word for word in reversed(before) if word.startswith('--')), '').partition('=')[0]
+        if flag in self.flags and not unknown.startswith('--'):
+            square = ': images are square, one number is both sides' if flag in ('--input_size', '--eval_size') else ''
+            many = self.flags[flag].nargs
+            takes = 'one value' if many is None else 'no value' if many == 0 else f'{many} values'
+            raise UserError(f'{flag} takes {takes}, {unknown} is too many{square}')
 
     def hint(self, flag: str) -> str:
         """Who takes a flag that this parser does not know, or its closest ones."""
@@ -268,6 +280,8 @@ class Parser(argparse.ArgumentParser):
             name = str(key).replace('-', '_')
             if name not in known:
                 raise UserError(f'{path}: unknown key {key!r}{closest(name, known)}')
+            if known[name].dest in values:
+                raise UserError(f'{path}: {name} is given twice')
             values[known[name].dest] = converted(known[name], name, value, f'{path}: {key}')
         return values
 

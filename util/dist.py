@@ -133,7 +133,8 @@ def own_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f'--device {device}: not a device; cuda, cuda:N or cpu') from error
     if named.type not in ('cuda', 'cpu'):
-        raise UserError(f'--device {device}: cuda, cuda:N or cpu')
+        apple = "; Apple's GPUs are not supported: --device cpu" * (named.type == 'mps')
+        raise UserError(f'--device {device}: cuda, cuda:N or cpu{apple}')
     if named.type == 'cpu':
         return named
     count, here = torch.cuda.device_count(), place()

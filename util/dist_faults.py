@@ -20,6 +20,7 @@ import ctypes
 import os
 import socket
 import stat
+import sys
 
 from torch import nn
 
@@ -29,7 +30,7 @@ from util.errors import AT_THE_END
 
 def hang_up() -> None:
     """Break this process's connections, so that ranks that wait for it notice, and not only those of the lost one."""
-    for descriptor in map(int, os.listdir('/proc/self/fd')):
+    for descriptor in map(int, os.listdir('/proc/self/fd' if sys.platform == 'linux' else '/dev/fd')):
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as connection:

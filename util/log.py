@@ -24,6 +24,11 @@ def info(text: str) -> None:
         console.say(text)
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 step', '2 steps'"""
+    return f'{number} {noun}' + 's' * (number != 1)
+
+
 def clock(seconds: float) -> str:
     """'1:02:03'"""
     seconds = int(seconds)
@@ -93,10 +98,10 @@ class MetricLogger:
         each = {name: len(values) // steps for name, values in self.window.items()}
         return {name: values[first * each[name] :][: each[name]] for name, values in self.window.items()}
 
-    def line(self, step: int, lr: float, **counts: int) -> dict[str, float]:
+    def line(self, step: int, lr: float, run_eta_s: float = 0.0, **counts: int) -> dict[str, float]:
         """Print the progress after optimiser step `step`; returns the averages since the last line, and the counts.
 
-        Counts, of the whole run, are printed once they are above zero.
+        `run_eta_s`: seconds to the end of the run. Counts, of the whole run, are printed once they are above zero.
         """
         self.read()
         averages = {name: self._mean(values) for name, values in self.window.items()}
@@ -108,6 +113,7 @@ class MetricLogger:
         parts = [
             f'{self.header} [{step + 1:>{len(str(self.steps))}}/{self.steps}]',
             f'eta: {clock((self.steps - step - 1) * (now - self.began) / (step + 1 - self.first_step))}',
+            f'run eta: {clock(run_eta_s)}',
             f'lr: {lr:.3g}',
             *(f'{name}: {self._format(value)}' for name, value in averages.items() if name != 'images_per_s'),
             f'images/s: {averages["images_per_s"]:.0f}',
@@ -116,9 +122,20 @@ class MetricLogger:
         ]
         if self.device.type == 'cuda':
             parts.append(f'max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB')
-        self._print('  '.join(parts), last=step + 1 == self.steps)
+        if dist.is_main():
+            console.say('  '.join(parts), fleeting=step + 1 < self.steps)  # a terminal shows the last one for good
         self.last_line, self.last_step, self.waited = now, step + 1, 0.0
         return averages | counts
+
+    def timing(self) -> dict[str, float]:
+        """Of the epoch in this process: seconds until now, and the images/s and memory of its training."""
+        steps, training_s = self.last_step - self.first_step, self.last_line - self.began
+        timing = {'time': round(time.perf_counter() - self.began, 3)}
+        if steps:
+            timing['images_per_s'] = round(steps * self.images_per_step / training_s, 1)
+        if self.device.type == 'cuda':
+            timing['max_mem_mib'] = round(torch.cuda.max_memory_allocated() / 2**20)
+        return timing
 
     def sums(self) -> dict[str, list[float]]:
         """{name: [total, count]} of the epoch over all ranks; every rank must call it."""
@@ -144,12 +161,6 @@ class MetricLogger:
     @staticmethod
     def _format(value: float) -> str:
         return f'{value:.4f}' if 1e-3 <= abs(value) < 1e5 else f'{value:.3g}'
-
-    @staticmethod
-    def _print(text: str, last: bool) -> None:
-        """A line of its own, or on a terminal one that the next overwrites."""
-        if dist.is_main():
-            console.say(text, fleeting=not last)
 
 
 class RunLog:
@@ -187,11 +198,22 @@ class RunLog:
             )
 
     def scalars(self, epoch_1000x: int, **values: float) -> None:
-        """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size."""
+        """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size.
+
+        `loss`, `lr` and tests have cards of their own; cards are sorted, so what else there is comes behind them.
+        """
         if self.writer is not None:
             with self.writing_events():
                 for name, value in values.items():
-                    self.writer.add_scalar(name, value, epoch_1000x)
+                    card = name if name in ('loss', 'lr') or name.startswith('test') else f'train/{name}'
+                    self.writer.add_scalar(card, value, epoch_1000x)
+
+    def arguments(self, args: dict, epoch_1000x: int) -> None:
+        """The arguments of the run as a table, among TensorBoard's texts."""
+        if self.writer is not None:
+            rows = ''.join(f'| {name} | {str(value).replace("|", chr(92) + "|")} |\n' for name, value in args.items())
+            with self.writing_events():
+                self.writer.add_text('arguments', f'| argument | value |\n|---|---|\n{rows}', epoch_1000x)
 
     def image(self, name: str, picture: np.ndarray, epoch_1000x: int) -> None:
         """A [H, W, 3] uint8 picture."""

@@ -3,6 +3,7 @@
 import argparse
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,25 +41,33 @@ def read_recipe(path: Path, stage: str = '') -> dict:
     return flags
 
 
-def of_recipe(args: argparse.Namespace, name: str) -> str:
-    """' of the recipe NAME' if that is where a value comes from, as far as one can see, or else ''."""
+def recipe_value(args: argparse.Namespace, name: str) -> Any:
+    """What the recipe of --config has for a flag, as it is written; None without one."""
     config = getattr(args, 'config', None)
     flags = read_recipe(find_recipe(Path(config))) if config else {}
-    theirs = {str(key).replace('-', '_'): value for key, value in flags.items()}
-    return f' of the recipe {Path(config).stem}' if name in theirs and theirs[name] == getattr(args, name) else ''
+    return {str(key).replace('-', '_'): value for key, value in flags.items()}.get(name)
+
+
+def of_recipe(args: argparse.Namespace, name: str) -> str:
+    """' of the recipe NAME' if that is where a value comes from, as far as one can see, or else ''."""
+    value = recipe_value(args, name)
+    return f' of the recipe {Path(args.config).stem}' if value is not None and value == getattr(args, name) else ''
 
 
 def load_recipe(path: Path) -> tuple[dict, dict]:
     """The `recipe` entry of a file, and the rest."""
     try:
-        content = yaml.load(path.read_text(encoding='utf-8'), Loader=RecipeLoader)
+        content = yaml.load(path.read_text(encoding='utf-8-sig'), Loader=RecipeLoader)
     except OSError as error:
         raise UserError(f'cannot read the recipe {path}: {error.strerror}') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, no UTF-8, ...
         raise UserError(f'{path} cannot be read as a recipe: {error}') from error
     if not isinstance(content, dict) or not isinstance(content.get('recipe', {}), dict):
         raise UserError(f'{path} is not a recipe: it should hold flag: value lines, and recipe: its stage, source, ...')
-    return content.pop('recipe', {}), content
+    about = content.pop('recipe', {})
+    if nested := [key for key, value in about.items() if isinstance(value, list | dict)]:
+        raise UserError(f'{path}: recipe: {nested[0]} should be text or a number, got {about[nested[0]]!r}')
+    return about, content
 
 
 def count_recipes() -> Counter[str]:

@@ -11,6 +11,7 @@ import errno
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from util import agreement, checkpoint, config, diagnosis, digests, dist, optim,
 from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles, Split
 from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
-from util.log import MetricLogger, RunLog, info
+from util.log import MetricLogger, RunLog, counted, info
 from util.optim import WeightAverage
-from util.recipes import recipes_for
+from util.recipes import recipe_value, recipes_for
 from util.run_folder import RunFolder, prepare
 from util.training import Epoch, Training
 from util.weights import Origin, check_file, find_origin, load_published, read_checkpoint
@@ -231,9 +232,8 @@ class Run:
 
     def tidy_folder(self) -> None:
         """Make the output folder as a save leaves it, whatever a kill has left. Raises StorageError without room."""
-        folder, core = self.args.output_dir, self.training.core
-        moments = [param for param in core.parameters() if param.requires_grad] * 2
-        checkpoint.check_space(folder, [*core.state_dict().values(), *moments])
+        folder = self.args.output_dir
+        self.notices.append(checkpoint.check_space(folder, self.training.sizes(), self.kept_checkpoints()))
         if removed := checkpoint.clean(folder, self.damaged):
             self.notices.append(f'removed {removed} unfinished files of a run that was killed')
         if self.branches():
@@ -242,6 +242,20 @@ class Run:
         last = folder / checkpoint.LAST
         if self.resumed_from and self.resumed_from.parent.samefile(folder) and not last.exists():
             checkpoint.link(self.resumed_from, last)
+
+    def kept_checkpoints(self) -> int:
+        """How many checkpoints the run will leave: numbered ones, the last and the one before it."""
+        args = self.args
+        ends = range(self.first_epoch + 1, args.epochs + 1)
+        count = sum(end % args.save_freq == 0 or end == args.epochs for end in ends)
+        return min(count, args.keep_last or count) + 2
+
+    def warm_up(self) -> str:
+        """What the arithmetic line says of the warm-up."""
+        args = self.args
+        recipes = recipe_value(args, 'warmup_epochs') or 0
+        too_long = f' (the {recipes:g} of the recipe do not fit)' * (recipes >= args.epochs > args.warmup_epochs)
+        return f'warm-up {args.warmup_epochs:g} of {counted(args.epochs, "epoch")}{too_long}'
 
     def announce(self) -> None:
         """Tell what is about to run, and keep it in `args.json`."""
@@ -253,13 +267,11 @@ class Run:
         if notice := getattr(training.core, 'notice', ''):
             info(notice)
         info(f'{args.model}: {params:,} trainable parameters, {dtype} on {dist.world_size()} x {training.device.type}')
-        info(arithmetic)
+        info(f'{arithmetic}, {self.warm_up()}')
         for notice in self.notices:
             info(notice)
-        info(
-            f'{sampler.num_samples} training images, {sampler.steps} steps an epoch; '
-            f'{dropped} images of each epoch fill no step and are dropped'
-        )
+        dropped = f'; {counted(dropped, "image")} of each epoch fill no step and are dropped' if dropped else ''
+        info(f'{counted(sampler.num_samples, "training image")}, {counted(sampler.steps, "step")} an epoch{dropped}')
         if dist.has_batchnorm(training.core) and dist.world_size() > 1 and training.device.type == 'cpu':
             info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
@@ -270,6 +282,7 @@ class Run:
             resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
             resolved |= {'classes': self.classes} if self.classes else {}
             digests.replace(args.output_dir / 'args.json', (json.dumps(resolved, indent=2) + '\n').encode())
+            self.log.arguments(resolved, self.axis(self.first_epoch, self.first_step))
 
     # --------------------------------------------------------------------------
     # the loop
@@ -279,6 +292,7 @@ class Run:
 
         A request to stop ends the process after the step, or else before the epoch, that it falls into.
         """
+        self.began, self.began_at = time.monotonic(), self.first_epoch + self.first_step / self.sampler.steps
         for number in range(self.first_epoch, self.args.epochs):
             sampler = self.sampler
             meters = MetricLogger(
@@ -304,13 +318,18 @@ class Run:
         asked = dist.largest(signals.requested())  # before any wait for a GPU: here hosts notice that a rank is lost
         if epoch.meters.due(step):
             bad_steps = self.bad_steps(epoch, done)
-            values = epoch.meters.line(step, lr, bad_steps=bad_steps, **self.images.reader.counted())
+            counts = {'bad_steps': bad_steps, **self.images.reader.counted()}
+            values = epoch.meters.line(step, lr, self.seconds_left(epoch.at(done)), **counts)
             self.log.scalars(self.axis(epoch.number, done), lr=lr, **values)
         every = self.args.save_freq_steps
         if every and done % every == 0 and done < epoch.steps:
             self.save(checkpoint.LAST, epoch, done)
         if asked and done < epoch.steps:  # else the epoch is to be closed first: log.txt, numbered checkpoint
             self.stop(asked, epoch, done)
+
+    def seconds_left(self, epoch: float) -> float:
+        """An estimate at this fractional epoch, by what this process has done so far, evaluations included."""
+        return (time.monotonic() - self.began) * (self.args.epochs - epoch) / (epoch - self.began_at)
 
     def save_before_evaluation(self, epoch: Epoch) -> None:
         """An evaluation takes long: a kill, or a request to stop, in it shall not cost the epoch."""
@@ -324,7 +343,7 @@ class Run:
         tests = {name: value for name, value in values.items() if name.startswith('test')}
         self.folder.check_lock()
         self.log.scalars(self.axis(number + 1, 0), **tests)
-        self.log.epoch(**values, **counts, epoch=number)
+        self.log.epoch(**values, **counts, **epoch.meters.timing(), epoch=number)
         if (number + 1) % args.save_freq == 0 or number + 1 == args.epochs:
             self.save(f'checkpoint-{number}.pth', epoch, epoch.steps)
             if args.keep_last and dist.is_main():

@@ -92,6 +92,13 @@ class Training:
             state['ema'] = self.ema.module.state_dict()
         return state
 
+    def sizes(self) -> int:
+        """The bytes of the tensors in `state` and of what the optimiser will hold, two moments."""
+        core = self.core
+        moments = [param for param in core.parameters() if param.requires_grad] * 2
+        average = self.ema.module.state_dict().values() if self.ema else ()
+        return sum(tensor.nbytes for tensor in (*core.state_dict().values(), *moments, *average))
+
     def restore(self, saved: dict) -> None:
         """Take over the `state` in a checkpoint. Learning rates, decay, betas and precision stay this run's own."""
         self.core.load_state_dict(saved['model'])

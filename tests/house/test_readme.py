@@ -5,8 +5,9 @@ import re
 import torch
 from training import ROOT
 
-from models_mirl import create_classifier
-from scripts import flags
+from models_mirl import create_classifier, mirl_vit_small
+from scripts import flags, models
+from util import config
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
@@ -31,9 +32,25 @@ def test_python(tmp_path, monkeypatch, capsys):
         {'model': {key: value for key, value in state.items() if not key.startswith(('head', 'fc_norm'))}},
         'mae_pretrain_vit_base.pth',
     )
-    [example] = re.findall(r'```python\n(.*?)```', README, re.S)
+    example, into_timm = re.findall(r'```python\n(.*?)```', README, re.S)
     names: dict = {}
     exec(example.replace('mirl_vit_base', 'mirl_vit_small'), names)
     assert names['features'].shape == (2, 197, 384)
     assert names['loss'].isfinite()
     assert 'mae_pretrain_vit_base.pth: ViT: 148 loaded, 4 missing' in capsys.readouterr().out
+
+    (tmp_path / 'runs/NAME').mkdir(parents=True)
+    torch.save({'encoder': mirl_vit_small(img_size=224).encoder_state_dict()}, 'runs/NAME/checkpoint-last.pth')
+    exec(into_timm.replace('vit_base', 'vit_small'), {})
+    assert capsys.readouterr().out == '<All keys matched successfully>\n'
+
+
+def test_the_table_of_models():
+    """It names every model and counts its recipes; of some, what it says is measured again."""
+    known = models.known(README)
+    assert models.renewed(README, known) == README, 'to renew the table: python scripts/models.py'
+    for name in ('mirl_vit_tiny', 'a2mim_vit_tiny', 'mixmae_tiny', 'localmim_swin_base'):
+        assert models.measures(name) == known[name]
+    printed = config.models_table().splitlines()
+    assert printed[0].split() == ['model', 'encoder', 'pretraining', 'input', 'sizes', 'recipes']
+    assert len(printed) == 1 + len(known)

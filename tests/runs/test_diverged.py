@@ -168,7 +168,7 @@ def test_some_bad_steps_are_survived(images, tmp_path, monkeypatch, capsys, meas
     assert all(math.isfinite(epoch['train_loss']) for epoch in epochs)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [event.value for event in events.Scalars('bad_steps')] == shown
+    assert [event.value for event in events.Scalars('train/bad_steps')] == shown
     measured(f'{len(bad)} bad steps of 12, at most 3 in a row: skipped, the run goes on')
 
 

@@ -51,12 +51,16 @@ def test_the_whole_way(images, tmp_path, capsys):
     # what is left to read
     lines = [json.loads(text) for text in (tuned / 'log.txt').read_text().splitlines()]
     assert [entry['epoch'] for entry in lines] == [0, 1]
+    assert all(entry['time'] > 0 and entry['images_per_s'] > 0 for entry in lines)
     keys = {'train_loss', 'train_lr', 'test_acc1', 'test_acc5', 'test_loss', 'test_ema_acc1', 'n_parameters'}
     assert keys <= lines[0].keys()
     events = EventAccumulator(str(pretrained), size_guidance={'images': 0})
     events.Reload()
-    assert {'loss', 'lr', 'grad_norm', 'images_per_s'} <= set(events.Tags()['scalars'])
+    assert {'loss', 'lr', 'train/grad_norm', 'train/images_per_s'} <= {*events.Tags()['scalars']}
     assert [event.step for event in events.Scalars('loss')] == [250, 500, 750, 1000, 1250, 1500, 1750, 2000]
+    assert sorted(events.Tags()['scalars'])[0] == 'loss'  # the first card
+    [table] = events.Tensors('arguments/text_summary')
+    assert '| batch_size | 16 |' in table.tensor_proto.string_val[0].decode()
     assert len(events.Images('reconstruction')) == 2
     assert (pretrained / 'pictures-1.png').is_file()
     assert json.loads((tuned / 'args.json').read_text())['mixup'] == 0.8

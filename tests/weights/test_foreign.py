@@ -312,6 +312,6 @@ def test_fields_are_bounded(kind, tmp_path):
             checkpoint.check_same_run(state | {'run': current | {key: value}}, current, 'a.pth')
         assert len(str(caught.value)) < 500
     for key in ('run', 'record', 'epoch'):
-        if not (key == 'epoch' and kind == 'a large number'):
+        if not (key == 'epoch' and kind == 'a large number') and not (key == 'record' and isinstance(value, dict)):
             with pytest.raises(CheckpointError):
                 checkpoint.check_same_run(state | {key: value}, current, 'a.pth')

@@ -23,10 +23,11 @@ FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 # errors of a file system that may be there again in a moment
 TRANSIENT = {
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO),
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO),
     *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ESHUTDOWN),
     *(errno.ENFILE, errno.ENOMEM),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    getattr(errno, 'EREMOTEIO', errno.EIO),  # Linux alone has it
 }
 PAUSE_S = 0.5  # before the second attempt; doubles with each
 

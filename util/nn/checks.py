@@ -24,7 +24,12 @@ def check_windows(img_size: int, sides: Sequence[int], windows: Sequence[int]) -
             )
 
 
-def check_mask_ratio(mask_ratio: float, num_hidden: int, total: int, what: str = 'patches') -> None:
+def check_mask_ratio(mask_ratio: float, num_hidden: int, total: int, what: str = 'patches', smaller: str = '') -> None:
+    """Raise ValueError for a ratio that hides none or all of them. `smaller` is the option that makes more of them."""
+    if not 0 < num_hidden < total and 0 < mask_ratio < 1 and total < 4 and smaller:
+        raise ValueError(
+            f'{total} of the {what} in an image of this size: too few to hide some; try --model_kwargs {smaller}'
+        )
     if not 0 < num_hidden < total:
         raise ValueError(
             f'mask_ratio {mask_ratio} hides {num_hidden} of {total} {what}; at least one must be hidden and one visible'
