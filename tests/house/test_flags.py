@@ -181,6 +181,49 @@ def test_paths_on_the_command_line_and_in_recipes(stage, monkeypatch, tmp_path):
 
 
 # --------------------------------------------------------------------------
+# defaults that follow from other values, or from the machine
+
+
+@pytest.mark.parametrize(('stage', 'most'), [('pretrain', 40), ('finetune', 5)])
+def test_the_warm_up_gives_way_to_a_short_run(stage, most, tmp_path):
+    """A default and a recipe's; what was given stays, and is refused where it does not fit."""
+    recipe = tmp_path / 'a.yaml'
+    recipe.write_text('warmup_epochs: 20\nepochs: 100\n')
+
+    def parse(*flags: str) -> argparse.Namespace:
+        return MAINS[stage].get_args_parser().parse(list(flags))
+
+    assert [parse('--epochs', str(n)).warmup_epochs for n in (1000, 3)] == [most, 0.3]
+    assert parse(f'--config={recipe}').warmup_epochs == 20
+    assert parse(f'--config={recipe}', '--epochs', '3').warmup_epochs == 0.3
+    with pytest.raises(UserError, match='--warmup_epochs 40 must be less than --epochs 3;'):
+        config.check_schedule(parse(f'--config={recipe}', '--epochs', '3', '--warmup_epochs', '40'))
+
+
+def test_the_loader_follows_the_machine(monkeypatch):
+    for cores, launcher, workers in (
+        (2, {}, 2),
+        (64, {}, 10),
+        (64, {'RANK': '0', 'WORLD_SIZE': '8', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '8'}, 8),
+        (4, {'RANK': '0', 'WORLD_SIZE': '8', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '8'}, 1),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(config, 'usable_cores', lambda cores=cores: cores)
+            for name, value in launcher.items():
+                patch.setenv(name, value)
+            assert MAINS['pretrain'].get_args_parser().parse([]).num_workers == workers
+            assert MAINS['pretrain'].get_args_parser().parse(['--num_workers', '0']).num_workers == 0
+
+
+@pytest.mark.parametrize('module', [*MAINS.values(), visualize])
+def test_list_of_models(module, capsys):
+    with pytest.raises(SystemExit) as end:
+        module.get_args_parser().parse(['--model', 'list'])
+    assert not end.value.code
+    assert 'localmim_swin_base' in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------
 # what becomes of a flag when a run is resumed
 
 

@@ -60,6 +60,8 @@ STEPS = ['--epochs', '9', '--warmup_epochs', '1', '--lr_sched', 'step', '--lr_de
         (['--model', 'mirl_vit_bas'], r'unknown --model mirl_vit_bas; did you mean mirl_vit_base'),
         (['--model', 'xyz'], r'unknown --model xyz; known: mirl_vit_tiny'),
         (['--epoch', '3'], r'unknown argument --epoch; did you mean --epochs'),
+        (['--input_size', '32', '64'], r'--input_size takes one value, 64 is too many: images are square, one number'),
+        (['--device', 'mps'], r"--device mps: cuda, cuda:N or cpu; Apple's GPUs are not supported: --device cpu"),
         (['--epochs', 'many'], r'--epochs must be a whole number, got many'),
         (['--epochs', '0'], r'--epochs must be at least 1, got 0'),
         (['--batch_size', '-4'], r'--batch_size must be at least 1, got -4'),
@@ -343,6 +345,37 @@ def test_recipes_with_a_key_twice(said, tmp_path):
     for text in ('lr: 1e-3\nopt: lamb\nlr: 1e-4\n', 'model_kwargs:\n  lr: 1\n  lr: 2\n'):
         recipe.write_text(text)
         assert_matches(said('pretrain', '--config', recipe), r'a\.yaml cannot be read as a recipe: lr is given twice')
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('recipe:\n  date: 2023-02-30\n', 'cannot be read as a recipe: day is out of range for month'),
+        ('recipe:\n  stage: [a]\n', r"recipe: stage should be text or a number, got \['a'\]"),
+        ('batch-size: 2\nbatch_size: 3\n', 'batch_size is given twice'),
+        ('model: mirl\n\tlr: 1\n', 'cannot be read as a recipe: .* tab'),
+        ('\ufeffmodel: list\r\n', 'unknown --model mirl_vit_tinny'),
+        ('effective_batch_size: 100\n', '100 of the recipe a is not a multiple of .* replaces it'),
+    ],
+)
+def test_recipes_with_faults(said, tmp_path, text, words):
+    (tmp_path / 'a.yaml').write_bytes(text.encode())
+    assert_matches(
+        said(
+            'pretrain',
+            '--config',
+            tmp_path / 'a.yaml',
+            '--model',
+            'mirl_vit_tinny' if 'list' in text else 'mirl_vit_tiny',
+        ),
+        words,
+    )
+
+
+def test_too_few_cells_name_the_option(said):
+    for model, advice in (('mixmae_base', 'patch_size=2'), ('a2mim_convnext_pico', 'mask_patch_size=16')):
+        words = rf'1 of the cells .* in an image of this size: too few to hide some; try --model_kwargs {advice}'
+        assert_matches(said('pretrain', '--model', model), words)
 
 
 def test_a_trial_changes_nothing_and_takes_little_time(measured):

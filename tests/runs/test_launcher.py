@@ -161,7 +161,8 @@ def test_jobs_of_an_array_have_folders_of_their_own(tmp_path):
     assert list(jobs) == ['a-seed1', 'a-seed2', 'b-seed1', 'b-seed2']
     assert jobs['b-seed2'].output_dir == Path.cwd() / 'runs' / 'x' / 'b-seed2'
     assert (jobs['b-seed2'].epochs, jobs['b-seed2'].seed, jobs['b-seed2'].device) == (6, 2, 'cuda')
-    _, jobs = launcher.parse(['pretrain', '--seeds', '1', '2'])
+    _, jobs = launcher.parse(['pretrain', '--model', 'mirl_vit_tiny', '--seeds', '1', '2', '--cpus_per_task', '3'])
+    assert jobs['seed1'].num_workers == 3
     assert jobs['seed1'].output_dir is None  # the job's folder
 
 
