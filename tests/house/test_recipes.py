@@ -1,5 +1,7 @@
 """Every recipe: resolves through its own main, says where it comes from, and holds the published values."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from golden import golden
@@ -342,7 +344,7 @@ def test_names_and_paths(tmp_path, monkeypatch):
     name = 'mirl_vit_base_finetune'
     by_name = vars(resolve(name))
     for other in (f'{name}.yaml', str(RECIPES / f'{name}.yaml')):
-        assert vars(resolve(other)) | {'config': name} == by_name
+        assert vars(resolve(other)) | {'config': Path(name)} == by_name
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()  # a run's folder of that name is no recipe
     assert vars(resolve(name)) == by_name
