@@ -169,7 +169,8 @@ def test_nothing_is_left_to_train(images, pretrained, tmp_path, capsys):
     train('pretrain', images, folder, *flags, 'auto', '--epochs', '2')
 
     def files() -> dict:
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in ('.pth', '.txt', '.png')}
+        kept = [*folder.glob('*.pth*'), *folder.glob('*.png'), folder / 'log.txt', folder / 'args.json']
+        return {path.name: path.read_bytes() for path in kept}
 
     before = files()
     capsys.readouterr()
