@@ -112,7 +112,8 @@ def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBa
     )
     if not sampler.steps:
         _, arithmetic = optim.scaled_lr(args, accum_iter)
-        hint = '; --batch_size or --accum_iter can be less'
+        most = num_images // (accum_iter * here.world_size)
+        hint = f'; --batch_size {most} is the most' if most else '; fewer ranks, or a smaller --accum_iter'
         if recipe := of_recipe(args, 'effective_batch_size'):
             hint = f'; --effective_batch_size N replaces the {args.effective_batch_size}{recipe}'
         raise UserError(

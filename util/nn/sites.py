@@ -109,6 +109,7 @@ def stage_layers(encoder: nn.Module) -> dict[str, int]:
     return ids
 
 
+@torch.enable_grad()
 def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) -> tuple[Site, Site, list[str]]:
     """-> features after module `name`, the last map, and the names of parameters that the last map does not depend on.
 
