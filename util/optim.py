@@ -222,11 +222,7 @@ class GuardedOptimizer:
 
     def state(self) -> dict:
         """What a checkpoint holds of it. Waits for the device."""
-        return {
-            'optimizer': self.inner.state_dict(),
-            'scaler': self.scaler.state_dict(),
-            'guard': self.counts(),
-        }
+        return {'optimizer': self.inner.state_dict(), 'scaler': self.scaler.state_dict(), 'guard': self.counts()}
 
     def restore(self, saved: dict) -> None:
         """Take over the `state` in a checkpoint, once the model has its weights.

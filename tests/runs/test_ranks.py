@@ -149,8 +149,10 @@ def replace_folder(lock: Path) -> None:
 
 
 @pytest.mark.fault(16)
-@pytest.mark.parametrize('change', [remove, replace, replace_folder])
-@pytest.mark.parametrize('when', ['first step', 'evaluation'])
+@pytest.mark.parametrize(
+    ('change', 'when'),
+    [(remove, 'first step'), (replace, 'evaluation'), (replace_folder, 'first step')],
+)
 def test_a_lock_that_is_lost(change, when, images, tmp_path, monkeypatch):
     """Another run may write there. This one ends at its next save, and writes nothing, its end neither."""
     owner, name = {'first step': (GuardedOptimizer, 'step'), 'evaluation': (engine_finetune.F, 'cross_entropy')}[when]
