@@ -76,8 +76,9 @@ def test_files_of_others_know_nothing(images, tuned, tmp_path):
     torch.save(load(tuned.parent, tuned.name)['model'], tmp_path / 'a.pth')
     with pytest.raises(UserError, match=r'a\.pth is not of this program and names no model: give --model NAME$'):
         evaluated(tmp_path / 'a.pth', images)
-    flags = ['--model', 'mirl_vit_tiny', '--cls_token', '--input_size', 232]
-    assert 'the default; the scripts of MAE' in evaluated(tmp_path / 'a.pth', images, *flags)
+    flags = ['--model', 'mirl_vit_tiny', '--cls_token', '--input_size', 232, '--nb_classes', 3]
+    one, table = images / 'val/class0/0.png', ['--predictions', tmp_path / 'a.csv']
+    assert 'the default; the scripts of MAE' in evaluated(tmp_path / 'a.pth', one, *flags, *table)
 
 
 NESTED = ()
@@ -106,11 +107,11 @@ def test_what_a_file_says_is_checked(images, tuned, tmp_path, args, words):
 
 def test_fine_tuning_keeps_the_normalisation(images, pretrained, tmp_path, capsys):
     """Where no flag and no recipe says another, in resumed runs too; what is otherwise is said."""
-    flags = [*SHORT, '--input_size', '64', '--finetune', pretrained]
+    flags = [*SHORT, '--batch_size', '32', '--input_size', '48', '--finetune', pretrained]
     train('finetune', images, tmp_path, *flags)
     text = capsys.readouterr().out
     assert 'taken from' in text
-    assert 'not as it was pretrained: input_size: 32 then, 64 now\n' in text
+    assert 'not as it was pretrained: input_size: 32 then, 48 now\n' in text
     resumed = train('finetune', images, tmp_path, *flags, '--epochs', '2', '--resume', 'auto')
     assert resumed['args']['mean'] == resumed['args']['std'] == [0.5] * 3
     assert '--mean' not in capsys.readouterr().out

@@ -292,7 +292,7 @@ def no_files():
 )
 def test_loader_processes_without(deed, words, images, monkeypatch):
     monkeypatch.setattr(Faulty, 'deed', staticmethod(deed))
-    files = datasets.pretraining_files(images)
+    files = datasets.list_images(images / 'train')
     data = Faulty(files, None, augment.eval_transform(32, 1.0), 0)
     args = argparse.Namespace(num_workers=2, input_size=32, batch_size=4)
     read = resources.program(lambda args: list(datasets.loader(data, datasets.eval_batches(66, 4, 0, 1), 2, False, 20)))
@@ -309,7 +309,7 @@ def test_loader_processes_that_cannot_start(number, images, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, 'fork', fail)
-    data = datasets.ImageFiles(datasets.pretraining_files(images), None, augment.eval_transform(32, 1.0), 0)
+    data = datasets.ImageFiles(datasets.list_images(images / 'train'), None, augment.eval_transform(32, 1.0), 0)
     words = rf'^2 loader processes cannot be started: {os.strerror(number)}; \S.*; fewer --num_workers$'
     with pytest.raises(ResourceError, match=words):
         list(datasets.loader(data, [[(0, 0)]], 2, False))
@@ -317,7 +317,7 @@ def test_loader_processes_that_cannot_start(number, images, monkeypatch):
 
 def test_no_image_is_to_blame(images, monkeypatch):
     """But one that asks for absurd amounts, where there is memory."""
-    data = datasets.ImageFiles(datasets.pretraining_files(images), None, None, 0)
+    data = datasets.ImageFiles(datasets.list_images(images / 'train'), None, None, 0)
     for error, raised in (
         (OSError(errno.EMFILE, 'Too many open files'), OSError),
         (RuntimeError("can't allocate memory"), RuntimeError),

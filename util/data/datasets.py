@@ -320,11 +320,6 @@ def pretraining_folder(data_path: Path) -> Path:
     return train if os.path.isdir(train) else data_path
 
 
-def pretraining_files(data_path: Path, left: LeftOut | None = None) -> list[str]:
-    """The images of pretraining, as `list_images` gives them."""
-    return list_images(pretraining_folder(data_path), left)
-
-
 def folders_in(folder: Path) -> list[Path]:
     return list(map(Path, scan(folder, LeftOut())[0])) if os.path.isdir(folder) else []
 

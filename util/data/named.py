@@ -196,10 +196,9 @@ FOLDERS = ('folder', 'imagenet')
 def training_images(args: argparse.Namespace) -> Split:
     """The images of pretraining, without labels: those of a folder, or of a data set's training split."""
     if args.dataset in FOLDERS and not args.download:
-        left = datasets.LeftOut()
-        files = datasets.pretraining_files(args.data_path, left)
-        line = f'{datasets.pretraining_folder(args.data_path)}: {len(files)} images'
-        return Split(files, None, [], ['; '.join([line, *left.notes()])])
+        folder, left = datasets.pretraining_folder(args.data_path), datasets.LeftOut()
+        files = datasets.list_images(folder, left)
+        return Split(files, None, [], ['; '.join([f'{folder}: {len(files)} images', *left.notes()])])
     found = labelled_images(args.dataset, args.data_path, 'train', args.download)
     line = f'{args.dataset}, train: {len(found.images)} images of {len(found.classes)} classes; no label is used'
     return Split(found.images, None, [], [line])
@@ -280,12 +279,10 @@ def hint_on_levels(args: argparse.Namespace, split: str, classes: list[str]) -> 
     hint = datasets.nearby(args.data_path)
     if len(classes) > 1 or images or not inner:
         return hint
-    if not hint and args.val_share and len(inner) > 1:
-        hint = f'; did you mean --data_path {folder / classes[0]}?'
+    up = f'did you mean --data_path {folder / classes[0]}?' if args.val_share and len(inner) > 1 else ''
+    hint = hint or f'; {up or f"move them up, into {folder}"}'
     names = listed([os.path.basename(path) for path in inner])
-    return f'; that folder holds only folders ({names}): one folder level too many' + (
-        hint or f'; move them up, into {folder}'
-    )
+    return f'; that folder holds only folders ({names}): one folder level too many{hint}'
 
 
 def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str], owner: str) -> Split:
