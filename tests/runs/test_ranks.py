@@ -127,9 +127,8 @@ def test_one_writer_per_folder(images, tmp_path, measured):
     first.communicate()
     status = json.loads((tmp_path / 'status.json').read_text())
     assert (status['state'], status['pid']) == ('running', first.pid)
-    train(
-        'pretrain', images, tmp_path, *flags, '--epochs', '3', '--resume', 'auto'
-    )  # the lock has died with its process
+    epochs = load(tmp_path)['epoch'] + 2  # the lock has died with its process
+    train('pretrain', images, tmp_path, *flags, '--epochs', epochs, '--resume', 'auto')
     measured('two processes on one folder: 1 runs, 1 ends with exit code 2 and names the other')
 
 
