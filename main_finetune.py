@@ -31,15 +31,7 @@ from util.weights import load_published
 
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__, other='main_pretrain', usage=config.USAGE)
-    config.add_common_args(
-        parser,
-        batch_size=64,
-        epochs=50,
-        blr=1e-3,
-        warmup_epochs=5,
-        min_lr=1e-6,
-        betas=[0.9, 0.999],
-    )
+    config.add_common_args(parser, batch_size=64, epochs=50, blr=1e-3, warmup_epochs=5, min_lr=1e-6, betas=[0.9, 0.999])
     add_augmentation_args(parser)
     below_1 = number(float, 0, below=1)
     add = partial(parser.add_argument, heading='Model')

@@ -69,13 +69,7 @@ def add_target_args(parser: config.Parser) -> None:
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__, other='main_finetune', usage=config.USAGE)
     config.add_common_args(
-        parser,
-        batch_size=64,
-        epochs=400,
-        blr=1.5e-4,
-        warmup_epochs=40,
-        min_lr=0.0,
-        betas=[0.9, 0.95],
+        parser, batch_size=64, epochs=400, blr=1.5e-4, warmup_epochs=40, min_lr=0.0, betas=[0.9, 0.95]
     )
     add_target_args(parser)
     add = partial(parser.add_argument, heading='Augmentation')

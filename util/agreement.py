@@ -6,6 +6,7 @@ Each rank lists facts, by name; what differs is one line on all of them.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -115,11 +116,7 @@ def on_which(values: list[str | None]) -> str:
 
 def spans(numbers: Iterable[int]) -> str:
     """'ranks 0-2, 5', of rising numbers."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    words = ', '.join('-'.join(map(str, part)) for part in parts)
+    rows = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    parts = [[number for _, number in row] for _, row in rows]
+    words = ', '.join('-'.join(map(str, dict.fromkeys((part[0], part[-1])))) for part in parts)
     return f'rank {words}' if words.isdecimal() else f'ranks {words}'

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from util import config, digests
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
+from util.resources import size
 from util.weights import Origin, check_finite, find_origin, plain_field, read_checkpoint, read_source
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
@@ -199,11 +200,6 @@ def check_space(folder: Path, needed: int, count: int) -> str:
     return f'WARNING: {told}; --keep_last N keeps fewer' if count * needed > free else told
 
 
-def size(count: float) -> str:
-    """'1.2 GB'"""
-    return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.1f} MB'
-
-
 def check_same_weights(saved: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError naming the first five weights that differ in shape, or that only one side has."""
 
@@ -227,14 +223,7 @@ def check_healthy(saved: dict, path: Path) -> None:
             raise CheckpointError(f'{path}: {error}; resume an earlier checkpoint') from error
 
 
-STATE = {
-    'model': dict,
-    'optimizer': dict,
-    'record': dict,
-    'epoch': int,
-    'step': int,
-    'steps': int,
-}  # of a run, at least
+STATE = {**dict.fromkeys(('model', 'optimizer', 'record'), dict), **dict.fromkeys(('epoch', 'step', 'steps'), int)}
 FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune'}
 
 

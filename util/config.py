@@ -372,14 +372,7 @@ def underscored(word: str) -> str:
 
 
 def add_common_args(
-    parser: Parser,
-    *,
-    batch_size: int,
-    epochs: int,
-    blr: float,
-    warmup_epochs: float,
-    min_lr: float,
-    betas: list[float],
+    parser: Parser, *, batch_size: int, epochs: int, blr: float, warmup_epochs: float, min_lr: float, betas: list[float]
 ) -> None:
     """Everything that pretraining and fine-tuning share; the defaults that differ are the parameters."""
     add = parser.add_argument
@@ -494,12 +487,7 @@ def add_data_args(parser: Parser) -> None:
         help=f"loader processes per rank; default: the rank's share of the cores, at most {MOST_WORKERS}",
     )
     add('--pin_mem', action=Switch, default=True, at_resume='free', help='pinned batches, for faster copies to a GPU')
-    add(
-        '--bad_images',
-        choices=('raise', 'skip'),
-        default='raise',
-        help='what to do with an image that cannot be read',
-    )
+    add('--bad_images', choices=('raise', 'skip'), default='raise', help='what to do with an image that cannot be read')
     add(
         '--max_bad_images',
         type=number(float, 0, below=1),
@@ -531,10 +519,7 @@ def add_output_args(parser: Parser) -> None:
     )
     add('--keep_last', type=AT_LEAST_0, default=0, help='newest numbered checkpoints to keep; 0: all')
     add(
-        '--resume',
-        type=source,
-        metavar='PATH',
-        help="checkpoint to resume; 'auto': the newest of --output_dir, if any",
+        '--resume', type=source, metavar='PATH', help="checkpoint to resume; 'auto': the newest of --output_dir, if any"
     )
     add('--start_epoch', type=AT_LEAST_0, default=0, help='first epoch of a run that is not resumed')
 

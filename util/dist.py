@@ -27,10 +27,6 @@ WATCHDOG_S = 30
 LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore|pair closure|[Cc]onnection (closed|reset) by peer')
 
 
-# what launchers tell of this machine; SLURM's tasks are '4(x2),3' for several machines
-TOLD = ('SLURM_CPUS_ON_NODE', 'SLURM_TASKS_PER_NODE', 'LOCAL_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_SIZE')
-
-
 class Place(NamedTuple):
     """This process among all of them."""
 
@@ -62,20 +58,17 @@ def place() -> Place:
 
 def share_of_cores(cores: int) -> int:
     """The cores of this process, which may use `cores` of the machine beside the launcher's other processes there."""
-    if place().world_size == 1:
-        return cores
-    here = {name: int(found[0]) for name in TOLD if (found := re.match(r'[1-9]\d*', os.environ.get(name, '')))}
-    if 'SLURM_CPUS_ON_NODE' in here:  # SLURM may have bound the process to its own already
-        return min(cores, here['SLURM_CPUS_ON_NODE'] // here.get('SLURM_TASKS_PER_NODE', 1))
-    return cores // here.get('LOCAL_WORLD_SIZE', here.get('OMPI_COMM_WORLD_LOCAL_SIZE', 1))
+    of_job = os.environ.get('SLURM_CPUS_ON_NODE', '') if place().world_size > 1 else ''
+    if of_job.isdecimal():  # SLURM may have bound the process to its own already
+        return min(cores, int(of_job) // local_ranks())
+    return cores // local_ranks()
 
 
 def local_ranks() -> int:
     """How many processes the launcher started on this machine, as far as it says."""
-    env = os.environ
     for name in ('LOCAL_WORLD_SIZE', 'SLURM_STEP_TASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE'):
-        if name in env and place().world_size > 1:  # SLURM's is a list such as 2(x3),1
-            return max((int(n) for n in re.findall(r'(?<![x\d])\d+', env[name])), default=1)
+        if place().world_size > 1 and name in os.environ:  # SLURM's is a list such as 2(x3),1
+            return max([1, *map(int, re.findall(r'(?<![x\d])\d+', os.environ[name]))])
     return 1
 
 

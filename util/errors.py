@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from util import console
 
@@ -90,6 +90,11 @@ def printable(text: object, most: int | None = None) -> str:
     """Text from a file or a path, at most so many letters of it: what is no printable letter is escaped."""
     letters = str(text)[:most]
     return ''.join(c if c.isprintable() and c != '\\' else c.encode('unicode_escape').decode() for c in letters)
+
+
+def listed(names: Sequence[object], most: int = 3, letters: int | None = 200) -> str:
+    """'a, b, c, ...': the first names."""
+    return ', '.join(printable(name, letters) for name in names[:most]) + (', ...' if len(names) > most else '')
 
 
 def closest(word: str, known: Iterable[str]) -> str:

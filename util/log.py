@@ -197,35 +197,34 @@ class RunLog:
                 f'WARNING: TensorBoard events cannot be written to {self.log_dir}: {why}; the run goes on without them'
             )
 
+    def event(self, kind: str, *values, **options) -> None:
+        """Have TensorBoard's writer, if there is one, do something by its name."""
+        if self.writer is not None:
+            with self.writing_events():
+                getattr(self.writer, kind)(*values, **options)
+
     def scalars(self, epoch_1000x: int, **values: float) -> None:
         """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size.
 
         `loss`, `lr` and tests have cards of their own; cards are sorted, so what else there is comes behind them.
         """
-        if self.writer is not None:
-            with self.writing_events():
-                for name, value in values.items():
-                    card = name if name in ('loss', 'lr') or name.startswith('test') else f'train/{name}'
-                    self.writer.add_scalar(card, value, epoch_1000x)
+        for name, value in values.items():
+            card = name if name in ('loss', 'lr') or name.startswith('test') else f'train/{name}'
+            self.event('add_scalar', card, value, epoch_1000x)
 
     def arguments(self, args: dict, epoch_1000x: int) -> None:
         """The arguments of the run as a table, among TensorBoard's texts."""
-        if self.writer is not None:
-            rows = ''.join(f'| {name} | {str(value).replace("|", chr(92) + "|")} |\n' for name, value in args.items())
-            with self.writing_events():
-                self.writer.add_text('arguments', f'| argument | value |\n|---|---|\n{rows}', epoch_1000x)
+        rows = ''.join(f'| {name} | {str(value).replace("|", chr(92) + "|")} |\n' for name, value in args.items())
+        table = f'| argument | value |\n|---|---|\n{rows}'.encode(errors='backslashreplace').decode()
+        self.event('add_text', 'arguments', table, epoch_1000x)
 
     def image(self, name: str, picture: np.ndarray, epoch_1000x: int) -> None:
         """A [H, W, 3] uint8 picture."""
-        if self.writer is not None:
-            with self.writing_events():
-                self.writer.add_image(name, picture, epoch_1000x, dataformats='HWC')
+        self.event('add_image', name, picture, epoch_1000x, dataformats='HWC')
 
     def flush(self) -> None:
         """Bring the events to the disk: a checkpoint must not be ahead of them."""
-        if self.writer is not None:
-            with self.writing_events():
-                self.writer.flush()
+        self.event('flush')
 
     def epoch(self, **values) -> None:
         """A line of `log.txt`; not-a-number and infinity are written as null, which JSON has."""

@@ -79,11 +79,10 @@ def accumulation(args: argparse.Namespace) -> int:
         return args.accum_iter
     if args.effective_batch_size % per_forward:
         recipe = of_recipe(args, 'effective_batch_size')
+        hint = recipe and '; --accum_iter N or another --effective_batch_size replaces it'
         raise UserError(
             f'--effective_batch_size {args.effective_batch_size}{recipe} is not a multiple of '
-            f'batch {args.batch_size} x ranks {dist.place().world_size} = {per_forward}'
-            + '; --accum_iter N or another --effective_batch_size replaces it'
-            * bool(recipe)
+            f'batch {args.batch_size} x ranks {dist.place().world_size} = {per_forward}{hint}'
         )
     solved = args.effective_batch_size // per_forward
     if args.accum_iter not in (1, solved):
@@ -222,11 +221,7 @@ class GuardedOptimizer:
 
     def state(self) -> dict:
         """What a checkpoint holds of it. Waits for the device."""
-        return {
-            'optimizer': self.inner.state_dict(),
-            'scaler': self.scaler.state_dict(),
-            'guard': self.counts(),
-        }
+        return {'optimizer': self.inner.state_dict(), 'scaler': self.scaler.state_dict(), 'guard': self.counts()}
 
     def restore(self, saved: dict) -> None:
         """Take over the `state` in a checkpoint, once the model has its weights.

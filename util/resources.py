@@ -180,16 +180,17 @@ def batch_bytes(args: argparse.Namespace) -> int:
     return (args.batch_size * 3 * max(sides) ** 2 // PAGE + 2) * PAGE
 
 
+def loader_bytes(args: argparse.Namespace, batches: float = math.inf) -> int:
+    """Shared memory that the loader processes of this machine may need for so many batches.
+
+    At once there are those that are ready or on their way, and of the main process the one in use and the next.
+    """
+    return dist.local_ranks() * batch_bytes(args) * min(batches, args.num_workers * PREFETCH + 2)
+
+
 def needs(args: argparse.Namespace) -> str:
-    """How much shared memory the loader processes of this machine may need, in words."""
-    ranks, most = dist.local_ranks(), batch_bytes(args) * batches_at_once(args)
-    whose = f' of each of {ranks} ranks' if ranks > 1 else ''
-    return f'{args.num_workers} loader processes{whose} need up to {size(ranks * most)}'
-
-
-def batches_at_once(args: argparse.Namespace) -> int:
-    """Those that are ready or on their way, and of the main process the one in use and the next."""
-    return args.num_workers * PREFETCH + 2
+    whose = f' of each of {dist.local_ranks()} ranks' if dist.local_ranks() > 1 else ''
+    return f'{args.num_workers} loader processes{whose} need up to {size(loader_bytes(args))}'
 
 
 # --------------------------------------------------------------------------
@@ -291,5 +292,5 @@ def check_shm(args: argparse.Namespace, batches: int) -> None:
     if not args.num_workers or sys.platform != 'linux':
         return
     free, told = room_of_shm()
-    if free < dist.local_ranks() * batch_bytes(args) * min(batches, batches_at_once(args)):
+    if free < loader_bytes(args, batches):
         raise ResourceError(f'too little shared memory: {told}; {needs(args)}; {less_shm(args)}')

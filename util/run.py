@@ -77,7 +77,8 @@ class Run:
             self.resumed_from, self.saved = self.find_saved()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
-                self.check_same_classes()
+                if differing := self.other_classes(find_origin(self.saved), 'it', str(self.args.data_path)):
+                    raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -138,16 +139,10 @@ class Run:
             self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
         return path, saved
 
-    def check_same_classes(self) -> None:
-        """Raise UserError if the checkpoint was trained for classes of other names; old ones do not tell."""
-        if differing := self.other_classes(find_origin(self.saved), 'it', str(self.args.data_path)):
-            raise UserError(f'{self.resumed_from} was trained for other classes: {differing}')
-
     def other_classes(self, origin: Origin | None, theirs: str, ours: str) -> str:
         """How the classes of a checkpoint's network differ from this run's; '' if they are equal, or not known."""
-        then = origin and origin.classes
-        known = then and self.classes
-        return named.difference(then, self.classes, theirs, ours) if known and then != self.classes else ''
+        then, now = origin and origin.classes, self.classes
+        return named.difference(then, now, theirs, ours) if then and now and then != now else ''
 
     def load(self, core: nn.Module, source: str | dict | None, **options) -> None:
         """Fill the network of a new run from a file, if one is given; a run that is resumed has its weights."""
@@ -198,7 +193,9 @@ class Run:
         self.first_epoch, self.first_step, self.sums = args.start_epoch, 0, None
         if self.saved:
             training.restore(self.saved)
-            self.restore_position(self.saved)
+            self.record = self.saved['record']
+            self.first_epoch, self.first_step = position(self.saved)
+            self.sums = self.saved['logger'] if self.first_epoch == self.saved['epoch'] else None
             self.saved = None
         if dist.is_main():
             self.tidy_folder()
@@ -223,12 +220,6 @@ class Run:
         if epoch == epochs:
             info(f'nothing is left to train: {self.resumed_from} has done all of --epochs {epochs}')
         return epoch == epochs
-
-    def restore_position(self, saved: dict) -> None:
-        self.record = saved['record']
-        self.first_epoch, self.first_step = position(saved)
-        if self.first_epoch == saved['epoch']:
-            self.sums = saved['logger']
 
     def tidy_folder(self) -> None:
         """Make the output folder as a save leaves it, whatever a kill has left. Raises StorageError without room."""

@@ -374,7 +374,7 @@ def test_strange_names(case, tmp_path):
     path = os.path.join(os.fsencode(tmp_path), STRANGE[case])
     with open(path, 'wb') as file:
         file.write(encoded(PICTURE, 'PNG'))
-    [found] = datasets.pretraining_files(tmp_path)
+    [found] = datasets.list_images(tmp_path)
     assert ImageFiles([found], None, np.asarray, 0)[0, 0][0].shape == (30, 40, 3)
     os.truncate(path, 9)
     line = message(found)
@@ -721,7 +721,7 @@ class Faulty(ImageFiles):
 @pytest.mark.fault(23)
 @pytest.mark.timeout(90)
 def test_loader_processes_that_end_or_hang(data, workers):
-    files = datasets.pretraining_files(data)
+    files = datasets.list_images(data / 'train')
     transform = augment.eval_transform(32, 1.0)
     plan = datasets.eval_batches(len(files), 4, 0, 1)
     for deed, words in (
@@ -768,7 +768,7 @@ def test_a_deadline_ends_what_takes_longer():
 
 def test_a_step_is_finished_before_a_lost_process_is_reported(data, workers):
     """Torch would raise in the middle of whatever the main process is at: a save, for example."""
-    files = datasets.pretraining_files(data)
+    files = datasets.list_images(data / 'train')
     dataset = ImageFiles(files, None, augment.eval_transform(32, 1.0), 0)
     batches = iter(datasets.loader(dataset, datasets.eval_batches(len(files), 4, 0, 1), 1, False, dist_timeout_s=20))
     next(batches)
@@ -788,6 +788,6 @@ def test_mistakes_of_the_program_keep_their_traceback(data, workers, monkeypatch
         raise RuntimeError('a mistake')
 
     monkeypatch.setattr('util.data.loader.default_collate', fail)
-    dataset = ImageFiles(datasets.pretraining_files(data), None, augment.eval_transform(32, 1.0), 0)
+    dataset = ImageFiles(datasets.list_images(data / 'train'), None, augment.eval_transform(32, 1.0), 0)
     with pytest.raises(RuntimeError, match='Original Traceback'):
         next(iter(datasets.loader(dataset, [[(0, 0)]], 1, False)))

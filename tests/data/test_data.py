@@ -108,7 +108,7 @@ def test_masks_belong_to_samples_not_to_ranks():
 
 def test_batches_are_what_pil_gives(images):
     """uint8 of PIL's bicubic crop; normalised on the device to what ToTensor and Normalize give."""
-    files = datasets.pretraining_files(images)
+    files = datasets.list_images(images / 'train')
     dataset = datasets.ImageFiles(files, None, augment.pretrain_transform(32, (0.2, 1.0), 0.5), seed=7)
     ours = torch.stack([dataset[2, i][0] for i in range(len(files))])
     assert ours.dtype == torch.uint8
@@ -159,7 +159,7 @@ def test_evaluation_crops_the_centre(side, crop_pct, resized):
 def test_a_flat_folder_serves_pretraining(tmp_path):
     for name in ('b.png', 'a.JPG', 'c.txt'):
         Image.new('RGB', (8, 8)).save(tmp_path / name, format='PNG')
-    assert [path.rsplit('/', 1)[1] for path in datasets.pretraining_files(tmp_path)] == ['a.JPG', 'b.png']
+    assert [path.rsplit('/', 1)[1] for path in datasets.list_images(tmp_path)] == ['a.JPG', 'b.png']
 
 
 def test_a_broken_image_is_named(tmp_path):

@@ -200,7 +200,7 @@ def test_shares_that_cannot_be(data):
 def test_class_names_are_kept_and_compared(images, tmp_path, capsys):
     """In every checkpoint; an evaluation finds its classes by name, also where some of them are missing."""
     names, out = ['class0', 'class1', 'class2'], tmp_path / 'out'
-    flags = [*SHORT, '--epochs', '1', '--warmup_epochs', '0']
+    flags = [*SHORT, '--batch_size', '32', '--epochs', '1', '--warmup_epochs', '0']
     saved = train('finetune', images, out, *flags)
     for name in ('checkpoint-last.pth', 'checkpoint-0.pth', 'checkpoint-best.pth'):
         assert load(out, name)['classes'] == names

@@ -76,8 +76,9 @@ def test_files_of_others_know_nothing(images, tuned, tmp_path):
     torch.save(load(tuned.parent, tuned.name)['model'], tmp_path / 'a.pth')
     with pytest.raises(UserError, match=r'a\.pth is not of this program and names no model: give --model NAME$'):
         evaluated(tmp_path / 'a.pth', images)
-    flags = ['--model', 'mirl_vit_tiny', '--cls_token', '--input_size', 232]
-    assert 'the default; the scripts of MAE' in evaluated(tmp_path / 'a.pth', images, *flags)
+    flags = ['--model', 'mirl_vit_tiny', '--cls_token', '--input_size', 232, '--nb_classes', 3]
+    one, table = images / 'val/class0/0.png', ['--predictions', tmp_path / 'a.csv']
+    assert 'the default; the scripts of MAE' in evaluated(tmp_path / 'a.pth', one, *flags, *table)
 
 
 NESTED = ()
@@ -106,16 +107,14 @@ def test_what_a_file_says_is_checked(images, tuned, tmp_path, args, words):
 
 def test_fine_tuning_keeps_the_normalisation(images, pretrained, tmp_path, capsys):
     """Where no flag and no recipe says another, in resumed runs too; what is otherwise is said."""
-    flags = [*SHORT, '--input_size', '64', '--finetune', pretrained]
+    flags = [*SHORT, '--batch_size', '32', '--input_size', '48', '--finetune', pretrained]
     train('finetune', images, tmp_path, *flags)
     text = capsys.readouterr().out
     assert 'taken from' in text
-    assert 'not as it was pretrained: input_size: 32 then, 64 now\n' in text
+    assert 'not as it was pretrained: input_size: 32 then, 48 now\n' in text
     resumed = train('finetune', images, tmp_path, *flags, '--epochs', '2', '--resume', 'auto')
     assert resumed['args']['mean'] == resumed['args']['std'] == [0.5] * 3
     assert '--mean' not in capsys.readouterr().out
-    train('finetune', images, tmp_path / 'other', *flags, '--mean', '0', '0', '0')
-    assert '; mean: [0.5, 0.5, 0.5] then, [0.0, 0.0, 0.0] now; std: [0.5' in capsys.readouterr().out
 
 
 def test_pictures_take_the_network_from_its_file(images, pretrained, tuned, tmp_path):
@@ -130,10 +129,6 @@ def test_pictures_take_the_network_from_its_file(images, pretrained, tuned, tmp_
     )
     was = r'written by main_pretrain\.py --model mirl_vit_tiny --model_kwargs decoder_dim=24, not for --model '
     for flags, words in (
-        (
-            ['--checkpoint', pretrained, val, '--model', 'mirl_vit_small'],
-            rf'^\S+ was {was}mirl_vit_small, which cannot',
-        ),
         (['--checkpoint', pretrained, val, '--model', 'mixmae_tiny'], rf'^\S+ was {was}mixmae_tiny, which cannot'),
         (['--checkpoint', tuned, val], r'is a classifier, .*written by main_finetune\.py --model mirl_vit_tiny$'),
         (['--checkpoint', pretrained, 'photo.jpg'], r'^no such file or folder: photo\.jpg$'),

@@ -111,7 +111,6 @@ def no_memory(*args, **kwargs):
 
 STAGES = {  # where it happens, in which run, what is said of it
     'step': (engine_pretrain, 'forward', 'pretrain', 'in a training step at --batch_size 8; 4503599.6 GB more'),
-    'fine-tuning': (engine_finetune, 'forward', 'finetune', 'in a training step at --batch_size 8'),
     'evaluation': (engine_finetune.F, 'cross_entropy', 'finetune', 'in the evaluation at --batch_size 8'),
     'model': (build, 'construct', 'pretrain', 'in making the model; .* a smaller --model'),
     'trial': (build, 'functional_call', 'pretrain', 'cannot take 2 images .* out of memory in trying the model'),
@@ -136,9 +135,10 @@ def test_memory_of_a_run(stage, images, tmp_path, monkeypatch):
 
 
 def test_memory_of_an_evaluation_and_of_pictures(images, tmp_path, monkeypatch):
-    train('finetune', images, tmp_path / 'ft', *SHORT, '--epochs', '1', '--warmup_epochs', '0')
     parser = main_finetune.get_args_parser()
-    flags = ['--eval', '--batch_size', '10', '--resume', tmp_path / 'ft/checkpoint-best.pth']
+    core = main_finetune.create_classifier(parser.parse(arguments(images, tmp_path)), 3)
+    torch.save(core.state_dict(), tmp_path / 'a.pth')
+    flags = ['--eval', '--batch_size', '10', '--resume', tmp_path / 'a.pth']
     with monkeypatch.context() as patch:
         patch.setattr(engine_finetune.F, 'cross_entropy', too_much)
         with pytest.raises(ResourceError, match=r'in the evaluation at --batch_size 10; .* batch: --batch_size 5$'):
@@ -148,10 +148,10 @@ def test_memory_of_an_evaluation_and_of_pictures(images, tmp_path, monkeypatch):
     )
     main_finetune.main(args)  # as advised
     monkeypatch.setattr(visualize, 'load_published', too_much)
-    flags = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--checkpoint', 'x', '--device', 'cpu']
+    flags = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--checkpoint', f'{tmp_path}/a.pth', '--device', 'cpu']
     with pytest.raises(ResourceError, match=r'^out of memory; '):
         visualize.main(visualize.get_args_parser().parse([*flags, str(images)], stage='pretrain'))
-    monkeypatch.setattr(visualize, 'load_published', lambda *args: '')
+    monkeypatch.setattr(visualize, 'load_published', lambda *args, **kwargs: '')
     monkeypatch.setattr(visualize.Pictures, '__init__', lambda *args: None)
     monkeypatch.setattr(visualize.Pictures, 'draw', make_draw())
     with pytest.raises(ResourceError, match=r'^out of memory in drawing pictures; .* a smaller --count$'):
@@ -225,13 +225,11 @@ def small_shm(monkeypatch):
 
 @pytest.mark.fault(41)
 @pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
-def test_shared_memory_is_counted_before_the_first_step(stage, images, tmp_path, small_shm, monkeypatch, capsys):
-    flags = [*SHORT, '--epochs', '1', '--warmup_epochs', '0', '--batch_size', '16']
+def test_shared_memory_is_counted_before_the_first_step(stage, images, tmp_path, small_shm, capsys):
     words = r'0\.1 MB of 0\.1 MB free; 2 loader processes need up to 0\.6 MB; --num_workers 0 needs none'
     with pytest.raises(ResourceError, match=words):
-        train(stage, images, tmp_path / 'no', *flags, '--num_workers', '2')
+        train(stage, images, tmp_path / 'no', *SHORT, '--batch_size', '16', '--num_workers', '2')
     assert 'Epoch' not in capsys.readouterr().out
-    train(stage, images, tmp_path / 'yes', *flags, '--num_workers', '0')
 
 
 def test_how_much_shared_memory(small_shm, monkeypatch):
@@ -239,6 +237,7 @@ def test_how_much_shared_memory(small_shm, monkeypatch):
     assert resources.batch_bytes(args) >= 4 * (3 * 96 * 96 + 8)
     assert resources.batch_bytes(argparse.Namespace(**vars(args) | {'eval_size': 32, 'eval': True})) < 4 * 3 * 64 * 64
     resources.check_shm(args, batches=1)  # no more than there are
+    resources.check_shm(argparse.Namespace(num_workers=0), batches=100)
     monkeypatch.setattr(dist, 'local_ranks', lambda: 4)
     with pytest.raises(ResourceError, match='2 loader processes of each of 4 ranks need up to'):
         resources.check_shm(args, batches=1)
@@ -293,7 +292,7 @@ def no_files():
 )
 def test_loader_processes_without(deed, words, images, monkeypatch):
     monkeypatch.setattr(Faulty, 'deed', staticmethod(deed))
-    files = datasets.pretraining_files(images)
+    files = datasets.list_images(images / 'train')
     data = Faulty(files, None, augment.eval_transform(32, 1.0), 0)
     args = argparse.Namespace(num_workers=2, input_size=32, batch_size=4)
     read = resources.program(lambda args: list(datasets.loader(data, datasets.eval_batches(66, 4, 0, 1), 2, False, 20)))
@@ -310,7 +309,7 @@ def test_loader_processes_that_cannot_start(number, images, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, 'fork', fail)
-    data = datasets.ImageFiles(datasets.pretraining_files(images), None, augment.eval_transform(32, 1.0), 0)
+    data = datasets.ImageFiles(datasets.list_images(images / 'train'), None, augment.eval_transform(32, 1.0), 0)
     words = rf'^2 loader processes cannot be started: {os.strerror(number)}; \S.*; fewer --num_workers$'
     with pytest.raises(ResourceError, match=words):
         list(datasets.loader(data, [[(0, 0)]], 2, False))
@@ -318,7 +317,7 @@ def test_loader_processes_that_cannot_start(number, images, monkeypatch):
 
 def test_no_image_is_to_blame(images, monkeypatch):
     """But one that asks for absurd amounts, where there is memory."""
-    data = datasets.ImageFiles(datasets.pretraining_files(images), None, None, 0)
+    data = datasets.ImageFiles(datasets.list_images(images / 'train'), None, None, 0)
     for error, raised in (
         (OSError(errno.EMFILE, 'Too many open files'), OSError),
         (RuntimeError("can't allocate memory"), RuntimeError),
@@ -426,6 +425,7 @@ def test_a_request_to_be_queued_again_without_scontrol(error, monkeypatch, capsy
 
 def test_more_cpus_than_there_are():
     options, _ = launcher.parse(['pretrain', '--local', '--ngpus', '2', '--model', 'mirl_vit_tiny', '--device', 'cpu'])
+    options.cpus_per_task = 10
     said = launcher.too_many_cpus('srun: error: More processors requested than permitted', options)
     assert '--ngpus 2 tasks of --cpus_per_task 10 take 20 CPUs' in said
     assert launcher.too_many_cpus('invalid partition specified', options) == ''

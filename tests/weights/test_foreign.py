@@ -45,13 +45,7 @@ def assert_same_answers(file, source: torch.nn.Module, target: torch.nn.Module, 
     assert not report.missing
 
 
-@pytest.mark.parametrize(
-    'prefix',
-    [
-        *('model.', 'backbone.', 'module.', 'encoder.', 'student.', 'net.', '_orig_mod.', 'anything.'),
-        'model._orig_mod.',
-    ],
-)
+@pytest.mark.parametrize('prefix', ['backbone.', 'encoder.', '_orig_mod.', 'anything.', 'model._orig_mod.'])
 def test_prefixes(prefix):
     source, target, state = vit(), vit(1), under(prefix, vit().state_dict())
     for file in (state, {'state_dict': state}, {'model': {'module': state}}):
@@ -265,20 +259,18 @@ def doubled(times: int = 60) -> tuple:
     return value
 
 
-def nested(kind, depth: int = 20_000):
-    value = kind()
-    for _ in range(depth):
-        value = [value] if kind is list else {'a': value}
+def nested(depth: int = 20_000) -> dict:
+    value = {}
+    for number in range(depth):
+        value = {'a': value if number % 2 else [value]}
     return value
 
 
 FIELDS = {
     'tuples': doubled(),
-    'doubled lists': [doubled()],
     'a dict of them': {'a': {'b': doubled()}},
-    'deep lists': nested(list),
-    'deep dicts': nested(dict),
-    'a long text': 'x' * 10**7,
+    'deep': nested(),
+    'a long text': 'x' * 10**6,
     'a tensor': torch.ones(3),
     'none': None,
     'a large number': 10**300,
@@ -299,7 +291,7 @@ def test_fields_are_bounded(kind, tmp_path):
         assert len(str(report.origin)) < 400
         changed = checkpoint.changed_settings(file, args, roles)
         assert all(len(line) < 2000 for line in changed)
-    if 'deep' not in kind:  # which pickle itself does not write
+    if kind != 'deep':  # which pickle itself does not write
         for field in ('run', 'args', 'optimizer', 'record', 'logger', 'epoch'):
             torch.save(own | {field: {'of': [value]}}, tmp_path / 'a.pth')
             for part in read_checkpoint(tmp_path / 'a.pth').values():
@@ -307,8 +299,8 @@ def test_fields_are_bounded(kind, tmp_path):
             load_published(vit(1), tmp_path / 'a.pth')
     state = own | {'optimizer': {}, 'record': {}, 'epoch': 1, 'step': 1, 'steps': 2, 'schema': 1}
     current = {'stage': 'finetune', 'model': 'm', 'mean': [0.5]}
-    for key in ('stage', 'model', 'mean'):
-        with pytest.raises(CheckpointError, match='cannot be resumed with other settings') as caught:
+    for key, words in (('stage', 'is a checkpoint of main_'), ('model', 'other settings'), ('mean', 'other settings')):
+        with pytest.raises(CheckpointError, match=words) as caught:
             checkpoint.check_same_run(state | {'run': current | {key: value}}, current, 'a.pth')
         assert len(str(caught.value)) < 500
     for key in ('run', 'record', 'epoch'):

@@ -21,7 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util import resources, rng, signals
 from util.data.images import Reader, reason
 from util.data.loader import Loader
-from util.errors import RunError, UserError, printable
+from util.errors import RunError, UserError, listed, printable
 
 Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
 SKIPPED = -1  # the label of the blank that stands for a bad image in evaluation
@@ -105,14 +105,7 @@ class EpochBatches:
     """
 
     def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        accum_iter: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        copies: int = 1,
+        self, num_samples: int, batch_size: int, accum_iter: int, rank: int, world_size: int, seed: int, copies: int = 1
     ):
         self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
         self.rank, self.world_size, self.seed, self.copies = rank, world_size, seed, copies
@@ -227,14 +220,11 @@ class LeftOut:
 
     def notes(self) -> list[str]:
         """['not taken as images: by ending 3 (.txt, .gif), hidden 1 (.ipynb_checkpoints)'], or nothing."""
-        counted = [f'{kind} {names.total()} ({listed(names)})' for kind, names in sorted(self.kinds.items())]
+        counted = []
+        for kind, names in sorted(self.kinds.items()):
+            commonest = sorted(names, key=lambda name, of=names: (-of[name], name))
+            counted.append(f'{kind} {names.total()} ({listed(commonest)})')
         return [f'not taken as images: {", ".join(counted)}'] if counted else []
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """'a, b, c, ...': the first names, of a Counter the commonest."""
-    names = sorted(names, key=lambda name: (-names[name], name)) if isinstance(names, Counter) else list(names)
-    return ', '.join(printable(name, 200) for name in names[:most]) + (', ...' if len(names) > most else '')
 
 
 def scan(folder: str | Path, left: LeftOut) -> tuple[list[str], list[str]]:
@@ -330,11 +320,6 @@ def pretraining_folder(data_path: Path) -> Path:
     return train if os.path.isdir(train) else data_path
 
 
-def pretraining_files(data_path: Path, left: LeftOut | None = None) -> list[str]:
-    """The images of pretraining, as `list_images` gives them."""
-    return list_images(pretraining_folder(data_path), left)
-
-
 def folders_in(folder: Path) -> list[Path]:
     return list(map(Path, scan(folder, LeftOut())[0])) if os.path.isdir(folder) else []
 
@@ -362,8 +347,8 @@ def advice(data_path: Path) -> str:
     return f'; without val/, --val_share 0.1 takes a tenth of {whole} for validation'
 
 
-def labelled_files(data_path: Path, split: str) -> Split:
-    """The images of `data_path/split/<class>/`.
+def labelled_files(data_path: Path, split: str, download: bool = False) -> Split:
+    """The images of `data_path/split/<class>/`, which nothing downloads.
 
     Raises UserError where there are no class folders, or none of them holds an image; in training, where one does not.
     """

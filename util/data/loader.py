@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from util import dist, resources, signals
-from util.errors import LostError, ResourceError, RunError, printable
+from util.errors import LostError, ResourceError, RunError, listed
 
 NAMED = 3  # files in a message
 
@@ -72,11 +72,10 @@ class Loader(DataLoader):
         """What to say when a loader process is lost after so many batches. The others are ended, stuck ones too."""
         signals.end_workers()
         batch = next(itertools.islice(self.batch_sampler, received, None), [])
-        files = ', '.join(printable(self.dataset.name(item[1])) for item in batch[:NAMED])
+        files = listed([self.dataset.name(item[1]) for item in batch], NAMED, None)
         worker = received % self.num_workers  # they take turns
-        more = ', ...' if len(batch) > NAMED else ''
         kind = ResourceError if 'SIGBUS' in why else LostError
-        return kind(f'{why}; loader worker {worker} was to bring the next {len(batch)} images: {files}{more}')
+        return kind(f'{why}; loader worker {worker} was to bring the next {len(batch)} images: {files}')
 
 
 def of_this_rank(error: RunError) -> RunError:

@@ -22,17 +22,12 @@ from torchvision.datasets import CIFAR10, CIFAR100, INaturalist, Places365
 
 from util import digests, rng
 from util.data import datasets
-from util.data.datasets import CLASS_FOLDERS, Split, labelled_files, listed
-from util.errors import UserError, printable
+from util.data.datasets import CLASS_FOLDERS, Split, labelled_files
+from util.errors import UserError, listed, printable
 
 
 class Misfit(Exception):
     """What is wrong with the files of a data set."""
-
-
-def folders(folder: Path, split: str, download: bool) -> Split:
-    """`split/<class>/`."""
-    return labelled_files(folder, split)
 
 
 def cifar(folder: Path, split: str, download: bool, dataset: type[CIFAR10]) -> Split:
@@ -133,20 +128,17 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-    'folder': Source(folders, CLASS_FOLDERS),
-    'imagenet': Source(folders, CLASS_FOLDERS, 'https://image-net.org/download-images'),
-    'inat2018': Source(
-        partial(inaturalist, year=2018),
-        '{train,val}2018.json and the images in train_val2018/ or 2018/',
-        'https://github.com/visipedia/inat_comp',
-        downloads='the images',
-    ),
-    'inat2019': Source(
-        partial(inaturalist, year=2019),
-        '{train,val}2019.json and the images in train_val2019/ or 2019/',
-        'https://github.com/visipedia/inat_comp',
-        downloads='the images',
-    ),
+    'folder': Source(labelled_files, CLASS_FOLDERS),
+    'imagenet': Source(labelled_files, CLASS_FOLDERS, 'https://image-net.org/download-images'),
+    **{
+        f'inat{year}': Source(
+            partial(inaturalist, year=year),
+            f'{{train,val}}{year}.json and the images in train_val{year}/ or {year}/',
+            'https://github.com/visipedia/inat_comp',
+            downloads='the images',
+        )
+        for year in (2018, 2019)
+    },
     'places365': Source(
         places365,
         'categories_places365.txt, places365_{train_standard,val}.txt and the images in data_256_standard/ and '
@@ -204,10 +196,9 @@ FOLDERS = ('folder', 'imagenet')
 def training_images(args: argparse.Namespace) -> Split:
     """The images of pretraining, without labels: those of a folder, or of a data set's training split."""
     if args.dataset in FOLDERS and not args.download:
-        left = datasets.LeftOut()
-        files = datasets.pretraining_files(args.data_path, left)
-        line = f'{datasets.pretraining_folder(args.data_path)}: {len(files)} images'
-        return Split(files, None, [], ['; '.join([line, *left.notes()])])
+        folder, left = datasets.pretraining_folder(args.data_path), datasets.LeftOut()
+        files = datasets.list_images(folder, left)
+        return Split(files, None, [], ['; '.join([f'{folder}: {len(files)} images', *left.notes()])])
     found = labelled_images(args.dataset, args.data_path, 'train', args.download)
     line = f'{args.dataset}, train: {len(found.images)} images of {len(found.classes)} classes; no label is used'
     return Split(found.images, None, [], [line])
@@ -288,37 +279,29 @@ def hint_on_levels(args: argparse.Namespace, split: str, classes: list[str]) -> 
     hint = datasets.nearby(args.data_path)
     if len(classes) > 1 or images or not inner:
         return hint
-    if not hint and args.val_share and len(inner) > 1:
-        hint = f'; did you mean --data_path {folder / classes[0]}?'
+    up = f'did you mean --data_path {folder / classes[0]}?' if args.val_share and len(inner) > 1 else ''
+    hint = hint or f'; {up or f"move them up, into {folder}"}'
     names = listed([os.path.basename(path) for path in inner])
-    return f'; that folder holds only folders ({names}): one folder level too many' + (
-        hint or f'; move them up, into {folder}'
-    )
+    return f'; that folder holds only folders ({names}): one folder level too many{hint}'
 
 
 def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str], owner: str) -> Split:
     """A split whose labels are places in `classes`, those of `owner`; the line of notes tells what it has and lacks."""
     if not split.labels:
         raise UserError(f'no images for {name}/ in {args.data_path}')
-    if split.classes == classes:
-        labels = split.labels
-    else:
-        place = {of_owner: number for number, of_owner in enumerate(classes)}
-        if not place.keys() >= set(split.classes):
-            raise UserError(
-                f'the classes of {name}/ in {args.data_path} and of {owner} differ: '
-                + difference(split.classes, classes, f'{name}/', owner)
-                + hint_on_levels(args, name, split.classes)
-            )
-        places = [place[of_split] for of_split in split.classes]
-        labels = [places[label] for label in split.labels]
+    place = {of_owner: number for number, of_owner in enumerate(classes)}
+    if not place.keys() >= set(split.classes):
+        differing = difference(split.classes, classes, f'{name}/', owner) + hint_on_levels(args, name, split.classes)
+        raise UserError(f'the classes of {name}/ in {args.data_path} and of {owner} differ: {differing}')
+    places = [place[of_split] for of_split in split.classes]
+    labels = [places[label] for label in split.labels]
     first = owner in (f'{name}/', 'the checkpoint')  # to speak of the classes
     lacking = sorted(set(range(len(classes))) - set(labels))
     present, outputs = len(classes) - len(lacking), args.nb_classes or len(classes)
-    parts = [f'{name}: {len(split.images)} images, {len(classes)} classes']
+    held = f'{len(classes)} classes'
     if lacking:
-        missing = listed([classes[label] for label in lacking])
-        parts = [f'{name}: {len(split.images)} images, {present} of {len(classes)} classes, none of {missing}']
+        held = f'{present} of {held}, none of {listed([classes[label] for label in lacking])}'
+    parts = [f'{name}: {len(split.images)} images, {held}']
     if name == 'val' and (present < outputs or args.eval_logits == 'present'):
         over = {'all': f'all {outputs} logits', 'present': f'the {present} logits of its classes'}[args.eval_logits]
         parts.append(f'evaluated over {over}')

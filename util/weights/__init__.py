@@ -4,17 +4,14 @@
 `read_source` what a file or a URL does.
 """
 
-from util.weights import download
 from util.weights.files import check_file, plain_field, read_checkpoint
-from util.weights.intake import Origin, Report, check_finite, find_origin
+from util.weights.intake import Origin, check_finite, find_origin
 from util.weights.published import load_published, read_source
 
 __all__ = [
     'Origin',
-    'Report',
     'check_file',
     'check_finite',
-    'download',
     'find_origin',
     'load_published',
     'plain_field',

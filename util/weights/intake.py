@@ -9,16 +9,18 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.errors import CheckpointError, printable
+from util.errors import CheckpointError, listed, printable
 from util.nn.pos_embed import resize_bias_table, resize_pos_embed
 from util.weights.files import plain_field
 
 State = dict[str, Tensor]
+shortened = partial(listed, most=4, letters=80)  # keys
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class OtherFormatError(CheckpointError):
 class Report:
     """What became of every key: of the file (loaded, resized, ignored) and of the model (missing)."""
 
-    source: str
-    format: str
+    source: str = ''
+    format: str = ''
     origin: Origin | None = None
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # 'pos_embed [1, 197, 768] -> [1, 577, 768]'
@@ -119,23 +121,28 @@ TRAINED = {'model', 'module', 'backbone', 'encoder', 'student', 'net', 'network'
 # loading
 
 
-def load(model: nn.Module, container: dict, intake: Intake | None, label: str, ema: bool, flag: str) -> Report:
-    """Fill the model from what the checkpoint `label` holds; without an intake, from our own checkpoint of it.
+def load(
+    model: nn.Module, container: dict, intake: Intake | None, ema: bool, flag: str, target: State | None = None
+) -> Report:
+    """Fill the model from what a checkpoint holds; without an intake, from our own checkpoint of it.
 
-    `flag` is how a user asks for averaged weights (`ema`). Raises CheckpointError, and changes nothing then.
+    `flag` is how a user asks for averaged weights (`ema`). `target` are the weights to fill, if not all of the model:
+    those of a pretraining model's encoder. Raises CheckpointError, and changes nothing then.
     """
-    own = () if hasattr(model, 'encoder_state_dict') else ('encoder',)
-    report = Report(label, '', find_origin(container))
+    whole = hasattr(model, 'encoder_state_dict') and target is None
+    target, own = target or model.state_dict(), () if whole else ('encoder',)
+    report = Report(origin=find_origin(container))
     found = find_weights(container, (*(intake.wrappers if intake else own), *COMMON_WRAPPERS))
     weights = join_parts(plain_or_averaged(container, found, ema, flag, report))
     report.ignored += [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
-    state, target = torch_state(weights), model.state_dict()
+    state = torch_state(weights)
     formats = intake.formats if intake else (Format(f'own names of {type(model).__name__}', set()),)
     layout, prefix = recognise(state, formats, list(target))
     report.format = layout.name + (' (Paddle)' if from_paddle else '') + report.format
     state = take_off(prefix, state, report) if prefix else state
-    intake = intake or own_names(model, state, formats, found is container.get('encoder'))
+    if not intake:
+        intake = Intake((), formats) if whole else own_names(target, state, formats, found is container.get('encoder'))
 
     report.ignored += [key for key in state if layout.rename(key) is None]
     renamed = unique((name, value) for key, value in state.items() if (name := layout.rename(key)))
@@ -146,21 +153,20 @@ def load(model: nn.Module, container: dict, intake: Intake | None, label: str, e
     check(renamed, target, intake, report)
     check_finite(renamed)
 
-    model.load_state_dict(renamed, strict=False)
+    with torch.no_grad():
+        for name, value in renamed.items():
+            target[name].copy_(value)
     report.loaded = sorted(renamed)
     report.missing = [name for name in target if name not in renamed]
     return report
 
 
-def own_names(model: nn.Module, state: State, formats: tuple[Format, ...], is_encoder: bool) -> Intake:
-    """For a class that no table knows: our own checkpoints, in the names of the model.
+def own_names(target: State, state: State, formats: tuple[Format, ...], is_encoder: bool) -> Intake:
+    """For a classifier that no table knows: our own checkpoints of it, strictly, in the names of `target`.
 
-    All of them strictly. But a classifier gets its head, and whatever else it has that an encoder has nothing of, not
-    from an encoder; and a head for other classes is dropped and stays as initialised.
+    But it gets its head, and whatever else it has that an encoder has nothing of, not from an encoder; and a head for
+    other classes is dropped and stays as initialised.
     """
-    target = model.state_dict()
-    if hasattr(model, 'encoder_state_dict'):
-        return Intake((), formats)
     heads = [name for name in target if name in state and re.fullmatch(HEADS, name)]
     known = {name.partition('.')[0] for name in state}  # blocks.11 is no whole of its own: blocks is
     lacking = [name for name in target if is_encoder and name.partition('.')[0] not in known]
@@ -273,7 +279,8 @@ def take_off(prefix: str, state: State, report: Report) -> State:
     outside = [key for key in state if not key.startswith(prefix)]
     parts = list(dict.fromkeys(key.partition('.')[0] for key in outside))
     report.ignored += outside
-    report.format += f', prefix {printable(prefix, 80)} taken off' + (f' beside {shortened(parts, 8)}' if parts else '')
+    beside = f' beside {listed(parts, 8, 80)}' if parts else ''
+    report.format += f', prefix {printable(prefix, 80)} taken off{beside}'
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -377,8 +384,3 @@ def check_finite(state: State) -> None:
             f'its weights are not finite (nan or infinite); first such key: {printable(bad[0], 80)}, '
             f'{len(bad)} of {len(state)} tensors'
         )
-
-
-def shortened(keys: list, most: int = 4) -> str:
-    """'a, b, c, d, ...'"""
-    return ', '.join(printable(key, 80) for key in keys[:most]) + (', ...' if len(keys) > most else '')

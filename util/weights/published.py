@@ -74,9 +74,7 @@ INTO_MIRL = (
     ),
     Format('MAE pretraining', MAE_MARKS, refusal="holds MAE's decoder, not MIRL's"),
     Format(
-        'ViT',
-        VIT_MARKS,
-        refusal='holds no decoders: main_finetune.py --finetune and main_pretrain.py --init take it',
+        'ViT', VIT_MARKS, refusal='holds no decoders: main_finetune.py --finetune and main_pretrain.py --init take it'
     ),
 )
 
@@ -451,13 +449,7 @@ INTO_MIXMAE = (
 INTO_MIXMIM_CLASSIFIER = (
     Format('MixMAE pretraining', MIXMAE_MARKS, ignorable=(*COMPUTED, *MIXMAE_DECODER)),
     Format('MixMIM', MIXMIM_MARKS, ignorable=COMPUTED),  # classifiers, published and our own, and our encoder alone
-    Format(
-        'mmpretrain MixMIM',
-        MM_MIXMIM_MARKS,
-        MM_RENAMES,
-        (*MM_IGNORABLE, r'neck\..*'),
-        adapt=mmcv_mergings,
-    ),
+    Format('mmpretrain MixMIM', MM_MIXMIM_MARKS, MM_RENAMES, (*MM_IGNORABLE, r'neck\..*'), adapt=mmcv_mergings),
 )
 
 INTAKES = {
@@ -573,45 +565,27 @@ def load_published(
     intake = intake_of(type(model).__name__, model)
     try:
         try:
-            return load(model, container, intake, label, ema, flag)
+            report = load(model, container, intake, ema, flag)
         except CheckpointError as error:
             if not new_decoder or (intake and not isinstance(error, OtherFormatError)):
                 raise
-            return load_encoder(model, container, label, ema, flag)
+            report = load_encoder(model, container, ema, flag)
     except CheckpointError as error:
         origin = find_origin(container)
         raise CheckpointError(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
+    report.source = label
+    return report
 
 
 def intake_of(name: str, network: nn.Module) -> Intake | None:
     return INTAKES.get(name, ANY_INTAKE if type(network).__module__.startswith('timm.') else None)
 
 
-class Encoder:
-    """A pretraining model's encoder, under the names of its classifier, for `load`."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __getattr__(self, name: str):
-        if name == 'encoder_state_dict':  # it is no pretraining model itself
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def state_dict(self) -> State:
-        return self.model.encoder_state_dict()
-
-    def load_state_dict(self, state: State, strict: bool) -> None:
-        own = self.state_dict()  # of the model's storage
-        for name, value in state.items():
-            own[name].copy_(value)
-
-
-def load_encoder(model: nn.Module, container: dict, label: str, ema: bool, flag: str) -> Report:
+def load_encoder(model: nn.Module, container: dict, ema: bool, flag: str) -> Report:
     """The encoder alone; what else the model has stays as initialised."""
     network = getattr(model, 'encoder', model)
     intake = intake_of(ENCODERS.get(type(model).__name__, type(network).__name__), network)
-    report = load(Encoder(model), container, intake, label, ema, flag)
+    report = load(network, container, intake, ema, flag, model.encoder_state_dict())
     shared = {value.data_ptr() for value in model.encoder_state_dict().values()}
     report.missing += [name for name, value in model.state_dict().items() if value.data_ptr() not in shared]
     report.format += ', encoder alone: the decoder is new'
