@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import submitit
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,7 +60,7 @@ def get_args_parser() -> config.Parser:
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
     add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
-    add('--ngpus', type=AT_LEAST_1, default=8, help='GPUs, and tasks, of each machine; --device cpu: tasks only')
+    add('--ngpus', type=AT_LEAST_1, help="GPUs, and tasks, of each machine; default: 8; --local: its own, or 1")
     add(
         '--job_dir',
         type=config.path,
@@ -204,6 +205,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, argparse.Names
     parser = get_args_parser()
     options, rest = parser.parse_known_args([config.underscored(word) for word in argv])
     check_options(options)
+    options.ngpus = options.ngpus or (max(1, torch.cuda.device_count()) if options.local else 8)
     main_parser = MAINS[options.stage].get_args_parser()
     known = parser.flags | main_parser.flags
     for word in rest:
