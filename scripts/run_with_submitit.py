@@ -60,11 +60,7 @@ def get_args_parser() -> config.Parser:
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
     add('--nodes', type=AT_LEAST_1, default=1, help='machines of a job')
-    add(
-        '--ngpus',
-        type=AT_LEAST_1,
-        help='GPUs, and tasks, of each machine; --device cpu: tasks only; default: 8, with --local what is here',
-    )
+    add('--ngpus', type=AT_LEAST_1, help='GPUs, and tasks, of each machine; default: 8; --local: its own, or 1')
     add(
         '--job_dir',
         type=config.path,

@@ -1,10 +1,15 @@
 """Shared by all tests: one thread, a folder of images, and lines to read at the end."""
 
+import signal
+
 import pytest
 import torch
 from training import make_images
 
 torch.set_num_threads(1)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # a shell's background, nohup: the tests and their runs obey
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='session')

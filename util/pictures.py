@@ -22,7 +22,7 @@ NOTES = {  # written below the picture, if the word is in a panel's name
     'prediction': 'plain gray parts were visible, so nothing is predicted there',
     'part': 'main and residual add up to the prediction of the same number',
     'scale': 'the prediction for cells of one size, 0 the smallest; plain gray parts were visible',
-    'edges': 'strokes along the edges of the image, as they should be predicted',
+    'edges': "predicted instead of pixels and drawn as strokes; 'true': those of the original",
     'oracle': "with each hidden patch's true brightness and contrast, which the network does not predict",
     'spectrum': 'log amplitudes, low frequencies in the middle',
 }

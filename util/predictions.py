@@ -35,12 +35,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def images_to_answer(args: argparse.Namespace, classes: list[str] | None) -> Split:
-    """The validation images; with --predictions also a picture or a folder without class folders, and then no labels.
+    """The validation images; with --predictions also a picture or a folder without `val/`, and then no labels.
 
     `classes` are the network's, if their names are known.
     """
     path = args.data_path
-    laid_out = any((path / split).is_dir() for split in ('train', 'val')) or args.val_share
+    laid_out = (path / 'val').is_dir() or args.val_share
     if not args.predictions or args.dataset not in named.FOLDERS or laid_out:
         return named.labelled_splits(args, ('val',), classes)[0]
     if args.eval_logits == 'present':

@@ -257,7 +257,8 @@ class Run:
         dtype = str(training.amp_dtype or torch.float32).removeprefix('torch.')
         if notice := getattr(training.core, 'notice', ''):
             info(notice)
-        info(f'{args.model}: {params:,} trainable parameters, {dtype} on {dist.world_size()} x {training.device.type}')
+        side, where = args.input_size, f'{dtype} on {dist.world_size()} x {training.device.type}'
+        info(f'{args.model}: {params:,} trainable parameters, {side} x {side} pixels, {where}')
         info(f'{arithmetic}, {self.warm_up()}')
         for notice in self.notices:
             info(notice)

@@ -424,8 +424,8 @@ def test_a_request_to_be_queued_again_without_scontrol(error, monkeypatch, capsy
 
 
 def test_more_cpus_than_there_are():
-    options, _ = launcher.parse(['pretrain', '--local', '--ngpus', '2', '--model', 'mirl_vit_tiny', '--device', 'cpu'])
-    options.cpus_per_task = 10
+    words = 'pretrain --local --ngpus 2 --cpus_per_task 10 --model mirl_vit_tiny --device cpu'
+    options, _ = launcher.parse(words.split())
     said = launcher.too_many_cpus('srun: error: More processors requested than permitted', options)
     assert '--ngpus 2 tasks of --cpus_per_task 10 take 20 CPUs' in said
     assert launcher.too_many_cpus('invalid partition specified', options) == ''
