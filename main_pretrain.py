@@ -59,6 +59,13 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     return build.construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
 
 
+def checked_model(args: argparse.Namespace) -> nn.Module:
+    """`create_model`; raises UserError for what would fail in its first step."""
+    core = create_model(args)
+    check_step(core, args)
+    return core
+
+
 def add_target_args(parser: config.Parser) -> None:
     """The model options that have flags of their own, in MAE's names."""
     add = partial(parser.add_argument, heading='Model', at_resume='same', of_network=True)
@@ -100,10 +107,10 @@ def main(args: argparse.Namespace) -> None:
         if run.nothing_left():
             return
         run.notices += train.notes
-        core = create_model(args)
-        check_step(core, args)
+        options = {'ema': args.init_ema, 'flag': '--init_ema', 'new_decoder': True}
+        core = run.network(args.init, get_args_parser(), checked_model, **options)
+        args = run.args
         rules = build.param_rules(method, core, args.rule_kwargs)
-        run.load(core, args.init, ema=args.init_ema, flag='--init_ema', new_decoder=True)
         build.apply_options(core, args)
 
         device = run.join(core, train=train)

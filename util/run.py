@@ -12,7 +12,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,23 @@ class Run:
         then, now = origin and origin.classes, self.classes
         return named.difference(then, now, theirs, ours) if then and now and then != now else ''
 
-    def load(self, core: nn.Module, source: str | dict | None, **options) -> None:
+    def network(
+        self, path: str | None, parser: config.Parser, make: Callable[[argparse.Namespace], nn.Module], **options
+    ) -> nn.Module:
+        """The network that `make` makes of the arguments, with the weights of a file unless the run is resumed.
+
+        Images are normalised as in the file, unless flag or recipe says how: `args` are completed by it.
+        """
+        source = checkpoint.Source.of(self.resumed_from, self.saved) if self.saved else checkpoint.Source.read(path)
+        self.args = source.complete(self.args, parser, take=('mean', 'std'))
+        with source.expected(self.args):
+            core = make(self.args)
+            self.load(core, source.container if path else None, label=source.path, **options)
+        if not self.saved:
+            self.notices += source.notices
+        return core
+
+    def load(self, core: nn.Module, source: dict | None, **options) -> None:
         """Fill the network of a new run from a file, if one is given; a run that is resumed has its weights."""
         if options['ema'] and not source:
             raise UserError(f'{options["flag"]} needs {options["flag"].removesuffix("_ema")} PATH')

@@ -243,7 +243,11 @@ def test_what_has_no_place_for_the_token_is_refused(options, message):
     ('make', 'options', 'message'),
     [
         ('a2mim_resnet50', dict(img_size=100), 'img_size 100 is not a multiple of mask_patch_size 32'),
-        ('a2mim_resnet50', dict(img_size=32), 'mask_ratio 0.6 hides 1 of 1 cells'),
+        (
+            'a2mim_resnet50',
+            dict(img_size=32),
+            '1 of the cells of the mask in an image of this size: too few to hide some',
+        ),
         ('a2mim_resnet50', dict(mask_ratio=1.0), 'mask_ratio 1.0 hides 49 of 49 cells'),
         ('a2mim_resnet50', dict(mask_ratio=0.0), 'mask_ratio 0.0 hides 0 of 49 cells'),
         ('a2mim_resnet50', dict(mask_layer=4), 'mask_layer 4 of 4'),

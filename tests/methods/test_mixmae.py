@@ -244,7 +244,10 @@ def test_tiny_sizes(img_size):
         (dict(mask_ratio=0.1), 'mask_ratio 0.1 hides 0 of 9 cells of 32 pixels'),
         (dict(mask_ratio=1.0), 'mask_ratio 1.0 hides 9 of 9 cells'),
         (dict(range_mask_ratio=0.5), 'mask_ratio 1.0 hides 9 of 9 cells'),
-        (dict(img_size=32, window_size=None), 'hides 0 of 1 cells'),
+        (
+            dict(img_size=32, window_size=None),
+            '1 of the cells of 32 pixels a side in an image of this size: too few to hide some',
+        ),
     ],
 )
 def test_refuses(options, words):
