@@ -267,7 +267,8 @@ def test_request_during_evaluation(images, tmp_path):
     resumed = train('finetune', images, tmp_path / 'part', *flags, '--resume', 'auto')
     assert equal_states(resumed, train('finetune', images, tmp_path / 'whole', *flags))
     logs = [(tmp_path / name / 'log.txt').read_text() for name in ('part', 'whole')]
-    assert logs[0] == logs[1]
+    part, whole = (re.sub(r'"(time|images_per_s)": [\d.]+, ', '', log) for log in logs)
+    assert part == whole
 
 
 def test_sigterm_to_torchrun(images, undisturbed, tmp_path):
