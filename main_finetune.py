@@ -164,13 +164,15 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
     )
 
 
-def check_steps(core: nn.Module, args: argparse.Namespace) -> None:
-    """Raise UserError for a classifier that would fail in its first step, or in its evaluation."""
+def checked_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """`create_classifier`. Raises UserError for one that would fail in its first step, or in its evaluation."""
+    core = create_classifier(args, num_classes)
     if not args.eval:
         build.check_forward(core, args, args.input_size)
     if args.eval or args.eval_size not in (None, args.input_size):
         build.check_forward(core.eval(), args, args.eval_size or args.input_size)
         core.train()
+    return core
 
 
 def report(stats: dict[str, float], reader: Reader, labelled: bool = True) -> None:
@@ -247,8 +249,7 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
     if not num_classes:
         raise UserError(f'{source.path} does not say how many classes it knows: --nb_classes is needed')
     with source.expected(args):
-        core = create_classifier(args, num_classes)
-        check_steps(core, args)
+        core = checked_classifier(args, num_classes)
         loaded = load_published(core, source.container, ema=args.use_ema, label=source.path)
     if loaded.missing:
         origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
@@ -284,7 +285,9 @@ def main(args: argparse.Namespace) -> None:
         if run.nothing_left():
             return
         run.notices += [*train.notes, *val.notes]
-        args, core = first_network(run, num_classes)
+        args, core = run.first_network(
+            partial(checked_classifier, num_classes=num_classes), get_args_parser(), 'finetune'
+        )
         crop = augment.finetune_transform(
             args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
         )
@@ -323,24 +326,6 @@ def main(args: argparse.Namespace) -> None:
             run.after_epoch(epoch, **values, n_parameters=params)
         info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
         dist.cleanup()
-
-
-def first_network(run: Run, num_classes: int) -> tuple[argparse.Namespace, nn.Module]:
-    """The network, with the weights of --finetune unless the run is resumed, and the arguments.
-
-    Images are normalised as in the file, unless flag or recipe says how.
-    """
-    args = run.args
-    source = checkpoint.Source.of(run.resumed_from, run.saved) if run.saved else checkpoint.Source.read(args.finetune)
-    args = run.args = source.complete(args, get_args_parser(), take=('mean', 'std'))
-    with source.expected(args):
-        core = create_classifier(args, num_classes)
-        check_steps(core, args)
-        options = {'label': source.path, 'ema': args.finetune_ema, 'flag': '--finetune_ema'}
-        run.load(core, source.container if args.finetune else None, **options)
-    if not run.saved:
-        run.notices += source.notices
-    return args, core
 
 
 def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:

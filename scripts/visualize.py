@@ -53,8 +53,7 @@ def main(args: argparse.Namespace) -> None:
     source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
     args = source.complete(args, get_args_parser())
     with source.expected(args):
-        core = main_pretrain.create_model(args)
-        main_pretrain.check_step(core, args)
+        core = main_pretrain.checked_model(args)
         loaded = load_published(core, source.container, ema=args.use_ema, label=source.path)
     for line in (loaded, *source.notices):
         console.say(str(line))

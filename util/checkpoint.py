@@ -234,6 +234,8 @@ STATE = {
     'epoch': int,
     'step': int,
     'steps': int,
+    'scaler': dict,
+    'logger': dict,
 }  # of a run, at least
 FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune'}
 
@@ -248,6 +250,9 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         )
     instead = f'{FROM_WEIGHTS[current["stage"]]} {path}'
     whole = all(isinstance(state.get(name), kind) for name, kind in STATE.items())
+    whole = (
+        whole and state['epoch'] >= 0 <= state['step'] <= state['steps'] > 0 and 'param_groups' in state['optimizer']
+    )
     if not isinstance(saved, dict) or 'stage' not in saved or not whole:
         last = Path(path).with_name(LAST)
         such = f', such as {last}' if last.is_file() and last != Path(path) else ''

@@ -94,7 +94,7 @@ def printable(text: object, most: int | None = None) -> str:
 
 def closest(word: str, known: Iterable[str]) -> str:
     """'; did you mean --epochs?' or nothing."""
-    found = difflib.get_close_matches(word.partition('=')[0], list(known), n=3)
+    found = difflib.get_close_matches(word.partition('=')[0].lower(), list(known), n=3)
     return f'; did you mean {" or ".join(found)}?' if found else ''
 
 

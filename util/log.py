@@ -212,6 +212,7 @@ class RunLog:
         """The arguments of the run as a table, among TensorBoard's texts."""
         if self.writer is not None:
             rows = ''.join(f'| {name} | {str(value).replace("|", chr(92) + "|")} |\n' for name, value in args.items())
+            rows = rows.encode(errors='backslashreplace').decode()  # names of files that are not UTF-8
             with self.writing_events():
                 self.writer.add_text('arguments', f'| argument | value |\n|---|---|\n{rows}', epoch_1000x)
 
