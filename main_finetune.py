@@ -157,7 +157,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def checked_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """`create_classifier`; raises UserError for what would fail in its first step, or in its evaluation."""
+    """`create_classifier`. Raises UserError for one that would fail in its first step, or in its evaluation."""
     core = create_classifier(args, num_classes)
     if not args.eval:
         build.check_forward(core, args, args.input_size)
@@ -277,10 +277,9 @@ def main(args: argparse.Namespace) -> None:
         if run.nothing_left():
             return
         run.notices += [*train.notes, *val.notes]
-        make = partial(checked_classifier, num_classes=num_classes)
-        options = {'ema': args.finetune_ema, 'flag': '--finetune_ema'}
-        core = run.network(args.finetune, get_args_parser(), make, **options)
-        args = run.args
+        args, core = run.first_network(
+            partial(checked_classifier, num_classes=num_classes), get_args_parser(), 'finetune'
+        )
         crop = augment.finetune_transform(
             args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
         )

@@ -34,20 +34,13 @@ METHODS = (models_mirl, models_a2mim, models_localmim, models_mixmae)
 
 def find_method(name: str | None) -> ModuleType:
     """The models_*.py module whose `__all__` holds this name. Raises UserError with the closest ones."""
-    if name is None:
+    if not name:
         raise UserError('--model NAME is needed; --model list shows them')
     for module in METHODS:
         if name in module.__all__:
             return module
     known = [n for module in METHODS for n in module.__all__]
     raise UserError(f'unknown --model {name}{closest(name, known) or "; known: " + ", ".join(known)}')
-
-
-def check_step(core: nn.Module, args: argparse.Namespace) -> None:
-    """Raise UserError for a pretraining model that would fail in its first step."""
-    build.check_forward(
-        core, args, args.input_size, lambda n: (core.plan_from_noise(rng.picture_noise(core, args.seed, n)),)
-    )
 
 
 def create_model(args: argparse.Namespace) -> nn.Module:
@@ -60,9 +53,11 @@ def create_model(args: argparse.Namespace) -> nn.Module:
 
 
 def checked_model(args: argparse.Namespace) -> nn.Module:
-    """`create_model`; raises UserError for what would fail in its first step."""
+    """`create_model`. Raises UserError for one that would fail in its first step."""
     core = create_model(args)
-    check_step(core, args)
+    build.check_forward(
+        core, args, args.input_size, lambda n: (core.plan_from_noise(rng.picture_noise(core, args.seed, n)),)
+    )
     return core
 
 
@@ -107,9 +102,7 @@ def main(args: argparse.Namespace) -> None:
         if run.nothing_left():
             return
         run.notices += train.notes
-        options = {'ema': args.init_ema, 'flag': '--init_ema', 'new_decoder': True}
-        core = run.network(args.init, get_args_parser(), checked_model, **options)
-        args = run.args
+        args, core = run.first_network(checked_model, get_args_parser(), 'init', new_decoder=True)
         rules = build.param_rules(method, core, args.rule_kwargs)
         build.apply_options(core, args)
 

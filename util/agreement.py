@@ -25,6 +25,7 @@ from util.training import amp_dtype
 MAY_DIFFER = {  # arguments, and why
     'data_path': 'a disk of each machine; the names below it are compared',
     'config': 'a path; what it sets is compared',
+    'given': 'which flags; what they set is compared',
     'num_workers': 'no number depends on it',
     'pin_mem': 'no number depends on it',
     'data_retries': 'no number depends on it',

@@ -223,7 +223,10 @@ def check_healthy(saved: dict, path: Path) -> None:
             raise CheckpointError(f'{path}: {error}; resume an earlier checkpoint') from error
 
 
-STATE = {**dict.fromkeys(('model', 'optimizer', 'record'), dict), **dict.fromkeys(('epoch', 'step', 'steps'), int)}
+STATE = {  # of a run, at least
+    **dict.fromkeys(('model', 'optimizer', 'scaler', 'logger', 'record'), dict),
+    **dict.fromkeys(('epoch', 'step', 'steps'), int),
+}
 FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune'}
 
 
@@ -237,6 +240,9 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         )
     instead = f'{FROM_WEIGHTS[current["stage"]]} {path}'
     whole = all(isinstance(state.get(name), kind) for name, kind in STATE.items())
+    whole = (
+        whole and state['epoch'] >= 0 <= state['step'] <= state['steps'] > 0 and 'param_groups' in state['optimizer']
+    )
     if not isinstance(saved, dict) or 'stage' not in saved or not whole:
         last = Path(path).with_name(LAST)
         such = f', such as {last}' if last.is_file() and last != Path(path) else ''

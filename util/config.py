@@ -31,6 +31,8 @@ HEADINGS = (  # of --help, in this order
     *('Output and resume', 'Hardware and precision', 'Distributed'),
 )
 USAGE = '%(prog)s [--FLAG VALUE ...]'  # of the mains, instead of a page of brackets
+DASHES = '\u2010\u2011\u2012\u2013\u2014\u2015\u2212'  # no hyphens: of text that a word processor has set
+LONGEST_NAME = 255  # bytes of a file's name
 MOST_WORKERS = 10  # loader processes of a rank, if not more are asked for
 README = Path(__file__).resolve().parent.parent / 'README.md'
 MODELS_BEGIN, TABLE_END = '<!-- models -->\n', '<!-- end -->'
@@ -109,7 +111,7 @@ def number(
         except ValueError:
             noun = 'a whole number' if kind is int else 'a number'
             raise argparse.ArgumentTypeError(f'must be {noun}, got {text}') from None
-        if not abs(value) < math.inf or not all(holds(value, limit) for limit, holds, _ in ends):
+        if not abs(value) <= sys.float_info.max or not all(holds(value, limit) for limit, holds, _ in ends):
             raise argparse.ArgumentTypeError(f'must be {" and ".join(words)}, got {text}')
         return value
 
@@ -126,7 +128,7 @@ def path(text: str) -> Path:
 
     A flag that was not given is None, or has its default: an empty path is an unset variable.
     """
-    if not text.strip() or '\0' in text:
+    if not text.strip() or '\0' in text or any(len(name) > LONGEST_NAME for name in os.fsencode(text).split(b'/')):
         raise argparse.ArgumentTypeError(f'must be a path, got {text!r}')
     try:
         return Path(text).expanduser()
@@ -260,7 +262,7 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError for a word too many behind a flag that takes one: it is not an argument of its own."""
         before = list(itertools.takewhile(lambda word: word != unknown, argv))
         flag = next((word for word in reversed(before) if word.startswith('--')), '').partition('=')[0]
-        if flag in self.flags and not unknown.startswith('--'):
+        if flag in self.flags and not unknown.startswith(('--', *DASHES)):
             square = ': images are square, one number is both sides' if flag in ('--input_size', '--eval_size') else ''
             many = self.flags[flag].nargs
             takes = 'one value' if many is None else 'no value' if many == 0 else f'{many} values'
@@ -268,6 +270,8 @@ class Parser(argparse.ArgumentParser):
 
     def hint(self, flag: str) -> str:
         """Who takes a flag that this parser does not know, or its closest ones."""
+        if flag[0] in DASHES:
+            return f': it begins with a dash that is no hyphen: --{flag.lstrip(flag[0]).lstrip("-")}'
         if self.other and flag.partition('=')[0] in importlib.import_module(self.other).get_args_parser().flags:
             return f': it belongs to {self.other}.py'
         return closest(flag, self.flags)
@@ -396,8 +400,14 @@ def add_model_args(parser: Parser) -> None:
     add = partial(parser.add_argument, heading='Data')
     add('--max_pixels', type=AT_LEAST_1, default=50_000_000, help='larger images are not decoded')
     add = partial(add, of_network=True)
-    add('--mean', type=number(float), nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
-    add('--std', type=ABOVE_0, nargs=3, default=list(IMAGENET_STD), help='channel standard deviations')
+    add('--mean', type=SHARE, nargs=3, default=list(IMAGENET_MEAN), help='channel means of values in 0..1')
+    add(
+        '--std',
+        type=number(float, above=0, most=1),
+        nargs=3,
+        default=list(IMAGENET_STD),
+        help='channel standard deviations',
+    )
 
     add = partial(parser.add_argument, heading='Hardware and precision')
     gpu_or_cpu = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -107,6 +107,8 @@ def no_meeting(error: RuntimeError, dist_url: str, here: Place) -> RunError:
     why = str(error).partition('\n')[0]
     if 'EADDRINUSE' in str(error) or 'already in use' in str(error):
         return UserError(f'the port of {dist_url}, where the processes meet, is in use: take another (MASTER_PORT)')
+    if 'No rendezvous handler' in why:
+        return UserError(f'--dist_url {dist_url} is no meeting place: env://, tcp://HOST:PORT or file:///PATH')
     return LostError(f'rank {here.rank} of {here.world_size} did not find the others at {dist_url}: {why}')
 
 

@@ -99,7 +99,7 @@ def listed(names: Sequence[object], most: int = 3, letters: int | None = 200) ->
 
 def closest(word: str, known: Iterable[str]) -> str:
     """'; did you mean --epochs?' or nothing."""
-    found = difflib.get_close_matches(word.partition('=')[0], list(known), n=3)
+    found = difflib.get_close_matches(word.partition('=')[0].lower(), list(known), n=3)
     return f'; did you mean {" or ".join(found)}?' if found else ''
 
 

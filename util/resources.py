@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from util import dist
-from util.errors import ResourceError, RunError, UserError
+from util.errors import LostError, ResourceError, RunError, UserError
 
 with contextlib.suppress(ImportError):  # Windows
     import resource
@@ -67,7 +67,9 @@ def program(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Na
             main(args)
         except Exception as error:
             if (line := named(error, args)) is error:
-                raise
+                if isinstance(error, RunError) or not dist.is_lost(error):
+                    raise
+                line = LostError('another rank has ended')
             line.rank = dist.rank() if dist.active() else None
             raise line from error
 

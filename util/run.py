@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from util import agreement, checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
+from util.checkpoint import Source
 from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles, Split
 from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
@@ -144,29 +145,29 @@ class Run:
         then, now = origin and origin.classes, self.classes
         return named.difference(then, now, theirs, ours) if then and now and then != now else ''
 
-    def network(
-        self, path: str | None, parser: config.Parser, make: Callable[[argparse.Namespace], nn.Module], **options
-    ) -> nn.Module:
-        """The network that `make` makes of the arguments, with the weights of a file unless the run is resumed.
+    def first_network(
+        self, make: Callable[[argparse.Namespace], nn.Module], parser: config.Parser, name: str, **options
+    ) -> tuple[argparse.Namespace, nn.Module]:
+        """The arguments, and the network, with the weights of the flag `name` unless the run is resumed.
 
-        Images are normalised as in the file, unless flag or recipe says how: `args` are completed by it.
+        Images are normalised as in the file, unless flag or recipe says how.
         """
-        source = checkpoint.Source.of(self.resumed_from, self.saved) if self.saved else checkpoint.Source.read(path)
-        self.args = source.complete(self.args, parser, take=('mean', 'std'))
-        with source.expected(self.args):
-            core = make(self.args)
-            self.load(core, source.container if path else None, label=source.path, **options)
+        path, ema = getattr(self.args, name), getattr(self.args, f'{name}_ema')
+        if ema and not path:
+            raise UserError(f'--{name}_ema needs --{name} PATH')
+        source = Source.of(self.resumed_from, self.saved) if self.saved else Source.read(path)
+        args = self.args = source.complete(self.args, parser, take=('mean', 'std'))
+        with source.expected(args):
+            core = make(args)
+            if path and not self.saved:
+                self.load(core, source.container, label=source.path, ema=ema, flag=f'--{name}_ema', **options)
         if not self.saved:
             self.notices += source.notices
-        return core
+        return args, core
 
-    def load(self, core: nn.Module, source: dict | None, **options) -> None:
-        """Fill the network of a new run from a file, if one is given; a run that is resumed has its weights."""
-        if options['ema'] and not source:
-            raise UserError(f'{options["flag"]} needs {options["flag"].removesuffix("_ema")} PATH')
-        if not source or self.saved:
-            return
-        report = load_published(core, source, **options)
+    def load(self, core: nn.Module, container: dict, **options) -> None:
+        """Fill the network of a new run from what a file holds."""
+        report = load_published(core, container, **options)
         self.weights = f'weights from {report}'
         if not report.missing and (differing := self.other_classes(report.origin, report.source, 'train/')):
             self.notices.append(f'the head that was loaded was trained for other classes: {differing}')

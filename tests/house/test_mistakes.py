@@ -1,6 +1,5 @@
 """A user's mistake ends in one line with exit code 2, before any training, and says what would be right."""
 
-import copy
 import os
 import re
 import shutil
@@ -58,6 +57,7 @@ STEPS = ['--epochs', '9', '--warmup_epochs', '1', '--lr_sched', 'step', '--lr_de
     ('flags', 'words'),
     [
         (['--model', 'mirl_vit_bas'], r'unknown --model mirl_vit_bas; did you mean mirl_vit_base'),
+        (['--model', 'MIRL_ViT_Tiny'], r'unknown --model MIRL_ViT_Tiny; did you mean mirl_vit_tiny'),
         (['--model', 'xyz'], r'unknown --model xyz; known: mirl_vit_tiny'),
         (['--epoch', '3'], r'unknown argument --epoch; did you mean --epochs'),
         (['--input_size', '32', '64'], r'--input_size takes one value, 64 is too many: images are square, one number'),
@@ -71,7 +71,11 @@ STEPS = ['--epochs', '9', '--warmup_epochs', '1', '--lr_sched', 'step', '--lr_de
         (['--batch_size', '128'], r'66 training images in .* are fewer than one step takes: batch 128 x accum 1'),
         (['--input_size', '33'], r'33 is not a multiple of patch_size 8'),
         (['--lr_sched', 'step'], r'--lr_sched step needs --lr_decay_epochs'),
-        (['--std', '0', '1', '1'], r'--std must be more than 0 and finite, got 0'),
+        (['--std', '0', '1', '1'], r'--std must be more than 0 and at most 1, got 0'),
+        (['--mean', '123', '117', '104'], r'--mean must be at least 0 and at most 1, got 123'),
+        (['--epochs', '9' * 400], r'--epochs must be at least 1, got 99'),
+        (['\u2013epochs', '3'], r'unknown argument .*: it begins with a dash that is no hyphen: --epochs'),
+        (['--output_dir', 'x' * 300], r'--output_dir must be a path, got .xxx'),
         (['--lr', 'nan'], r'--lr must be more than 0 and finite, got nan'),
         (['--betas', '0.9', '1'], r'--betas must be at least 0 and less than 1, got 1'),
         (['--clip_grad', '-1'], r'--clip_grad must be at least 0'),
@@ -271,6 +275,11 @@ def test_resuming_another_run(said, trained):
     )
     deeper = ['--batch_size', '16', '--model_kwargs', 'depth=6']
     assert_matches(said('pretrain', '--resume', good, *deeper), r"model_kwargs: {} then, {'depth': 6} now")
+    state = torch.load(good, weights_only=True)
+    for change in ({'optimizer': {}}, {'logger': None}, {'steps': 0}, {'epoch': -1}):
+        torch.save(state | change, trained / 'not-whole.pth')
+        line = said('pretrain', '--resume', trained / 'not-whole.pth', '--batch_size', '16')
+        assert_matches(line, 'holds weights but no state of a run')
     saved, own = {'head': torch.ones(3, 2), 'old': torch.ones(1)}, {'head': torch.ones(5, 2)}
     with pytest.raises(UserError, match=r'2 weights differ: head: file \[3, 2\], model \[5, 2\]; old: .* model absent'):
         checkpoint.check_same_weights(saved, own, good)
@@ -381,11 +390,10 @@ def test_too_few_cells_name_the_option(said):
 def test_a_trial_changes_nothing_and_takes_little_time(measured):
     """In shapes alone: no weight, no statistic and no random number is drawn, and a large model takes no second."""
     args = MAINS['pretrain'].get_args_parser().parse(['--model', 'a2mim_resnet50', '--device', 'cpu'])
-    core = main_pretrain.create_model(args)
-    before, drawn = copy.deepcopy(core.state_dict()), torch.get_rng_state()
+    before, drawn = main_pretrain.create_model(args).state_dict(), torch.get_rng_state()
     began = time.monotonic()
-    main_pretrain.check_step(core, args)
-    measured(f'a2mim_resnet50: the trial step took {time.monotonic() - began:.2f} s')
+    core = main_pretrain.checked_model(args)
+    measured(f'a2mim_resnet50: the model and its trial step took {time.monotonic() - began:.2f} s')
     assert same(before, core.state_dict())
     assert torch.equal(drawn, torch.get_rng_state())
     assert not any(isinstance(t, FakeTensor) for m in core.modules() for t in vars(m).values())

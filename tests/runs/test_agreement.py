@@ -44,7 +44,7 @@ def meet(monkeypatch, change) -> None:
         ({'classes': ['x']}, [DATA]),
         # a disk of each machine, and what no number depends on
         ({'data_path': Path('/b'), 'files': [f.replace('/a/data', '/b') for f in FILES], 'num_workers': 0}, []),
-        ({'device': 'cuda:3'}, []),
+        ({'device': 'cuda:3', 'given': ['lr']}, []),
     ],
 )
 def test_what_is_compared(other, names):

@@ -73,6 +73,7 @@ AVERAGES = {
     'ema': lambda state: {'ema': state},
     'state_dict_ema': lambda state: {'state_dict_ema': state},
     'model_ema': lambda state: {'model_ema': {'module': state}},
+    'averaged': lambda state: {'averaged': {'decay': 0.9, 'shadow': state}},
     'ema_state_dict': lambda state: {'ema_state_dict': under('module.', state) | {'steps': torch.ones(1)}},
     'ema_*': lambda state: {'ema_' + key.replace('.', '_'): value for key, value in state.items()},
     'ema_model.*': lambda state: under('ema_model.module.', state),
@@ -297,7 +298,8 @@ def test_fields_are_bounded(kind, tmp_path):
             for part in read_checkpoint(tmp_path / 'a.pth').values():
                 repr(part)
             load_published(vit(1), tmp_path / 'a.pth')
-    state = own | {'optimizer': {}, 'record': {}, 'epoch': 1, 'step': 1, 'steps': 2, 'schema': 1}
+    state = own | {'optimizer': {'param_groups': []}, 'scaler': {}, 'logger': {}, 'record': {}}
+    state |= {'epoch': 1, 'step': 1, 'steps': 2, 'schema': 1}
     current = {'stage': 'finetune', 'model': 'm', 'mean': [0.5]}
     for key, words in (('stage', 'is a checkpoint of main_'), ('model', 'other settings'), ('mean', 'other settings')):
         with pytest.raises(CheckpointError, match=words) as caught:

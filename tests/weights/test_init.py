@@ -102,7 +102,7 @@ def test_from_others():
 
 def test_runs(images, tmp_path, capsys):
     """--init starts at step 0 with the file's weights; a resume wins over it; another data set is pointed to it."""
-    first = train('pretrain', images, tmp_path / 'a', *FLAGS)
+    first = train('pretrain', images, tmp_path / 'a', *FLAGS, '--mean', '0.4', '0.4', '0.4')
     assert 'weights: random, from seed 0\n' in capsys.readouterr().out
     flags = [*FLAGS, '--lr', '1e-20', '--weight_decay', '0']
     start = ['--init', tmp_path / 'a' / 'checkpoint-last.pth', '--seed', '3', '--resume', 'auto']
@@ -110,14 +110,18 @@ def test_runs(images, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f'weights from {start[1]}: our MIRL pretraining: 120 loaded\n' in out
     assert 'resumed' not in out
+    assert second['args']['mean'] == [0.4] * 3
+    assert '--mean 0.4 0.4 0.4' in out
     assert all(torch.allclose(value, first['model'][key]) for key, value in second['model'].items())
     assert (second['epoch'], second['step']) == (0, 2)
-    train('pretrain', images, tmp_path / 'b', *flags, *start)
+    train('pretrain', images, tmp_path / 'b', *flags, '--epochs', '2', *start)
     out = capsys.readouterr().out
     assert 'weights from' not in out
     assert 'nothing is left to train' in out
     with pytest.raises(UserError, match=r'seed: 0 then, 4 now; to start a new run from its weights: --init .*a/check'):
         train('pretrain', images, tmp_path / 'c', *FLAGS, '--resume', start[1], '--seed', '4')
+    with pytest.raises(UserError, match=r'was written by .* mirl_vit_tiny, not for --model mixmae_tiny'):
+        train('pretrain', images, tmp_path / 'c', *FLAGS, *start[:2], '--model', 'mixmae_tiny')
     with pytest.raises(UserError, match='--init_ema needs --init PATH'):
         train('pretrain', images, tmp_path / 'c', *FLAGS, '--init_ema')
     assert not load(tmp_path / 'b')['model'].keys() ^ first['model'].keys()

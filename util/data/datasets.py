@@ -296,7 +296,7 @@ def list_images(folder: Path, left: LeftOut | None = None) -> list[str]:
     Raises UserError if there are none, or for a folder that cannot be listed.
     """
     if not os.path.isdir(folder):
-        raise UserError(f'no such folder: {folder}')
+        raise UserError(f'{folder} is a file, not a folder' if os.path.isfile(folder) else f'no such folder: {folder}')
     left = left or LeftOut()
     if files := images_below(folder, left):
         return files
@@ -337,11 +337,14 @@ def nearby(data_path: Path) -> str:
     return ''
 
 
-def advice(data_path: Path) -> str:
-    """What to do where there is no `train/` or `val/`."""
+def advice(data_path: Path, split: str) -> str:
+    """What to do where there is no `train/` or `val/`, a split."""
     if hint := nearby(data_path):
         return hint
     whole = 'train/' if os.path.isdir(data_path / 'train') else f'the class folders in {data_path}'
+    for name in ('valid', 'validation'):
+        if os.path.isdir(data_path / name) and split == 'val':
+            return f'; there is {name}/: rename it, or link val to it'
     if os.path.isdir(data_path / 'val') or (whole != 'train/' and len(folders_in(data_path)) < 2):
         return ''
     return f'; without val/, --val_share 0.1 takes a tenth of {whole} for validation'
@@ -355,7 +358,7 @@ def labelled_files(data_path: Path, split: str, download: bool = False) -> Split
     folder, left = data_path / split, LeftOut()
     if not os.path.isdir(folder):
         missing = folder if os.path.isdir(data_path) else data_path
-        raise UserError(f'no such folder: {missing}; {data_path} should hold {CLASS_FOLDERS}{advice(data_path)}')
+        raise UserError(f'no such folder: {missing}; {data_path} should hold {CLASS_FOLDERS}{advice(data_path, split)}')
     folders, loose = scan(folder, left)
     if not folders:
         found = f'{len(loose)} images, but no class folders' if loose else 'no class folders'

@@ -186,6 +186,8 @@ def plain_or_averaged(container: dict, found: dict, ema: bool, flag: str, report
     where, average = find_average(container, found, twins)
     if not ema:
         report.ignored += twins
+        if average and not any(isinstance(value, Tensor | np.ndarray | tuple) for value in found.values()):
+            raise CheckpointError(f'holds averaged weights alone ({printable(where, 80)}): {flag} takes them')
         if average and average is not found:
             report.hint = f'; the file also holds averaged weights ({printable(where, 80)}): {flag} takes them'
         return {key: value for key, value in found.items() if key not in twins} if twins else found
@@ -203,7 +205,7 @@ def find_average(container: dict, found: dict, twins: dict[str, str]) -> tuple[s
         return 'state_dict', found
     for key, value in container.items():
         if isinstance(value, dict) and AVERAGED.fullmatch(str(key)):
-            inner = find_weights(value, COMMON_WRAPPERS)
+            inner = find_weights(value, (*COMMON_WRAPPERS, 'shadow'))
             if any(isinstance(weight, Tensor | np.ndarray) for weight in inner.values()):
                 return str(key), inner
     if twins:
