@@ -49,6 +49,7 @@ def test_what_is_no_image_is_left_out_and_said(data):
     (where / 'y.jpg').symlink_to('nowhere')
     (where / 'self.jpg').symlink_to('self.jpg')
     (where / 'z.jpg').mkdir()
+    (where / 'loop').symlink_to('..')
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind(os.path.relpath(where / 's.png'))
     left = datasets.LeftOut()
@@ -59,6 +60,7 @@ def test_what_is_no_image_is_left_out_and_said(data):
         'special files': 2,
         'broken links': 2,
         'folders named like images': 1,
+        'links to a folder that holds them': 1,
     }
     (data / 'train/loose.png').touch()
     [train] = splits_of(data, splits=('train',))

@@ -117,7 +117,7 @@ def test_runs(images, tmp_path, capsys):
     train('pretrain', images, tmp_path / 'b', *flags, '--epochs', '2', *start)
     out = capsys.readouterr().out
     assert 'weights from' not in out
-    assert 'nothing is left to train' in out
+    assert 'resumed from' in out
     with pytest.raises(UserError, match=r'seed: 0 then, 4 now; to start a new run from its weights: --init .*a/check'):
         train('pretrain', images, tmp_path / 'c', *FLAGS, '--resume', start[1], '--seed', '4')
     with pytest.raises(UserError, match=r'was written by .* mirl_vit_tiny, not for --model mixmae_tiny'):

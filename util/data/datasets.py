@@ -257,6 +257,11 @@ def cannot_list(error: OSError) -> UserError:
     return UserError(f'cannot list the folder {printable(str(error.filename))}: {error.strerror}')
 
 
+def encloses(folder: Path, path: str) -> bool:
+    """Whether a path lies in a folder: a link from there to the folder would give it all images, of any class."""
+    return Path(os.path.realpath(os.path.dirname(path))).is_relative_to(folder)
+
+
 def kind_of(entry: os.DirEntry) -> str:
     """From what listing the folder has told: only of a link it is looked up what it leads to."""
     if entry.name[0] == '.' or entry.name in LEFT_BY_SYSTEMS:
@@ -265,7 +270,8 @@ def kind_of(entry: os.DirEntry) -> str:
         if entry.is_file():
             return 'file'
         if entry.is_dir():
-            return 'folder'
+            around = entry.is_symlink() and Path(os.path.realpath(entry.path))
+            return 'links to a folder that holds them' if around and encloses(around, entry.path) else 'folder'
     except OSError as error:
         if error.errno != errno.ELOOP:  # reading it will tell what is wrong
             return 'file'
