@@ -63,7 +63,7 @@ def renewed(readme: str, known: dict[str, list[str]]) -> str:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
     parser.add_argument('--all', action='store_true', help='measure models that are in the table, too')
     text = README.read_text(encoding='utf-8')
     README.write_text(renewed(text, {} if parser.parse_args().all else known(text)), encoding='utf-8')
