@@ -165,7 +165,7 @@ def test_two_ranks(images, tmp_path, monkeypatch):
     assert tuned.stdout.count('BatchNorm keeps its running statistics per process on CPU') == 1
     logged = json.loads((tmp_path / 'tuned' / 'log.txt').read_text().splitlines()[-1])
     reports = []
-    monkeypatch.setattr(main_finetune, 'report', reports.append)
+    monkeypatch.setattr(main_finetune, 'report', lambda stats, *reader, **labelled: reports.append(stats))
     source = ['--eval', '--resume', tmp_path / 'tuned' / 'checkpoint-last.pth']
     for prefix, more in (('test', []), ('test_ema', ['--use_ema'])):
         train('finetune', images, tmp_path / 'tuned', *flags, *source, *more)
