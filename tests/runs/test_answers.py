@@ -96,6 +96,7 @@ for _ in range(60):
         ({'model_kwargs': {'depth': '__import__("os")'}}, 'mirl_vit_tiny: '),
         ({'model_kwargs': NESTED}, 'names no model'),
         ({'model_kwargs': {'depth': [10**6]}}, 'its model_kwargs is beyond all sizes'),
+        ({'nb_classes': 21_841}, 'cannot be evaluated as mirl_vit_tiny with 21841 classes'),  # not too many
     ],
 )
 def test_what_a_file_says_is_checked(images, tuned, tmp_path, args, words):
