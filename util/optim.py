@@ -198,8 +198,8 @@ class GuardedOptimizer:
         bad = (~norm.isfinite()).float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)
-        # torch's fused kernels, and `SkipsSteps`, leave weights and state alone where this is 1. Not by `scaler.step`, which
-        # would go by its own finding: that misses a norm that overflows, and what a loss scale of 0 makes of gradients
+        # torch's fused kernels, and `SkipsSteps`, leave weights and state alone where this is 1. Not by `scaler.step`,
+        # which would go by its own finding: that misses a norm that overflows, and what a scale of 0 makes of gradients
         self.inner.found_inf = bad
         self.inner.step()
         scale = self.scaler.scale(torch.ones_like(self.scale))

@@ -4,7 +4,7 @@ from torch import nn
 
 
 class ProbeHead(nn.Sequential):
-    """BatchNorm without affine, which a linear layer of these features makes up for, and that layer: [N, D] -> logits."""
+    """Features [N, D] -> logits [N, classes]: BatchNorm without affine, and a linear layer."""
 
     def __init__(self, width: int, num_classes: int):
         super().__init__(nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, num_classes))
