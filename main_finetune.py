@@ -301,8 +301,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         return evaluate_checkpoint(args)
     method = find_method(args.model)
-    config.check_common_args(args)
     check_probe(args)
+    config.check_common_args(args)
     config.check_schedule(args)
     train, val = named.labelled_splits(args, ('train', 'val'))
     num_classes = args.nb_classes or len(train.classes)
