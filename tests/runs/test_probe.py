@@ -149,27 +149,24 @@ def test_the_encoder_stays_as_it_is(name, images, tmp_path, monkeypatch):
 
 
 def test_the_whole_way(images, tmp_path, capsys):
-    """Pretrained, probed, evaluated; a probe's encoder into a classifier, and a classifier's into a probe."""
+    """Pretrained, probed, evaluated, and fine-tuned from there; a classifier is no probe."""
 
     def lines(*flags) -> str:
         main_finetune.main(parse(*arguments(images, tmp_path / 'out', '--batch_size', '16', *flags)))
         return capsys.readouterr().out
 
-    train('pretrain', images, tmp_path / 'pretrained', *SHORT, '--batch_size', '16')
-    probed = [*PROBE, '--cls_token', '--finetune', tmp_path / 'pretrained' / 'checkpoint-last.pth']
-    saved = train('finetune', images, tmp_path / 'probed', *probed, '--use_ema')
+    one = ['--batch_size', '32', '--epochs', '1', '--warmup_epochs', '0']
+    train('pretrain', images, tmp_path / 'pretrained', *one)
+    probed = [*PROBE, *one, '--cls_token', '--use_ema', '--finetune', tmp_path / 'pretrained' / 'checkpoint-last.pth']
+    saved = train('finetune', images, tmp_path / 'probed', *probed)
     assert (saved['args']['probe'], saved['args']['opt'], saved['run']['probe']) == ('linear', 'lars', 'linear')
-    text = capsys.readouterr().out
+    text, last = capsys.readouterr().out, tmp_path / 'probed' / 'checkpoint-last.pth'
     assert 'mirl_vit_tiny: 291 trainable parameters' in text  # 3 x 96 and 3
     assert 'missing, stay as initialised (head.0.running_mean' in text
-    for name in ('checkpoint-last.pth', 'checkpoint-best.pth'):
-        told = lines('--eval', '--resume', tmp_path / 'probed' / name)
-        assert 'taken from' in told
-        assert '--probe linear' in told
+    told = lines('--eval', '--resume', last)
+    assert f'taken from {last}: --no_global_pool --probe linear' in told
     assert re.findall(r'^\* Acc@1 .*$', told, re.M)[-1] in text
-    one = ['--epochs', '1', '--warmup_epochs', '0', '--finetune', tmp_path / 'probed' / 'checkpoint-last.pth']
-    told = lines(*one)
-    assert ', head.0.running_mean [96], ' in told
+    assert ', head.0.running_mean [96], ' in lines(*one, '--finetune', last)  # among those that are ignored
     with pytest.raises(UserError, match=r'cannot be evaluated as .* missing, stay as initialised'):
         lines('--eval', '--probe', 'linear', '--resume', tmp_path / 'out' / 'checkpoint-last.pth')
 
@@ -189,7 +186,10 @@ def test_defaults():
     [
         (['--mixup', '0.8', '--drop_path', '0.1'], 'it does not take --drop_path 0.1 --mixup 0.8$'),
         (['--grad_checkpoint'], 'it does not take --grad_checkpoint$'),
-        (['--config', 'mirl_vit_base_finetune'], '; --config .* is for fine-tuning: .*mirl_vit_base_linprobe.yaml$'),
+        (
+            ['--config', 'mirl_vit_base_finetune'],
+            'is for fine-tuning: .*mirl_vit_tiny_cifar10_linprobe.yaml$',
+        ),
         (['--weight_decay', '0.1'], '--opt lars has no weight decay: give --weight_decay 0, got 0.1'),
         (['--batch_size', '1'], 'cannot take 1 image of 32 pixels: Expected more than 1 value per channel'),
     ],
@@ -233,4 +233,4 @@ def test_recipes(name):
     for other in RECIPES.glob(f'{name.removesuffix("_linprobe")}*_finetune*.yaml'):
         [trained] = map(float, re.findall(r'products: ([\d.]+) GFLOP', text_of(other.stem)))
         if resolve(other.stem).input_size == args.input_size and resolve(other.stem).model == args.model:
-            assert gflop == pytest.approx(trained / 3, rel=0.03), other
+            assert gflop == pytest.approx(trained / 3, rel=0.04), other
