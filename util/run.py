@@ -281,8 +281,9 @@ class Run:
             info(notice)
         dropped = f'; {counted(dropped, "image")} of each epoch fill no step and are dropped' if dropped else ''
         info(f'{counted(sampler.num_samples, "training image")}, {counted(sampler.steps, "step")} an epoch{dropped}')
-        if dist.has_batchnorm(training.core) and dist.world_size() > 1 and training.device.type == 'cpu':
-            info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
+        apart = training.device.type == 'cpu' or getattr(args, 'probe', None)  # else it is SyncBatchNorm
+        if dist.has_batchnorm(training.core) and dist.world_size() > 1 and apart:
+            info("BatchNorm keeps its running statistics per process; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
         position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'

@@ -246,7 +246,7 @@ def test_roles_at_resume():
     pretrain, finetune = roles('pretrain'), roles('finetune')
     assert pretrain.keys() == finetune.keys() == {'same', 'warn', 'free'}
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
-    assert finetune['same'] == both | {'val_share', 'repeated_aug'}
+    assert finetune['same'] == both | {'val_share', 'repeated_aug', 'probe'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
 
 
