@@ -33,7 +33,7 @@ from util.training import Training
 with contextlib.suppress(ImportError):  # Windows
     import resource
 
-WARM_UP, STEPS, FEWEST = 2, 10, 3  # steps
+WARM_UP, STEPS, FEWEST = 2, 12, 3  # steps that do not count, and the most and fewest in all
 STEPS_S, STEP_S, LOADER_S = 30, 4, 3  # seconds that all steps, one step, and the loader alone may take, about
 SMALL = 4  # images that a step is measured with at least
 RANKS = (1, 8, 16, 64)  # of the table
@@ -125,7 +125,6 @@ class Costs(NamedTuple):
     forward: float
     step: float  # forward and backward
     kept: float  # bytes, from the forward to the backward
-    seconds: float  # forward and backward of a small batch
 
 
 @contextlib.contextmanager
@@ -151,11 +150,9 @@ def measured_costs(training: Training, forward: Forward, batch: Batch) -> Costs:
             loss.backward()
             whole = counter.get_total_flops()
         kept = (kept_bytes(training, forward, more) - kept_bytes(training, forward, few)) / n
-        began = clock(training.device)
         training.optimizer.backward(forward(few, 0, 0)[0])
-        seconds = clock(training.device) - began
         training.optimizer.step()  # makes the moments
-    return Costs(ahead / n, whole / n, kept, seconds / n)
+    return Costs(ahead / n, whole / n, kept)
 
 
 def kept_bytes(training: Training, forward: Forward, batch: Batch) -> int:
@@ -167,7 +164,7 @@ def kept_bytes(training: Training, forward: Forward, batch: Batch) -> int:
         return tensor.detach()  # the tensor itself could hold itself alive
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = forward(batch, 0, 0)
+        _graph = forward(batch, 0, 0)  # it holds what is counted
     own = {tensor.untyped_storage().data_ptr() for tensor in (*training.core.parameters(), *training.core.buffers())}
     return sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
 
@@ -202,15 +199,20 @@ def gpu_peak(training: Training, forward: Forward, batch: Batch, n: int) -> int:
         return torch.cuda.max_memory_allocated()
 
 
-def measured_batch(training: Training, costs: Costs, fits: int) -> int:
-    """How many images of a micro-step to measure with: --batch_size, or a power of 2 that time and memory allow."""
-    whole = training.args.batch_size
+def measured_batch(training: Training, forward: Forward, batch: Batch, costs: Costs, fits: float) -> int:
+    """How many images of a micro-step to measure with: all, or as many as time and memory allow."""
+    whole, n = len(batch[0]), min(SMALL, len(batch[0]))
     if training.device.type == 'cpu':
         room = resources.memory_limit()[0] / dist.local_ranks() - peak_rss()
         fits = room / (2 * costs.kept)  # the backward has its own needs
-    allowed = min(fits, STEP_S / (costs.seconds * min(2, training.sampler.accum_iter)))
-    fewer = 2 ** int(math.log2(max(allowed, SMALL)))
-    return -dist.largest(-min(whole, fewer if allowed < whole else whole))
+    while n < whole and 2 * n <= fits:
+        began = clock(training.device)
+        with alone(training):
+            forward(of_size(batch, n), 0, 0)[0].backward()
+        if 2 * (clock(training.device) - began) * min(2, training.sampler.accum_iter) > STEP_S:
+            break
+        n = min(2 * n, whole)
+    return -dist.largest(-n)
 
 
 def largest_batch(peak: Callable[[int], float], room: float, batch: int) -> int:
@@ -256,8 +258,8 @@ class Times(NamedTuple):
 def timed_steps(training: Training, forward: Forward, data: Iterator[Batch], n: int) -> Times:
     """Some steps with n images of each batch; of a step's micro-steps two stand for all."""
     accum_iter, device, rows = training.sampler.accum_iter, training.device, []
-    micro_steps, began = min(2, accum_iter), math.inf
-    for number in range(WARM_UP + STEPS):
+    micro_steps = min(2, accum_iter)
+    for number in range(STEPS):
         waits, works = [], []
         for micro in range(micro_steps):
             asked = clock(device)
@@ -272,13 +274,12 @@ def timed_steps(training: Training, forward: Forward, data: Iterator[Batch], n: 
         training.optimizer.step()
         if training.ema:
             training.ema.update(training.core, number, training.optimizer.skipped)
-        if number >= WARM_UP:
-            rows.append((statistics.mean(waits), works[0], works[-1], clock(device) - ended))
-        elif number + 1 == WARM_UP:
-            began = clock(device)
-        if dist.largest(int(len(rows) >= FEWEST and time.perf_counter() - began > STEPS_S)):
+        rows.append((statistics.mean(waits), works[0], works[-1], clock(device) - ended))
+        if number == 0:
+            began = clock(device)  # the first step may compile
+        if dist.largest(int(len(rows) >= FEWEST and clock(device) - began > STEPS_S)):
             break
-    return Times(*map(statistics.median, zip(*rows, strict=True)))
+    return Times(*map(statistics.median, zip(*rows[min(WARM_UP, len(rows) - FEWEST + 1) :], strict=True)))
 
 
 class Estimate(NamedTuple):
@@ -337,7 +338,7 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
     fits = 0
     if training.device.type == 'cuda':
         fits = largest_batch(partial(gpu_peak, training, forward, batch), free_on_gpu(), args.batch_size)
-    n = measured_batch(training, costs, fits)
+    n = measured_batch(training, forward, batch, costs, fits)
     times = timed_steps(training, forward, endless(batches), n)
     tell_memory(training, costs, n, fits)
     estimate = Estimate(
@@ -421,10 +422,10 @@ def tell_data(args: argparse.Namespace, training: Training, estimate: Estimate) 
     takes = estimate.batch * estimate.accum_iter / estimate.compute_s(estimate.batch, estimate.accum_iter)
     processes, here = max(1, args.num_workers), dist.local_ranks()
     needed = math.ceil(processes * takes / estimate.loader)
-    own = counted(args.num_workers, 'loader process').replace('processs', 'processes')
     info(
-        f'data: {own} of a rank alone: {estimate.loader:.3g} images/s; its network takes {takes:.3g}, for which '
-        f'--num_workers {needed} would do: {needed * here} cores for the {counted(here, "rank")} of this machine'
+        f'data: the loader of a rank alone makes {estimate.loader:.3g} images/s with --num_workers {args.num_workers}, '
+        f'and the network takes {takes:.3g}: --num_workers {needed} would feed it, with '
+        f'{counted(needed * here, "core")} for the {counted(here, "rank")} of this machine'
     )
 
 
@@ -432,9 +433,7 @@ def tell_hours(training: Training, estimate: Estimate) -> None:
     """The run's hours on this many ranks and on others."""
     gpu = 'GPU' if training.device.type == 'cuda' else 'process'
     tests = f', and {estimate.tests:,} evaluated images' if estimate.tests else ''
-    info(
-        f'the whole run: {counted(estimate.steps, "step")}{tests}; on other numbers of ranks if each is as fast as here'
-    )
+    info(f'the whole run: {counted(estimate.steps, "step")}{tests}; on more ranks if each is as fast as here')
     for ranks in sorted({*RANKS, estimate.ranks}):
         if split := estimate.split(ranks):
             hours, here = estimate.hours(ranks), ', here' * (ranks == estimate.ranks)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import signal
 import subprocess
 import time
@@ -262,6 +263,8 @@ class Run:
         """What the run's checkpoints take, and what is free. Raises StorageError without room for one."""
         folder = self.args.output_dir.absolute()
         there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):  # a dry run has not tried it
+            raise StorageError(f'cannot write to the output folder {folder}: {there} cannot be written to')
         return checkpoint.check_space(there, self.training.sizes(), self.kept_checkpoints())
 
     def kept_checkpoints(self) -> int:
