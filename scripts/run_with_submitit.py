@@ -38,6 +38,7 @@ import main_pretrain
 from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.errors import STOPPED, UserError, closest, run_main
+from util.recipes import find_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
@@ -273,7 +274,8 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
         if not getattr(args, 'eval', False):
             config.check_schedule(args)
         optim.accumulation(args)
-    paths = {key: value.absolute() for key, value in vars(args).items() if isinstance(value, Path)}
+    given = vars(args) | ({'config': find_recipe(args.config)} if args.config else {})  # which may be a bare name
+    paths = {key: value.absolute() for key, value in given.items() if isinstance(value, Path)}
     apart = {key: paths[key] / label for key in ('output_dir', 'log_dir') if key in paths}
     return argparse.Namespace(**{**vars(args), **paths, **apart})
 
@@ -461,7 +463,7 @@ def try_here(options: argparse.Namespace, jobs: dict[str, argparse.Namespace]) -
         if estimate and device == args.device:
             hours, most = estimate.hours(tasks), options.timeout * (options.max_requeues + 1) / 60
             more = 'WARNING: more than' if hours > most else 'within'
-            console.say(f'the job: {hours:.3g} hours on {tasks} ranks as fast as here; {more} its {most:.3g} hours')
+            console.say(f'the job: {hours:.3g} h on {tasks} ranks as fast as here, {more} its {most:.3g} h')
         elif estimate:
             console.say(f'the job: its hours are not known, since there is no {args.device} here')
 

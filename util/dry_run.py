@@ -395,7 +395,8 @@ def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
         peak, where = torch.cuda.max_memory_allocated(), f'GPU memory, {size(free_on_gpu())}'
     else:
         room, whose = resources.memory_limit()
-        peak, where, told = peak_rss(), f'the {size(room)} that {whose}', 'by arithmetic'
+        shared = f'of each of {dist.local_ranks()} ranks, ' if dist.local_ranks() > 1 else ''
+        peak, where, told = peak_rss(), f'the {size(room)} that {whose}', f'{shared}by arithmetic'
         most = n + int((room / dist.local_ranks() - peak) / costs.kept)
     scaled = f', by arithmetic {size(peak + (batch - n) * costs.kept)} with {batch}' if n < batch else ''
     info(f'memory in a step: up to {size(peak)} with {counted(n, "image")}{scaled}')
