@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,14 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import dist, resources
 from util.data import datasets
 from util.data.images import Reader, reason
-from util.errors import RunError
+from util.errors import RunError, printable
 from util.log import counted, info
 from util.resources import size
 from util.run import Run
 from util.training import Training
-
-with contextlib.suppress(ImportError):  # Windows
-    import resource
 
 WARM_UP, STEPS, FEWEST = 2, 12, 3  # steps that do not count, and the most and fewest in all
 STEPS_S, STEP_S, LOADER_S = 30, 4, 3  # seconds that all steps, one step, and the loader alone may take, about
@@ -90,7 +86,7 @@ def check_images(run: Run, name: str, split: datasets.Split) -> None:
         then = f': more than the {reader.most(images)} that --max_bad_images allows'
     info(f'{name}: {len(bad):,} of {images:,} images cannot be read{then}')
     for path, why in bad:
-        info(f'  {path}: {why}')
+        info(f'  {printable(path)}: {why}')
 
 
 def loader_speed(batches: datasets.Loader) -> tuple[float, Batch]:
@@ -112,7 +108,7 @@ def endless(batches: datasets.Loader) -> Iterator[Batch]:
 
 def of_size(batch: Batch, n: int) -> Batch:
     """The first n images of a batch, or more than it has, repeated."""
-    return [part[torch.arange(n) % len(part)] for part in batch]
+    return [part[:n] if n <= len(part) else part[torch.arange(n) % len(part)] for part in batch]
 
 
 # --------------------------------------------------------------------------
@@ -179,11 +175,6 @@ def clock(device: torch.device) -> float:
 # memory
 
 
-def peak_rss() -> int:
-    """The most bytes of memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
 def free_on_gpu() -> int:
     """The bytes of GPU memory that this process has or can get."""
     torch.cuda.empty_cache()
@@ -203,9 +194,9 @@ def measured_batch(training: Training, forward: Forward, batch: Batch, costs: Co
     """How many images of a micro-step to measure with: all, or as many as time and memory allow."""
     whole, n = len(batch[0]), min(SMALL, len(batch[0]))
     if training.device.type == 'cpu':
-        room = resources.memory_limit()[0] / dist.local_ranks() - peak_rss()
-        fits = room / (2 * costs.kept)  # the backward has its own needs
-    while n < whole and 2 * n <= fits:
+        room = resources.memory_limit()[0] / dist.local_ranks() - resources.peak_memory()
+        fits = room / (2 * max(costs.kept, 1))  # the backward has its own needs
+    while n < whole and min(2 * n, whole) <= fits:
         began = clock(training.device)
         with alone(training):
             forward(of_size(batch, n), 0, 0)[0].backward()
@@ -338,6 +329,7 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
     fits = 0
     if training.device.type == 'cuda':
         fits = largest_batch(partial(gpu_peak, training, forward, batch), free_on_gpu(), args.batch_size)
+        torch.cuda.reset_peak_memory_stats()
     n = measured_batch(training, forward, batch, costs, fits)
     times = timed_steps(training, forward, endless(batches), n)
     tell_memory(training, costs, n, fits)
@@ -391,17 +383,18 @@ def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
     listed = ', '.join(f'{name} {size(nbytes)}' for name, nbytes in parts.items())
     info(f'memory of a rank: {listed}; from forward to backward {size(costs.kept)} of an image')
     if training.device.type == 'cuda':
-        most, told = fits, 'tried, without --compile' if training.args.compile else 'tried'
-        peak, where = torch.cuda.max_memory_allocated(), f'GPU memory, {size(free_on_gpu())}'
+        most, told = f'{fits:,}', 'tried, without --compile' if training.args.compile else 'tried'
+        peak, where = torch.cuda.max_memory_allocated(), f'the {size(free_on_gpu())} of GPU memory'
     else:
         room, whose = resources.memory_limit()
-        shared = f'of each of {dist.local_ranks()} ranks, ' if dist.local_ranks() > 1 else ''
-        peak, where, told = peak_rss(), f'the {size(room)} that {whose}', f'{shared}by arithmetic'
-        most = n + int((room / dist.local_ranks() - peak) / costs.kept)
+        shared = f' for {dist.local_ranks()} ranks' if dist.local_ranks() > 1 else ''
+        peak, where, told = resources.peak_memory(), f'the {size(room)} that {whose}{shared}', 'by arithmetic'
+        fits = n + int((room / dist.local_ranks() - peak) / max(costs.kept, 1))
+        most = f'at most {fits:,}'
     scaled = f', by arithmetic {size(peak + (batch - n) * costs.kept)} with {batch}' if n < batch else ''
     info(f'memory in a step: up to {size(peak)} with {counted(n, "image")}{scaled}')
-    warning = 'WARNING: it is less than --batch_size; ' if most < batch else ''
-    info(f'{warning}largest batch in {where}: {most:,} images ({told})')
+    warning = f'WARNING: --batch_size {batch} is too large; ' if fits < batch else ''
+    info(f'{warning}largest batch in {where}: {most} images ({told})')
 
 
 def tell_speed(training: Training, estimate: Estimate, costs: Costs, n: int) -> None:

@@ -175,6 +175,11 @@ def memory_limit() -> tuple[int, str]:
     return min(limits), limits[min(limits)]
 
 
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
 def room_of_shm() -> tuple[float, str]:
     """Free bytes of shared memory, and the words for it."""
     if not os.access(SHM, os.W_OK):
