@@ -232,6 +232,7 @@ FREE = """
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
     dist_eval resplit max_bad_images given predictions init init_ema finetune_ema
+    dry_run check_data
 """
 
 
