@@ -3,10 +3,13 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from util import dist
+from util.analysis.similarity import Gram
 from util.errors import UserError
 from util.nn.grad_checkpoint import blocks
 
@@ -75,6 +78,54 @@ def before_head(model: nn.Module, imgs: Tensor, feature: str) -> Tensor:
     finally:
         handle.remove()
     return given[0]
+
+
+class Kept(NamedTuple):
+    """The features of a data set, on the CPU in float16, by the names of the layers; and the Gram matrices of each."""
+
+    features: dict[str, Tensor]  # [N, D]
+    read: Tensor  # [N], bool: an image that could not be read has the label -1
+    grams: dict[str, Gram]
+
+
+def keep(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    rows: Iterable[list[int]],
+    count: int,
+    img_size: int,
+    **how,
+) -> Kept:
+    """The features of `count` images, of which this rank's loader gives some: those of `rows`, batch by batch.
+
+    `how` is what `stream` takes. Grams are of features before rounding. Every rank must call it; each gets all features.
+    Raises UserError where one is not finite, or too large for float16.
+    """
+    device, sizes = next(model.parameters()).device, widths(model, img_size, how['layers'], how['feature'])
+    features = {name: torch.zeros(count, width, dtype=torch.float16) for name, width in sizes.items()}
+    grams = {name: Gram(width, device) for name, width in sizes.items()}
+    read = torch.zeros(count, dtype=torch.long, device=device)
+    for places, (vectors, labels) in zip(rows, stream(model, loader, **how), strict=True):
+        good = labels.to(device) >= 0
+        read[places] = good.long()
+        for name, of_batch in vectors.items():
+            features[name][places] = of_batch.half().cpu()
+            grams[name].update(of_batch[good])
+    dist.barrier()  # hosts notice a lost rank, before any of them waits for a GPU
+    for name, table in features.items():
+        features[name] = dist.all_reduce_sum(table.to(device)).cpu()
+        if not features[name].isfinite().all():
+            raise UserError(f'features of {name} are not finite, or beyond 65,504, the largest number of float16')
+    return Kept(
+        features, dist.all_reduce_sum(read).bool().cpu(), {name: gram.over_ranks() for name, gram in grams.items()}
+    )
+
+
+def widths(model: nn.Module, img_size: int, layers: str, feature: str) -> dict[str, int]:
+    """{name: D} of what `stream` gives."""
+    blank = torch.zeros(1, 3, img_size, img_size, dtype=next(model.parameters()).dtype)
+    [(vectors, _)] = stream(model, [(blank, torch.zeros(1))], layers, feature)
+    return {name: vector.shape[1] for name, vector in vectors.items()}
 
 
 # --------------------------------------------------------------------------

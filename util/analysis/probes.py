@@ -1,6 +1,6 @@
 """What a simple classifier reads out of frozen features: nearest neighbours, logistic regression, ridge regression."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,8 @@ def hits(scores: Tensor, labels: Tensor, top: int) -> Tensor:
 # --------------------------------------------------------------------------
 # linear classifiers of features that are kept: no augmentation, so no numbers of a probe that is trained on images
 
-LAMBDAS = tuple(10 ** (-half / 2) for half in range(13))  # 1 to 1e-6, from which `chosen` takes one
-HELD_BACK = 0.1  # share of the training features on which it does
+LAMBDAS = tuple(10 ** (-half / 2) for half in range(13))  # 1 to 1e-6
+TOLERANCE = 1e-6  # of gradients: beyond it, no answer changes
 
 
 def standardised(train: Tensor, *others: Tensor) -> list[Tensor]:
@@ -130,3 +130,33 @@ def ridge_of(found: tuple[Tensor, ...], lam: float, dtype: torch.dtype) -> tuple
     squares, products, x_mean, shares = found
     W = torch.linalg.solve(squares + lam * torch.eye(len(squares)).to(squares), products).T
     return W.to(dtype), (shares - W @ x_mean).to(dtype)
+
+
+def fits(
+    kind: str, X: Tensor, y: Tensor, classes: int, lambdas: Sequence[float]
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """(lam, W, b) of each lambda in turn, of 'logistic' or 'ridge'; each logistic one starts from the one before."""
+    if kind == 'ridge':
+        found = moments(X, y, classes)
+        for lam in lambdas:
+            yield lam, *ridge_of(found, lam, X.dtype)
+        return
+    start = None
+    for lam in lambdas:
+        start = logistic(X, y, classes, lam, start, TOLERANCE)
+        yield lam, *start
+
+
+def tuned(kind: str, X: Tensor, y: Tensor, classes: int, held_back: Tensor) -> tuple[float, Tensor, Tensor]:
+    """(lam, W, b) fitted to all, with the lambda that is best on the rows `held_back` (bool [N]) for the others' fit.
+
+    Of equally good ones the largest.
+    """
+
+    def right(fit: tuple[float, Tensor, Tensor]) -> float:
+        _, W, b = fit
+        return (F.linear(X[held_back], W, b).argmax(1) == y[held_back]).sum().item()
+
+    lam, *_ = max(fits(kind, X[~held_back], y[~held_back], classes, LAMBDAS), key=right)
+    [fit] = fits(kind, X, y, classes, [lam])
+    return fit

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from util import dist
+
 EPS = 1e-7  # of RankMe
 
 
@@ -23,16 +25,22 @@ def rank_of(singular_values: Tensor, eps: float = EPS) -> float:
 class Gram:
     """Z'Z of features that come in batches, in float64: gives their singular values, and no feature is kept."""
 
-    def __init__(self):
-        self.count, self.products = 0, None
+    def __init__(self, width: int, device: torch.device | str = 'cpu'):
+        self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.long, device=device)
 
     def update(self, Z: Tensor) -> None:
         """Add features [N, D]."""
-        Z = Z.double()
-        self.products = Z.T @ Z if self.products is None else self.products.addmm_(Z.T, Z)
+        self.products.addmm_(Z.double().T, Z.double())
         self.count += len(Z)
+
+    def over_ranks(self) -> 'Gram':
+        """Those of all ranks together, on each of them; every rank must call it."""
+        dist.all_reduce_sum(self.products)
+        dist.all_reduce_sum(self.count)
+        return self
 
     def rankme(self, eps: float = EPS) -> float:
         """What `rankme` gives for all features at once."""
-        squares = torch.linalg.eigvalsh(self.products)[-self.count :]  # D - N of them are 0 but for rounding
+        squares = torch.linalg.eigvalsh(self.products)[-int(self.count) :]  # the others are 0, but for rounding
         return rank_of(squares.clamp(min=0).sqrt(), eps)
