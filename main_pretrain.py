@@ -8,6 +8,7 @@ from util import start  # noqa: F401
 
 # isort: split
 import argparse
+import itertools
 from functools import partial
 from types import ModuleType
 
@@ -130,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     with Run(args, 'pretrain', sampler, get_args_parser().roles) as run:
         if run.nothing_left():
             return
-        run.notices += train.notes
+        run.notices += itertools.chain(*(split.notes for split in (train, *labelled.values())))
         args, core = run.first_network(checked_model, get_args_parser(), 'init', new_decoder=True)
         rules = build.param_rules(method, core, args.rule_kwargs)
         build.apply_options(core, args)

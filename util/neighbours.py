@@ -42,7 +42,10 @@ def labelled_images(args: argparse.Namespace) -> dict[str, Split]:
     except UserError as error:
         reason = str(error).replace('--val_share 0.1 takes a tenth of train/', 'part of train/ validates')
         raise UserError(f'--knn_freq needs labelled images, in --data_path or --knn_data PATH: {reason}') from error
-    return {f'knn_{name}': some(*of, args.seed) for name, *of in zip(('train', 'val'), splits, sizes, strict=True)}
+    train, val = (some(split, size, args.seed) for split, size in zip(splits, sizes, strict=True))
+    counts = f'{len(train.images)} training and {len(val.images)} validation images of {len(train.classes)} classes'
+    note = f'--knn_freq: {counts} in {path}' + ', where part of each class validates' * no_val
+    return {'knn_train': train._replace(notes=[note]), 'knn_val': val._replace(notes=[])}
 
 
 def some(split: Split, size: int, seed: int) -> Split:
@@ -93,8 +96,8 @@ class Neighbours:
         self.seconds += now - began
         info(
             f'{K}-NN top-1 {scores["knn_top1"]:.1f}% of {val.sum()} images by {train.sum()} others; effective rank '
-            f'{scores["rank"]:.1f} of {features.shape[1]}; took {now - began:.1f} s, '
-            f'with those before {100 * self.seconds / (now - self.began):.0f}% of the time of training'
+            f'{scores["rank"]:.1f} of {features.shape[1]}; took {now - began:.1f} s; '
+            f'all measures together: {100 * self.seconds / (now - self.began):.0f}% of the time so far'
         )
         return scores
 

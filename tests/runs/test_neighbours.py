@@ -143,7 +143,7 @@ def test_other_images_or_part_of_them(images, tmp_path):
     shutil.copytree(images / 'train', tmp_path / 'classes')
     argv = arguments(tmp_path / 'nothing', tmp_path / 'out', *FLAGS, '--knn_data', tmp_path / 'classes')
     parse = main_pretrain.get_args_parser().parse
-    with pytest.raises(UserError, match='--knn_data .*classes is for --knn_freq N, which is not given'):
+    with pytest.raises(UserError, match=r'--knn_data .*classes is for --knn_freq N, which is not given'):
         neighbours.labelled_images(parse(argv, stage='pretrain'))
     found = neighbours.labelled_images(parse([*argv, '--knn_freq', '1'], stage='pretrain'))
     known, unknown = found['knn_train'], found['knn_val']
