@@ -10,8 +10,10 @@ from util import start  # noqa: F401
 # isort: split
 import argparse
 import math
+import re
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import load_published
+from util.weights import Report, last_layer, load_published, take_head_off
 
 
 def get_args_parser() -> config.Parser:
@@ -34,16 +36,8 @@ def get_args_parser() -> config.Parser:
     config.add_common_args(parser, batch_size=64, epochs=50, blr=1e-3, warmup_epochs=5, min_lr=1e-6, betas=[0.9, 0.999])
     add_augmentation_args(parser)
     below_1 = number(float, 0, below=1)
+    add_classifier_args(parser)
     add = partial(parser.add_argument, heading='Model')
-    add('--nb_classes', type=AT_LEAST_1, of_network=True, help="number of classes; default: the data's")
-    add(
-        '--global_pool',
-        action=Switch,
-        default=True,
-        of_network=True,
-        off=['--cls_token'],
-        help='classify the mean of the patch tokens, or the class token',
-    )
     add('--drop_path', type=below_1, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
 
     add = partial(parser.add_argument, heading='Optimiser')
@@ -80,14 +74,7 @@ def get_args_parser() -> config.Parser:
 
     add = partial(parser.add_argument, heading='Evaluation')
     add('--eval', action=Switch, help='only evaluate the checkpoint of --resume')
-    add('--eval_size', type=AT_LEAST_1, of_network=True, help='image side in pixels; default: --input_size')
-    add(
-        '--crop_pct',
-        type=number(float, above=0, most=1),
-        default=0.875,
-        of_network=True,
-        help='centre crop, as a share of the resized side',
-    )
+    add_eval_args(parser)
     add(
         '--eval_logits',
         choices=('all', 'present'),
@@ -114,6 +101,31 @@ def get_args_parser() -> config.Parser:
     add('--dist_eval', action=Switch, help=argparse.SUPPRESS)
     add('--resplit', action=Switch, help=argparse.SUPPRESS)
     return parser
+
+
+def add_classifier_args(parser: config.Parser) -> None:
+    """What a classifier is, beside its model."""
+    add = partial(parser.add_argument, heading='Model', of_network=True)
+    add('--nb_classes', type=AT_LEAST_1, help="number of classes; default: the data's")
+    add(
+        '--global_pool',
+        action=Switch,
+        default=True,
+        off=['--cls_token'],
+        help='classify the mean of the patch tokens, or the class token',
+    )
+
+
+def add_eval_args(parser: config.Parser) -> None:
+    """How a classifier sees the images that it is to answer."""
+    add = partial(parser.add_argument, heading='Evaluation', of_network=True)
+    add('--eval_size', type=AT_LEAST_1, help='image side in pixels; default: --input_size')
+    add(
+        '--crop_pct',
+        type=number(float, above=0, most=1),
+        default=0.875,
+        help='centre crop, as a share of the resized side',
+    )
 
 
 def add_augmentation_args(parser: config.Parser) -> None:
@@ -255,6 +267,51 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
             f'image above 224 pixels, as --crop_pct 1 does'
         )
     return args, core, val, told
+
+
+class Loaded(NamedTuple):
+    """A network and how it came to be."""
+
+    network: nn.Module
+    report: Report
+    model_kwargs: dict  # of the classifier
+    num_classes: int  # 0: an encoder, which gives what a head is given, [N, D]
+
+
+def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool | None = None) -> Loaded:
+    """The network that a checkpoint of any origin holds, for arguments that the source has completed.
+
+    A classifier if it has a head and `head` is not False, else an encoder: what fine-tuning starts from. Raises
+    UserError for a file of another network, and where it lacks a head that `head` or --nb_classes asks for.
+    """
+    method, kwargs, names = find_method(args.model), args.model_kwargs, source.origin and source.origin.classes
+    if source.origin and source.origin.stage == 'pretrain':
+        kwargs = build.encoder_kwargs(method, args.model, kwargs)
+    options = dict(img_size=args.input_size, model_kwargs=kwargs) | (
+        {} if args.global_pool else {'global_pool': 'token'}
+    )
+    wanted = args.nb_classes or (len(names) if names else None)
+
+    def load(num_classes: int) -> tuple[nn.Module, Report]:
+        core = build.construct(method.create_classifier, args.model, num_classes=num_classes, **options)
+        return core, load_published(core, source.container, ema=args.use_ema, label=source.path)
+
+    with source.expected(args):
+        num_classes = wanted or 1
+        core, report = load(num_classes)
+        last = last_layer(core)
+        others = re.compile(re.escape(f'{last}.weight [') + r'(\d+),')  # a head for other classes, which was not loaded
+        if not wanted and (found := next(filter(None, map(others.match, report.ignored)), None)):
+            num_classes = int(found[1])
+            core, report = load(num_classes)
+    lacks_head = any(name.startswith(f'{last}.') for name in report.missing)
+    if lacks_head and (head or wanted):
+        raise UserError(f'{source.path} has no classifier{f" of {wanted} classes" if wanted else ""}: {report}')
+    if lacks_head or head is False:
+        take_head_off(core)
+        num_classes = 0
+    build.check_forward(core.eval(), args, args.eval_size or args.input_size)
+    return Loaded(core, report, kwargs, num_classes)
 
 
 @resources.program

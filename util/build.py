@@ -36,14 +36,24 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
             raise UserError(f'{name}: {error!s:.300}') from error
-        result = get_type_hints(make).get('return', object)  # the classes that it may return, whose options are known
-        classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
-        known = {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
-        raise UserError(f'{name} has no option {unknown[1]}{closest(unknown[1], known)}') from error
+        raise UserError(f'{name} has no option {unknown[1]}{closest(unknown[1], options_of(make))}') from error
     except Exception as error:  # what networks raise that do not check their options
         if not model_kwargs:
             raise
         raise UserError(f'{name} cannot be made{options_and_reason(model_kwargs, error)}') from error
+
+
+def options_of(make: Callable[..., nn.Module]) -> set[str]:
+    """The options of the classes that a model function may return, as far as they name them."""
+    result = get_type_hints(make).get('return', object)
+    classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
+    return {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
+
+
+def encoder_kwargs(method: ModuleType, name: str, model_kwargs: dict) -> dict:
+    """Of a pretraining model's options those that its encoder, and so the classifier, has too."""
+    of_pretraining = options_of(getattr(method, name)) - options_of(method.create_classifier)
+    return {option: value for option, value in model_kwargs.items() if option not in of_pretraining}
 
 
 def options_and_reason(model_kwargs: dict, error: Exception) -> str:
