@@ -305,8 +305,9 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
             num_classes = int(found[1])
             core, report = load(num_classes)
     lacks_head = any(name.startswith(f'{last}.') for name in report.missing)
-    if lacks_head and (head or wanted):
-        raise UserError(f'{source.path} has no classifier{f" of {wanted} classes" if wanted else ""}: {report}')
+    if report.missing and (head or wanted or not lacks_head) and head is not False:
+        what = f'classifier{f" of {wanted} classes" if wanted else ""}' + ' of the class token' * (not args.global_pool)
+        raise UserError(f'{source.path} has no {what}: {report}')
     if lacks_head or head is False:
         take_head_off(core)
         num_classes = 0

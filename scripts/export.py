@@ -120,17 +120,18 @@ def main(args: argparse.Namespace) -> None:
 
 def for_timm(args: argparse.Namespace, network: nn.Module, num_classes: int) -> bool:
     """Whether timm's folder is written. Raises UserError where it is asked for and cannot be."""
-    reason = ''
+    reason, instead = '', ''
     if not hasattr(network, 'timm_recipe'):
         reason = f'timm has no network like {args.model}'
     elif num_classes and hasattr(network, 'timm_state_dict'):
         reason = (
             f"{args.model} norms the mean of its tokens, timm's Swin averages normed ones: its answers would differ"
         )
+        instead = ', or --no_head for its encoder'
     if reason and args.format == 'timm':
-        raise UserError(f'{reason}: --format torch' + (', or --no_head for its encoder' if num_classes else ''))
+        raise UserError(f'{reason}; give --format torch{instead}')
     if reason and args.format is None and not args.with_decoder:
-        console.say(f'{reason}: torch weights' + ('; --no_head writes its encoder for timm' if num_classes else ''))
+        console.say(f'{reason}; so these are torch weights' + '; --no_head writes its encoder for timm' * bool(instead))
     return not reason and args.format != 'torch' and not args.with_decoder
 
 
