@@ -225,6 +225,19 @@ class Parser(argparse.ArgumentParser):
             self.settle[action.dest] = settle
         return action
 
+    def take(self, other: 'Parser', *names: str) -> None:
+        """Flags as another parser has them."""
+        for name in names:
+            action = other.flags[f'--{name}']
+            self.headings[action.heading]._add_action(action)  # as argparse itself takes those of `parents`
+            self.flags |= dict.fromkeys(action.option_strings, action)
+            for ours, theirs in (
+                (self.roles, other.roles),
+                (self.of_network, other.of_network),
+                (self.settle, other.settle),
+            ):
+                ours |= {name: theirs[name]} if name in theirs else {}
+
     def error(self, message: str):
         # argparse's 'argument --lr: must be more than 0' as a sentence
         raise UserError(message.removeprefix('argument ').replace(': must be', ' must be', 1))
