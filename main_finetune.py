@@ -25,10 +25,19 @@ from util.data import augment, datasets, named
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.log import info
+from util.nn.linear_probe import make_probe
 from util.optim import WeightAverage
+from util.recipes import recipe_value, recipes_for
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
 from util.weights import Report, last_layer, load_published, take_head_off
+
+# what --probe linear sets, as in MAE's appendix A.1 and its code: what may be changed, and what may not
+PROBE = dict(epochs=90, blr=0.1, warmup_epochs=10, min_lr=0.0, opt='lars', weight_decay=0.0, smoothing=0.0)
+PROBE_WITHOUT = dict(
+    **dict(drop_path=0.0, layer_decay=1.0, rule_kwargs={}, grad_checkpoint=False),  # of what is frozen
+    **dict(color_jitter=None, aa='none', reprob=0.0, mixup=0.0, cutmix=0.0, cutmix_minmax=None),
+)
 
 
 def get_args_parser() -> config.Parser:
@@ -36,8 +45,24 @@ def get_args_parser() -> config.Parser:
     config.add_common_args(parser, batch_size=64, epochs=50, blr=1e-3, warmup_epochs=5, min_lr=1e-6, betas=[0.9, 0.999])
     add_augmentation_args(parser)
     below_1 = number(float, 0, below=1)
-    add_classifier_args(parser)
     add = partial(parser.add_argument, heading='Model')
+    add('--nb_classes', type=AT_LEAST_1, of_network=True, help="number of classes; default: the data's")
+    add(
+        '--global_pool',
+        action=Switch,
+        default=True,
+        of_network=True,
+        off=['--cls_token'],
+        help='classify the mean of the patch tokens, or the class token',
+    )
+    add(
+        '--probe',
+        choices=('linear',),
+        at_resume='same',
+        of_network=True,
+        presets={'linear': PROBE | PROBE_WITHOUT},
+        help="train a linear layer on the frozen encoder, by MAE's protocol, which sets other defaults",
+    )
     add('--drop_path', type=below_1, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
 
     add = partial(parser.add_argument, heading='Optimiser')
@@ -74,7 +99,14 @@ def get_args_parser() -> config.Parser:
 
     add = partial(parser.add_argument, heading='Evaluation')
     add('--eval', action=Switch, help='only evaluate the checkpoint of --resume')
-    add_eval_args(parser)
+    add('--eval_size', type=AT_LEAST_1, of_network=True, help='image side in pixels; default: --input_size')
+    add(
+        '--crop_pct',
+        type=number(float, above=0, most=1),
+        default=0.875,
+        of_network=True,
+        help='centre crop, as a share of the resized side',
+    )
     add(
         '--eval_logits',
         choices=('all', 'present'),
@@ -103,31 +135,6 @@ def get_args_parser() -> config.Parser:
     return parser
 
 
-def add_classifier_args(parser: config.Parser) -> None:
-    """What a classifier is, beside its model."""
-    add = partial(parser.add_argument, heading='Model', of_network=True)
-    add('--nb_classes', type=AT_LEAST_1, help="number of classes; default: the data's")
-    add(
-        '--global_pool',
-        action=Switch,
-        default=True,
-        off=['--cls_token'],
-        help='classify the mean of the patch tokens, or the class token',
-    )
-
-
-def add_eval_args(parser: config.Parser) -> None:
-    """How a classifier sees the images that it is to answer."""
-    add = partial(parser.add_argument, heading='Evaluation', of_network=True)
-    add('--eval_size', type=AT_LEAST_1, help='image side in pixels; default: --input_size')
-    add(
-        '--crop_pct',
-        type=number(float, above=0, most=1),
-        default=0.875,
-        help='centre crop, as a share of the resized side',
-    )
-
-
 def add_augmentation_args(parser: config.Parser) -> None:
     some = number(float, above=0, most=1)
     add = partial(parser.add_argument, heading='Augmentation')
@@ -153,11 +160,11 @@ def add_augmentation_args(parser: config.Parser) -> None:
 
 
 def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The classifier that the arguments describe, with weights that depend on the seed alone."""
+    """The classifier, or the probe, that the arguments describe, with weights that depend on the seed alone."""
     method = find_method(args.model)
     rng.seed_all(args.seed, rng.INIT)
     options = {} if args.global_pool else {'global_pool': 'token'}
-    return build.construct(
+    network = build.construct(
         method.create_classifier,
         args.model,
         num_classes=num_classes,
@@ -165,6 +172,26 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
         img_size=args.input_size,
         **options,
         model_kwargs=args.model_kwargs,
+    )
+    if not args.probe:
+        return network
+    try:
+        return make_probe(network)
+    except ValueError as error:
+        raise UserError(f'--probe linear: {args.model}: {error}') from error
+
+
+def check_probe(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that a linear probe has no use for."""
+    values = {name: getattr(args, name) for name, without in PROBE_WITHOUT.items() if getattr(args, name) != without}
+    if not args.probe or not values:
+        return
+    of_recipe = any(recipe_value(args, name) is not None for name in values)
+    others = [path for path in recipes_for(args.model, 'finetune') if path.endswith('_linprobe.yaml')]
+    hint = f'; --config {args.config} is for fine-tuning: {" or ".join(others) or "leave it out"}' if of_recipe else ''
+    raise UserError(
+        f'--probe linear trains one layer on a frozen encoder, with a crop and a flip as only augmentation; it does '
+        f'not take {config.as_flags(values)}{hint}'
     )
 
 
@@ -323,6 +350,7 @@ def main(args: argparse.Namespace) -> None:
         return evaluate_checkpoint(args)
     method = find_method(args.model)
     config.check_common_args(args)
+    check_probe(args)
     config.check_schedule(args)
     train, val = named.labelled_splits(args, ('train', 'val'))
     num_classes = args.nb_classes or len(train.classes)
@@ -338,9 +366,7 @@ def main(args: argparse.Namespace) -> None:
         args, core = run.first_network(
             partial(checked_classifier, num_classes=num_classes), get_args_parser(), 'finetune'
         )
-        crop = augment.finetune_transform(
-            args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
-        )
+        crop = augment.training_transform(args)
         rules = build.param_rules(method, core, args.rule_kwargs)
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None

@@ -74,8 +74,7 @@ def get_args_parser() -> config.Parser:
     add('--use_ema', action=config.Switch, heading='Weight average', help='take the averaged weights of the file')
     config.add_model_args(parser)
     main_pretrain.add_target_args(parser)
-    main_finetune.add_classifier_args(parser)
-    main_finetune.add_eval_args(parser)
+    parser.take(main_finetune.get_args_parser(), 'nb_classes', 'global_pool', 'eval_size', 'crop_pct')
     return parser
 
 
