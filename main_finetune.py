@@ -30,7 +30,7 @@ from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Report, last_layer, load_published, take_head_off
+from util.weights import Report, fold_probe, last_layer, load_published, take_head_off
 
 # what --probe linear sets, as in MAE's appendix A.1 and its code: what may be changed, and what may not
 PROBE = dict(epochs=90, blr=0.1, warmup_epochs=10, min_lr=0.0, opt='lars', weight_decay=0.0, smoothing=0.0)
@@ -314,14 +314,13 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
     method, kwargs, names = find_method(args.model), args.model_kwargs, source.origin and source.origin.classes
     if source.origin and source.origin.stage == 'pretrain':
         kwargs = build.encoder_kwargs(method, args.model, kwargs)
-    options = dict(img_size=args.input_size, model_kwargs=kwargs) | (
-        {} if args.global_pool else {'global_pool': 'token'}
-    )
-    wanted = args.nb_classes or (len(names) if names else None)
+    options = {'img_size': args.input_size} | ({} if args.global_pool else {'global_pool': 'token'})
+    wanted, container = args.nb_classes or (len(names) if names else None), fold_probe(source.container)
 
     def load(num_classes: int) -> tuple[nn.Module, Report]:
-        core = build.construct(method.create_classifier, args.model, num_classes=num_classes, **options)
-        return core, load_published(core, source.container, ema=args.use_ema, label=source.path)
+        make, sizes = method.create_classifier, {'num_classes': num_classes, **options}
+        core = build.construct(make, args.model, **sizes, model_kwargs=kwargs)
+        return core, load_published(core, container, ema=args.use_ema, label=source.path)
 
     with source.expected(args):
         num_classes = wanted or 1

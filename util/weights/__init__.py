@@ -4,7 +4,7 @@
 `read_source` what a file, a URL or an exported folder does. `export` writes such a folder.
 """
 
-from util.weights.exports import check_free, export, last_layer, take_head_off
+from util.weights.exports import check_free, export, fold_probe, last_layer, take_head_off
 from util.weights.files import check_file, plain_field, read_checkpoint
 from util.weights.intake import Origin, Report, check_finite, find_origin
 from util.weights.published import load_published, read_source
@@ -17,6 +17,7 @@ __all__ = [
     'check_free',
     'export',
     'find_origin',
+    'fold_probe',
     'last_layer',
     'load_published',
     'plain_field',

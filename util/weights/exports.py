@@ -38,6 +38,27 @@ def take_head_off(network: nn.Module) -> None:
         network.head = nn.Identity()
 
 
+PROBE = ('0.running_mean', '0.running_var', '1.weight', '1.bias')  # of `util.nn.linear_probe.ProbeHead`
+
+
+def fold_probe(container: dict, eps: float = 1e-6) -> dict:
+    """A checkpoint in which the head of a linear probe, BatchNorm and Linear, is the one Linear that computes the same."""
+
+    def folded(state: dict) -> dict:
+        heads = [key.removesuffix(PROBE[0]) for key in state if str(key).endswith('.' + PROBE[0])]
+        for head in heads if all(head + part in state for head in heads for part in PROBE) else []:
+            mean, var, weight, bias = (state[head + part].double() for part in PROBE)
+            weight = weight / (var + eps).sqrt()
+            state = {key: value for key, value in state.items() if not key.startswith((f'{head}0.', f'{head}1.'))}
+            state |= {f'{head}weight': weight.float(), f'{head}bias': (bias - weight @ mean).float()}
+        return state
+
+    args = container.get('args')
+    if not isinstance(args, dict) or args.get('probe') != 'linear':
+        return container
+    return container | {key: folded(container[key]) for key in ('model', 'ema') if isinstance(container.get(key), dict)}
+
+
 def export(
     network: nn.Module,
     folder: Path,

@@ -138,7 +138,6 @@ def load(
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
     state = torch_state(weights)
     formats = intake.formats if intake else (Format(f'own names of {type(model).__name__}', set()),)
-    state = without_probe(state, target)
     layout, prefix = recognise(state, formats, list(target))
     report.format = layout.name + (' (Paddle)' if from_paddle else '') + report.format
     state = take_off(prefix, state, report) if prefix else state
@@ -238,28 +237,6 @@ def torch_state(weights: dict) -> State:
         raise OtherFormatError(f'no weights in it; its keys are {shortened(list(weights))}')
     wrapped = re.compile(r'(?<=\d\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
     return unique((wrapped.sub('', key), value) for key, value in tensors.items())
-
-
-PROBE = ('0.running_mean', '0.running_var', '1.weight', '1.bias')
-PROBE_EPS = 1e-6
-
-
-def without_probe(state: State, target: State) -> State:
-    """The head of a linear probe, a BatchNorm without affine and a Linear, as the one Linear that it is, exactly.
-
-    Where the model's own is such a probe, too, it stays.
-    """
-    heads = [key.removesuffix(f'.{PROBE[0]}') for key in state if key.endswith(f'.{PROBE[0]}')]
-    heads = [
-        name for name in heads if all(f'{name}.{part}' in state and f'{name}.{part}' not in target for part in PROBE)
-    ]
-    state = dict(state)
-    for name in heads:
-        mean, var, weight, bias = (state.pop(f'{name}.{part}').double() for part in PROBE)
-        state.pop(f'{name}.0.num_batches_tracked', None)
-        scaled = weight / (var + PROBE_EPS).sqrt()
-        state |= {f'{name}.weight': scaled.float(), f'{name}.bias': (bias - scaled @ mean).float()}
-    return state
 
 
 def as_tensor(key: str, value):
