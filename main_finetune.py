@@ -337,7 +337,6 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
     if lacks_head or head is False:
         take_head_off(core)
         num_classes = 0
-    build.check_forward(core.eval(), args, args.eval_size or args.input_size)
     return Loaded(core, report, kwargs, num_classes)
 
 

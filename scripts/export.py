@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from util import checkpoint, config, console, digests, resources
+from util import build, checkpoint, config, console, digests, resources
 from util.errors import UserError, listed, printable, run_main
-from util.weights import Report, check_free, export, load_published
+from util.weights import Report, check_free, export, file_of, load_published
 
 OPENING_TIMM = """
 timm 1.0.16 or newer opens this folder, without any other code:
@@ -95,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
         kwargs, num_classes = args.model_kwargs, 0
     else:
         network, report, kwargs, num_classes = main_finetune.network_of(source, args, args.head)
+        build.check_forward(network.eval(), args, args.eval_size or args.input_size)
     for line in (report, *source.notices):
         console.say(str(line))
 
@@ -158,7 +159,7 @@ def rows(
     fresh = [f'`{name}`' for name in report.missing if name in network.state_dict()]
     parameters = sum(p.numel() for p in network.parameters())
     return {
-        'weights from': f'`{printable(Path(source.path).name)}`, SHA-256 `{sum_of(args.checkpoint)}`',
+        'weights from': f'`{printable(Path(source.path).name)}`, SHA-256 `{digests.sum_of(file_of(args.checkpoint))}`',
         'which holds': report.format + (f', written by `{source.origin}`' if source.origin else ''),
         'trained for': position(source.container),
         'method': (method.__doc__ or method.__name__).partition('\n')[0],
@@ -184,13 +185,6 @@ def card(title: str, rows: dict[str, str], notes: str, difference: float | None)
     table = ''.join(f'| {name} | {value} |\n' for name, value in rows.items() if value)
     opening = OPENING_TORCH if difference is None else OPENING_TIMM + notes
     return f'# {title}\n\n| | |\n|---|---|\n{table}{opening}{LICENCE}'
-
-
-def sum_of(source: str) -> str:
-    """The SHA-256 of a checkpoint's file; a URL has it in itself."""
-    path = Path(source)
-    inside = [path / name for name in ('model.safetensors', 'model.pth') if (path / name).is_file()]
-    return source.partition('#sha256=')[2] if '://' in source else digests.sum_of((inside or [path])[0])
 
 
 if __name__ == '__main__':

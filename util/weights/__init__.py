@@ -6,16 +6,18 @@
 
 from util.weights.exports import check_free, export, fold_probe, last_layer, take_head_off
 from util.weights.files import check_file, plain_field, read_checkpoint
-from util.weights.intake import Origin, Report, check_finite, find_origin
-from util.weights.published import load_published, read_source
+from util.weights.intake import Origin, OtherFormatError, Report, check_finite, find_origin
+from util.weights.published import file_of, load_published, read_source
 
 __all__ = [
     'Origin',
+    'OtherFormatError',
     'Report',
     'check_file',
     'check_finite',
     'check_free',
     'export',
+    'file_of',
     'find_origin',
     'fold_probe',
     'last_layer',

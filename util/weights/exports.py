@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from util import digests
 from util.errors import CheckpointError, StorageError, UserError
@@ -42,15 +42,15 @@ PROBE = ('0.running_mean', '0.running_var', '1.weight', '1.bias')  # of `util.nn
 
 
 def fold_probe(container: dict, eps: float = 1e-6) -> dict:
-    """A checkpoint in which the head of a linear probe, BatchNorm and Linear, is the one Linear that computes the same."""
+    """A checkpoint in which a linear probe's head, BatchNorm and Linear, is the one Linear that computes the same."""
 
     def folded(state: dict) -> dict:
-        heads = [key.removesuffix(PROBE[0]) for key in state if str(key).endswith('.' + PROBE[0])]
-        for head in heads if all(head + part in state for head in heads for part in PROBE) else []:
-            mean, var, weight, bias = (state[head + part].double() for part in PROBE)
-            weight = weight / (var + eps).sqrt()
-            state = {key: value for key, value in state.items() if not key.startswith((f'{head}0.', f'{head}1.'))}
-            state |= {f'{head}weight': weight.float(), f'{head}bias': (bias - weight @ mean).float()}
+        for head in [str(key).removesuffix(PROBE[0]) for key in state if str(key).endswith(f'.{PROBE[0]}')]:
+            if all(isinstance(state.get(head + part), Tensor) for part in PROBE):
+                mean, var, weight, bias = (state[head + part].double() for part in PROBE)
+                weight = weight / (var + eps).sqrt()
+                state = {key: x for key, x in state.items() if not str(key).startswith((f'{head}0.', f'{head}1.'))}
+                state |= {f'{head}weight': weight.float(), f'{head}bias': (bias - weight @ mean).float()}
         return state
 
     args = container.get('args')

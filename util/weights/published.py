@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from util.errors import CheckpointError
 from util.nn.pos_embed import sincos_2d
 from util.weights import download
-from util.weights.files import read_checkpoint, read_folder
+from util.weights.files import SAFETENSORS, TORCH, read_checkpoint, read_folder
 from util.weights.intake import HEADS, Format, Intake, OtherFormatError, Report, State, find_origin, load, unique
 
 # --------------------------------------------------------------------------
@@ -552,6 +552,12 @@ def read_source(source: str | Path) -> dict:
     return read_folder(path) if path.is_dir() else read_checkpoint(path)
 
 
+def file_of(source: str | Path) -> Path:
+    """The local file that holds the weights of a path, a URL or an exported folder."""
+    path = download.fetch(source)
+    return next((path / name for name in (SAFETENSORS, TORCH) if (path / name).is_file()), path)
+
+
 def load_published(
     model: nn.Module,
     source: str | Path | dict,
@@ -583,7 +589,7 @@ def load_published(
             report = load_encoder(model, container, ema, flag)
     except CheckpointError as error:
         origin = find_origin(container)
-        raise CheckpointError(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
+        raise type(error)(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
     report.source = label
     return report
 
