@@ -69,7 +69,7 @@ def get_args_parser() -> config.Parser:
         'what differs from the flags of the same name, or options of the model',
     )
     add('--use_ema', action=config.Switch, heading='Weight average', help='take the averaged weights of the files')
-    add('--images', type=config.AT_LEAST_1, help='most images of each split, drawn from --seed; default: all')
+    add('--images', type=config.number(int, 2), help='most images of each split, drawn from --seed; default: all')
     add('--max_per_class', type=config.AT_LEAST_1, help='most training images of a class, drawn from --seed')
     add('--from_json', nargs='+', type=config.path, default=[], metavar='JSON', help='draw these results, compute none')
     parser.take(finetune, *TAKEN)
@@ -190,7 +190,6 @@ def some(
 
 def ready(args: argparse.Namespace) -> tuple[torch.device, list[datasets.Split], list[Network]]:
     """This process's device, the splits and the networks, once all is checked and the ranks have met."""
-    config.check_apart('output_dir', args.output_dir, args.data_path, args.dataset)
     dist.own_device(args.device)
     splits = images(args)
     found = networks(args, len(splits[0].classes))
@@ -421,6 +420,8 @@ def tell(rows: list[list[str]]) -> None:
 def main(args: argparse.Namespace) -> None:
     """Compute, or read, and show."""
     what = WHATS[args.what]
+    if not args.from_json:
+        config.check_apart('output_dir', args.output_dir, args.data_path, args.dataset)
     with writing(args.output_dir):
         args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.from_json:
