@@ -17,8 +17,8 @@ import models_a2mim
 import models_localmim
 import models_mirl
 import models_mixmae
-from engine_pretrain import train_one_epoch
-from util import build, config, dist, resources, rng
+from engine_pretrain import forward, train_one_epoch
+from util import build, config, dist, dry_run, resources, rng
 from util.config import AT_LEAST_0, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -91,8 +91,8 @@ def get_args_parser() -> config.Parser:
 
 
 @resources.program
-def main(args: argparse.Namespace) -> None:
-    """Pretrain as the arguments say."""
+def main(args: argparse.Namespace) -> dry_run.Estimate | None:
+    """Pretrain as the arguments say; with --dry_run, only try it."""
     method = find_method(args.model)
     config.check_common_args(args)
     config.check_schedule(args)
@@ -116,6 +116,8 @@ def main(args: argparse.Namespace) -> None:
         images = datasets.ImageFiles(train.images, None, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         batches = build.loader(images, sampler, args, device)
+        if args.dry_run:
+            return dry_run.report(run, batches, partial(forward, training), train=train)
         pictures = Pictures(core, train.images, args, images.reader) if args.vis_freq and dist.is_main() else None
 
         for epoch in run.epochs():

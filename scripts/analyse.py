@@ -153,6 +153,7 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
     if source.origin and source.origin.stage == 'pretrain':
         args.model_kwargs = build.encoder_kwargs(method, args.model, args.model_kwargs) | given
     args.global_pool = args.feature == 'pooled'
+    args.probe = source.origin.args.get('probe') if source.origin and path != RANDOM else None  # fine-tuning's flag
     with source.expected(args):
         core = main_finetune.checked_classifier(args, len((source.origin and source.origin.classes) or []) or classes)
         if path == RANDOM:

@@ -71,7 +71,7 @@ def check_forward(
 
     One or two images of `size` pixels stand for the batch; `extra` gives what else the model takes with n of them.
     """
-    two = getattr(args, 'batch_size', 2) > 1 or dist.will_synchronise(core, args.device)  # BatchNorm needs two values
+    two = getattr(args, 'batch_size', 2) > 1 or synchronises(core, args)  # BatchNorm needs two values
     n, fake = 2 if two else 1, FakeTensorMode(allow_non_fake_inputs=True)
     try:
         inputs = (torch.zeros(n, 3, size, size), *extra(n))
@@ -86,15 +86,21 @@ def check_forward(
 
 def apply_options(core: nn.Module, args: argparse.Namespace) -> None:
     """Apply --grad_checkpoint. Raises UserError where this network cannot have it, or --compile."""
-    if args.compile and dist.will_synchronise(core, args.device):
+    if args.compile and synchronises(core, args):
         raise UserError('--compile: torch cannot compile SyncBatchNorm, with which several GPUs train this model')
     if args.grad_checkpoint and not checkpoint_blocks(core):
         raise UserError(f'--grad_checkpoint: {args.model} has no blocks to recompute')
 
 
 def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The network on the device, in its memory format, with SyncBatchNorm where several GPUs train."""
-    return dist.sync_batchnorm(core.to(device, memory_format=training.memory_format(args, core)), device)
+    """The network on the device, in its memory format, with SyncBatchNorm where several GPUs train it."""
+    core = core.to(device, memory_format=training.memory_format(args, core))
+    return dist.sync_batchnorm(core, device) if synchronises(core, args) else core
+
+
+def synchronises(core: nn.Module, args: argparse.Namespace) -> bool:
+    """Whether several GPUs train it with SyncBatchNorm; not a linear probe, whose BatchNorm is MAE's: per process."""
+    return not getattr(args, 'probe', None) and dist.will_synchronise(core, args.device)
 
 
 # --------------------------------------------------------------------------

@@ -252,6 +252,15 @@ def test_networks_are_judged(images, trained, tmp_path, capsys, monkeypatch):
         assert (tmp_path / 'two' / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
+def test_a_trained_probe_is_what_it_was_trained_on(images, trained, tmp_path):
+    """The features of its encoder, which was frozen, without the BatchNorm of its head."""
+    short = ['--batch_size', '32', '--epochs', '1', '--model_kwargs', 'depth=3', '--finetune', trained]
+    train('finetune', images, tmp_path, '--probe', 'linear', *short)
+    files = [f'a={trained}', f'b={tmp_path / "checkpoint-last.pth"}']
+    ours, probed = analysed(images, tmp_path / 'out', '--probe', 'none', '--checkpoint', *files)['checkpoints']
+    assert ours['layers'] == probed['layers']
+
+
 def test_drawn_again_and_without_matplotlib(images, tmp_path, capsys, monkeypatch):
     """Results of several files come into one table; numbers are written where none can be drawn."""
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)

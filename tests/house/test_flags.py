@@ -232,6 +232,7 @@ FREE = """
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
     dist_eval resplit max_bad_images given predictions init init_ema finetune_ema
+    dry_run check_data
 """
 
 
@@ -246,7 +247,7 @@ def test_roles_at_resume():
     pretrain, finetune = roles('pretrain'), roles('finetune')
     assert pretrain.keys() == finetune.keys() == {'same', 'warn', 'free'}
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
-    assert finetune['same'] == both | {'val_share', 'repeated_aug'}
+    assert finetune['same'] == both | {'val_share', 'repeated_aug', 'probe'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
 
 

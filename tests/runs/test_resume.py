@@ -28,6 +28,7 @@ METHODS = {  # a model of every method, and what else a state can have: BatchNor
     'MixMAE': ('pretrain', ['--model', 'mixmae_tiny']),
     'A2MIM': ('pretrain', ['--model', 'a2mim_resnet_tiny', '--opt', 'lamb']),
     'fine-tuning': ('finetune', MIXED),
+    'linear probe': ('finetune', ['--probe', 'linear', '--model', 'a2mim_resnet_tiny', '--lr', '1']),
 }
 
 
