@@ -10,8 +10,10 @@ from util import start  # noqa: F401
 # isort: split
 import argparse
 import math
+import re
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import load_published
+from util.weights import Report, fold_probe, last_layer, load_published, take_head_off
 
 # what --probe linear sets, as in MAE's appendix A.1 and its code: what may be changed, and what may not
 PROBE = dict(epochs=90, blr=0.1, warmup_epochs=10, min_lr=0.0, opt='lars', weight_decay=0.0, smoothing=0.0)
@@ -292,6 +294,50 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
             f'image above 224 pixels, as --crop_pct 1 does'
         )
     return args, core, val, told
+
+
+class Loaded(NamedTuple):
+    """A network and how it came to be."""
+
+    network: nn.Module
+    report: Report
+    model_kwargs: dict  # of the classifier
+    num_classes: int  # 0: an encoder, which gives what a head is given, [N, D]
+
+
+def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool | None = None) -> Loaded:
+    """The network that a checkpoint of any origin holds, for arguments that the source has completed.
+
+    A classifier if it has a head and `head` is not False, else an encoder: what fine-tuning starts from. Raises
+    UserError for a file of another network, and where it lacks a head that `head` or --nb_classes asks for.
+    """
+    method, kwargs, names = find_method(args.model), args.model_kwargs, source.origin and source.origin.classes
+    if source.origin and source.origin.stage == 'pretrain':
+        kwargs = build.encoder_kwargs(method, args.model, kwargs)
+    options = {'img_size': args.input_size} | ({} if args.global_pool else {'global_pool': 'token'})
+    wanted, container = args.nb_classes or (len(names) if names else None), fold_probe(source.container)
+
+    def load(num_classes: int) -> tuple[nn.Module, Report]:
+        make, sizes = method.create_classifier, {'num_classes': num_classes, **options}
+        core = build.construct(make, args.model, **sizes, model_kwargs=kwargs)
+        return core, load_published(core, container, ema=args.use_ema, label=source.path)
+
+    with source.expected(args):
+        num_classes = wanted or 1
+        core, report = load(num_classes)
+        last = last_layer(core)
+        others = re.compile(re.escape(f'{last}.weight [') + r'(\d+),')  # a head for other classes, which was not loaded
+        if not wanted and (found := next(filter(None, map(others.match, report.ignored)), None)):
+            num_classes = int(found[1])
+            core, report = load(num_classes)
+    lacks_head = any(name.startswith(f'{last}.') for name in report.missing)
+    if report.missing and (head or wanted or not lacks_head) and head is not False:
+        what = f'classifier{f" of {wanted} classes" if wanted else ""}' + ' of the class token' * (not args.global_pool)
+        raise UserError(f'{source.path} has no {what}: {report}')
+    if lacks_head or head is False:
+        take_head_off(core)
+        num_classes = 0
+    return Loaded(core, report, kwargs, num_classes)
 
 
 @resources.program

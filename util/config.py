@@ -342,6 +342,11 @@ def converted(action: argparse.Action, name: str, value: Any, where: str) -> Any
 
 def as_flags(values: dict[str, Any]) -> str:
     """'--input_size 32 --no_global_pool --mean 0.5 0.5 0.5 --model_kwargs depth=4', to be read or typed."""
+    return ' '.join(as_words(values))
+
+
+def as_words(values: dict[str, Any]) -> list[str]:
+    """The same as the words of a command."""
     words = []
     for name, value in values.items():
         words.append(f'--no_{name}' if value is False else f'--{name}')
@@ -349,7 +354,7 @@ def as_flags(values: dict[str, Any]) -> str:
             words += [f'{key}={item}'.replace(' ', '') for key, item in value.items()]
         elif not isinstance(value, bool):
             words += map(str, value) if isinstance(value, list) else [str(value)]
-    return ' '.join(words)
+    return words
 
 
 def warm_up(most: int, args: argparse.Namespace, given: bool) -> float:
