@@ -321,7 +321,7 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
     if args.check_data or args.bad_images == 'skip':
         run.images.reader = Forgiving(*run.images.reader)
     training.sampler.start(run.first_epoch)
-    training.model.train()
+    training.train_mode()
     training.set_lr(run.first_epoch)
     speed, batch = loader_speed(batches)
     costs = measured_costs(training, forward, batch)
@@ -377,7 +377,7 @@ def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
     batch, core = training.args.batch_size, training.core
     trained = sum(param.nbytes for param in core.parameters() if param.requires_grad)
     parts = {'weights': sum(tensor.nbytes for tensor in core.state_dict().values())}
-    parts |= {'gradients': trained, 'moments': 2 * trained}
+    parts |= {'gradients': trained, 'moments': training.optimizer.moments * trained}
     if training.ema:
         parts['average'] = sum(tensor.nbytes for tensor in training.ema.module.state_dict().values())
     listed = ', '.join(f'{name} {size(nbytes)}' for name, nbytes in parts.items())
