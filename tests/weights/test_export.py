@@ -11,21 +11,15 @@ import pytest
 import timm
 import torch
 from golden import filled_state, golden
-from training import MAINS, ROOT, same, train
+from training import MAINS, same, train
 
 import main_finetune
 import main_pretrain
+from scripts import analyse, export, inspect_checkpoint, visualize
 from util import checkpoint, config
 from util.errors import StorageError, UserError
 from util.nn.linear_probe import make_probe
 from util.weights import load_published, read_source
-
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import analyse
-import export
-import inspect_checkpoint
-import visualize
 
 FIXTURE = Path(__file__).parent / 'fixtures' / 'toy_paddle331_numpy2.pdparams'
 PADDLE = dict(patch_size=4, embed_dim=16, depth=6, num_heads=2, mlp_ratio=2)
