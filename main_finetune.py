@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from engine_finetune import LossOf, evaluate, train_one_epoch
+from engine_finetune import LossOf, evaluate, forward, train_one_epoch
 from main_pretrain import find_method
-from util import agreement, build, checkpoint, config, dist, predictions, resources, rng
+from util import agreement, build, checkpoint, config, dist, dry_run, predictions, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
@@ -341,14 +341,14 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
 
 
 @resources.program
-def main(args: argparse.Namespace) -> None:
-    """Fine-tune, or evaluate, as the arguments say."""
+def main(args: argparse.Namespace) -> dry_run.Estimate | None:
+    """Fine-tune, or evaluate, as the arguments say; with --dry_run, only try the fine-tuning."""
     predictions.check(args)
     if args.eval:
         return evaluate_checkpoint(args)
     method = find_method(args.model)
-    config.check_common_args(args)
     check_probe(args)
+    config.check_common_args(args)
     config.check_schedule(args)
     train, val = named.labelled_splits(args, ('train', 'val'))
     num_classes = args.nb_classes or len(train.classes)
@@ -379,10 +379,12 @@ def main(args: argparse.Namespace) -> None:
         images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         batches = build.loader(images, sampler, args, device)
-        val_batches = build.val_loader(args, val.images, val.labels, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
-        absent = absent_classes(args, val)
         loss_of = classification_loss(training, augmentation, augment.criterion(args))
+        if args.dry_run:
+            return dry_run.report(run, batches, partial(forward, training, loss_of=loss_of), train=train, val=val)
+        val_batches = build.val_loader(args, val.images, val.labels, device)
+        absent = absent_classes(args, val)
 
         for epoch in run.epochs():
             stats = train_one_epoch(training, run, batches, epoch, loss_of)

@@ -39,7 +39,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
-from util.nn.losses import PIXEL_LOSSES, pixel_loss
+from util.nn.losses import PIXEL_LOSSES, explained, pixel_loss
 from util.nn.models import as_timm, eval_mode, factory, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
@@ -166,7 +166,7 @@ class A2MIM(nn.Module):
         return CellPlan(torch.zeros_like(noise).scatter_(1, hidden, 1.0))
 
     def forward(self, imgs: Tensor, plan: CellPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """imgs [N, 3, S, S], normalised -> scalar loss; `spatial_loss` and, before its weight, `fourier_loss`."""
+        """imgs [N, 3, S, S], normalised -> scalar loss; `spatial_loss`, `explained`, unweighted `fourier_loss`."""
         plan = plan or random_plan(self, imgs)
         hidden = patch_mask_to_pixels(plan.mask, self.cell_size)
         x = self.forward_encoder(self.fill(imgs, hidden), plan.mask)
@@ -241,9 +241,12 @@ class A2MIM(nn.Module):
         with torch.autocast(imgs.device.type, enabled=False):
             imgs, pred = imgs.float(), pred.float()
             weight = hidden + (1 - hidden) * self.unmask_weight
-            loss = pixel_loss((pred - imgs).abs(), **self.loss)
+            distance = (pred - imgs).abs()
+            loss = pixel_loss(distance, **self.loss)
             loss = (loss * weight).sum() / (weight.sum() + 1e-5) / imgs.shape[1]  # 1e-5: the published code's
-            terms = {'spatial_loss': loss.detach()}
+            squared = (distance.detach().square() * weight).sum() / weight.sum() / imgs.shape[1]
+            colours, weight = imgs.movedim(1, -1), weight.movedim(1, -1)
+            terms = {'spatial_loss': loss.detach(), 'explained': explained(squared, colours, weight)}
             if self.fft_weight:
                 fourier = self.fourier_loss(imgs, pred, hidden)
                 terms['fourier_loss'] = fourier.detach()

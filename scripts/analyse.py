@@ -6,8 +6,6 @@ Examples:
     python scripts/analyse.py knn --from_json runs/a/knn.json runs/b/knn.json --output_dir runs/both
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -17,11 +15,12 @@ from util import start  # noqa: F401
 
 # isort: split
 import argparse
+import contextlib
 import itertools
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -44,7 +43,7 @@ RANDOM = 'random'
 TAKEN = (  # of fine-tuning's flags
     *('model', 'model_kwargs', 'input_size', 'crop_pct', 'mean', 'std', 'max_pixels', 'device', 'seed', 'batch_size'),
     *('data_path', 'dataset', 'download', 'val_share', 'num_workers', 'pin_mem', 'bad_images', 'max_bad_images'),
-    *('data_retries', 'output_dir', 'use_ema', 'dist_url', 'dist_timeout'),
+    *('data_retries', 'output_dir', 'dist_url', 'dist_timeout'),
 )
 OF_FILE = ('model', 'model_kwargs', 'input_size', 'mean', 'std')  # what a checkpoint gives
 FIXED = dict(  # fine-tuning's other arguments
@@ -61,6 +60,7 @@ def get_args_parser() -> config.Parser:
     add = parser.add_argument
     add(
         '--checkpoint',
+        type=described_checkpoint,
         nargs='+',
         action='extend',
         default=[],
@@ -68,6 +68,7 @@ def get_args_parser() -> config.Parser:
         help=f'1 to {MOST}, of any origin: path or URL#sha256=..., or {RANDOM}, for random weights; behind a comma, '
         'what differs from the flags of the same name, or options of the model',
     )
+    add('--use_ema', action=config.Switch, heading='Weight average', help='take the averaged weights of the files')
     add('--images', type=config.AT_LEAST_1, help='most images of each split, drawn from --seed; default: all')
     add('--max_per_class', type=config.AT_LEAST_1, help='most training images of a class, drawn from --seed')
     add('--from_json', nargs='+', type=config.path, default=[], metavar='JSON', help='draw these results, compute none')
@@ -113,12 +114,15 @@ def networks(args: argparse.Namespace, classes: int) -> list[Network]:
     return found
 
 
+def described_checkpoint(text: str) -> str:
+    """The type of --checkpoint: a text of which `parts` can make something."""
+    parts(text)
+    return text
+
+
 def parts(text: str) -> tuple[str, str, dict[str, str]]:
     """The name, the path and the options of `[NAME=]PATH[,KEY=VALUE ...]`."""
-    match = re.fullmatch(r'(?:([^=/,:#]+)=)?(.+?)((?:,\w+=[^,]*)*)', text)
-    if not match:
-        raise UserError(f'--checkpoint {text!r} is not [NAME=]PATH[,model=...]')
-    name, path, options = match.groups()
+    name, path, options = re.fullmatch(r'(?:([^=/,:#]+)=)?(.*?)((?:,\w+=[^,]*)*)', text, re.DOTALL).groups()
     path = config.source(path)
     name = name or '/'.join(Path(path.partition('#')[0]).with_suffix('').parts[-2:])
     return name, path, dict(option.split('=', 1) for option in options.split(',')[1:])
@@ -210,7 +214,8 @@ def knn(args: argparse.Namespace) -> dict:
         train, val = (kept_features(network, split, device) for split in splits)
         network.core.to('cpu')
         if args.save_features and dist.is_main():
-            save_features(args.output_dir, network, dict(train=train, val=val), splits)
+            with writing(args.output_dir):
+                save_features(args.output_dir, network, dict(train=train, val=val), splits)
         extracted = time.perf_counter()
         labels = [
             torch.tensor(split.labels)[kept.read].to(device) for split, kept in zip(splits, (train, val), strict=True)
@@ -321,7 +326,7 @@ def knn_table(result: dict) -> list[list[str]]:
             rows.append(knn_row(network['name'], layers[layer]))
     header = ['network', 'layer', *(f'{k}-NN' for k in layers[0]['knn'])]
     header += [layers[0]['probe']['kind']] if 'probe' in layers[0] else []
-    return [[*header, 'RankMe', 'rank without eps, of'], *rows]
+    return [[*header, 'RankMe', 'effective rank'], *rows]
 
 
 def knn_row(name: str, layer: dict) -> list[str]:
@@ -353,7 +358,7 @@ def knn_figure(result: dict, path: Path) -> None:
     panels = {f'{k}-NN, top-1 (%)': lines(lambda layer: layer['knn'][k]['top1'])}
     if 'probe' in layers[0]:
         panels[f'{layers[0]["probe"]["kind"]}, top-1 (%)'] = lines(lambda layer: layer['probe']['top1'])
-    panels['effective rank (RankMe)'] = lines(lambda layer: layer['rankme'])
+    panels['RankMe'] = lines(lambda layer: layer['rankme'])
     figures.over_depth(
         path, f'{result["images"]["train"]} training, {result["images"]["val"]} validation images', panels
     )
@@ -416,27 +421,39 @@ def tell(rows: list[list[str]]) -> None:
 def main(args: argparse.Namespace) -> None:
     """Compute, or read, and show."""
     what = WHATS[args.what]
+    with writing(args.output_dir):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.from_json:
         result = joined(args.what, args.from_json)
     else:
         args = argparse.Namespace(**vars(args) | FIXED)
         arguments = {name: value for name, value in config.plain(args).items() if name not in PLACES}
         result = rounded({'what': args.what, 'arguments': arguments} | what.compute(args))
-    if not dist.is_main():
-        return
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        table, figure = (args.output_dir / f'{args.what}.{kind}' for kind in ('json', 'png'))
-        if not args.from_json:
-            digests.replace(table, json.dumps(result, indent=1).encode())
-            info(f'numbers in {table}')
+    if dist.is_main():
+        show(what, result, args.output_dir / args.what, again=bool(args.from_json))
+
+
+def show(what: What, result: dict, path: Path, again: bool) -> None:
+    """Write the numbers, unless they are shown again, print the table, and draw."""
+    with writing(path.parent):
+        if not again:
+            digests.replace(path.with_suffix('.json'), json.dumps(result, indent=1).encode())
+            info(f'numbers in {path}.json')
         tell(what.table(result))
-        what.figure(result, figure)
-        info(f'figure in {figure}')
-    except ImportError:
-        info('no figure: matplotlib is not installed (pip install matplotlib); --from_json draws the numbers later')
+        try:
+            what.figure(result, path.with_suffix('.png'))
+            info(f'figure in {path}.png')
+        except ImportError:
+            info('no figure: matplotlib is not installed; pip install matplotlib, then --from_json draws one')
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise StorageError for what cannot be written to a folder."""
+    try:
+        yield
     except OSError as error:
-        raise StorageError(f'cannot write to {args.output_dir}: {error.strerror or error}') from error
+        raise StorageError(f'cannot write to {folder}: {error.strerror or error}') from error
 
 
 if __name__ == '__main__':

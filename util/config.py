@@ -560,6 +560,8 @@ def add_output_args(parser: Parser) -> None:
         '--resume', type=source, metavar='PATH', help="checkpoint to resume; 'auto': the newest of --output_dir, if any"
     )
     add('--start_epoch', type=AT_LEAST_0, default=0, help='first epoch of a run that is not resumed')
+    add('--dry_run', action=Switch, help='write nothing: try some steps, and say what the run would need')
+    add('--check_data', action=Switch, help='with --dry_run: read every image, and name those that cannot be read')
 
 
 def add_hardware_args(parser: Parser) -> None:
@@ -586,6 +588,7 @@ def check_common_args(args: argparse.Namespace) -> None:
         pair = getattr(args, name, None)
         if pair and pair[0] > pair[1]:
             raise UserError(f'--{name} takes the smaller share first, got {pair}')
+    check_dry_run(args)
     if args.resume and '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
     for name in ('output_dir', 'log_dir'):
@@ -598,6 +601,16 @@ def check_common_args(args: argparse.Namespace) -> None:
         raise UserError(
             f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'
         )
+
+
+def check_dry_run(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that contradict --dry_run, or need it."""
+    if args.check_data and not args.dry_run:
+        raise UserError('--check_data belongs to --dry_run: give both')
+    if args.dry_run and getattr(args, 'eval', False):
+        raise UserError('--dry_run tries training steps, and --eval has none: leave one of them out')
+    if args.dry_run and args.download:
+        raise UserError('--dry_run writes nothing, so --download cannot get the data: leave one of them out')
 
 
 def check_apart(name: str, folder: Path, data_path: Path, dataset: str) -> None:

@@ -6,15 +6,16 @@ import fill
 import pytest
 import torch
 from golden import golden
+from recipes import OWN, resolve
 from torch import nn
-from training import SHORT, arguments, load, same, train
+from training import SHORT, arguments, same, train
 
 import main_finetune
-from util import config, optim
-from util.data import augment, datasets
+from util import optim
+from util.data import datasets
 from util.errors import UserError
 from util.nn.linear_probe import ProbeHead, make_probe
-from util.recipes import RECIPES, load_recipe
+from util.recipes import RECIPES
 
 GOLDEN = golden('analysis/linear_probe.json')
 PROBE = [*SHORT, '--batch_size', '16', '--probe', 'linear', '--lr', '1']
@@ -50,7 +51,10 @@ def test_lars_steps(case, measured):
     """The case that starts from zero weights has a decay there, too small to be seen: MAE's probe has none."""
     tag, shapes = case['tag'], case['shapes']
     names = [f'lars/{tag}/0.weight', f'lars/{tag}/1.bias']
-    params = [nn.Parameter(filled(name, shape) * (tag == 'a' or len(shape) == 1)) for name, shape in zip(names, shapes)]
+    params = [
+        nn.Parameter(filled(name, shape) * (tag == 'a' or len(shape) == 1))
+        for name, shape in zip(names, shapes, strict=True)
+    ]
     optimizer, differences = optim.lars([{'params': params}], case['lr']), []
     for step, norms in enumerate(case['norms_after_each_step']):
         for i, param in enumerate(params):
@@ -145,26 +149,26 @@ def test_the_encoder_stays_as_it_is(name, images, tmp_path, monkeypatch):
 
 
 def test_the_whole_way(images, tmp_path, capsys):
-    """Pretrained, probed, evaluated; a probe's encoder into a classifier, and a classifier's into a probe."""
+    """Pretrained, probed, evaluated, and fine-tuned from there; a classifier is no probe."""
 
     def lines(*flags) -> str:
         main_finetune.main(parse(*arguments(images, tmp_path / 'out', '--batch_size', '16', *flags)))
         return capsys.readouterr().out
 
-    train('pretrain', images, tmp_path / 'pretrained', *SHORT, '--batch_size', '16')
-    probed = [*PROBE, '--cls_token', '--finetune', tmp_path / 'pretrained' / 'checkpoint-last.pth']
-    saved = train('finetune', images, tmp_path / 'probed', *probed, '--use_ema')
+    one = ['--batch_size', '32', '--epochs', '1', '--warmup_epochs', '0']
+    train('pretrain', images, tmp_path / 'pretrained', *one)
+    probed = [*PROBE, *one, '--cls_token', '--use_ema', '--finetune', tmp_path / 'pretrained' / 'checkpoint-last.pth']
+    saved = train('finetune', images, tmp_path / 'probed', *probed)
     assert (saved['args']['probe'], saved['args']['opt'], saved['run']['probe']) == ('linear', 'lars', 'linear')
-    text = capsys.readouterr().out
+    text, last = capsys.readouterr().out, tmp_path / 'probed' / 'checkpoint-last.pth'
     assert 'mirl_vit_tiny: 291 trainable parameters' in text  # 3 x 96 and 3
     assert 'missing, stay as initialised (head.0.running_mean' in text
-    for name in ('checkpoint-last.pth', 'checkpoint-best.pth'):
-        told = lines('--eval', '--resume', tmp_path / 'probed' / name)
-        assert 'taken from' in told
-        assert '--probe linear' in told
+    told = lines('--eval', '--resume', last)
+    assert f'taken from {last}: --no_global_pool --probe linear' in told
     assert re.findall(r'^\* Acc@1 .*$', told, re.M)[-1] in text
-    with pytest.raises(UserError, match='cannot be evaluated as .* missing, stay as initialised'):
-        lines('--eval', '--resume', tmp_path / 'probed' / 'checkpoint-last.pth', '--no_probe')
+    assert ', head.0.running_mean [96], ' in lines(*one, '--finetune', last)  # among those that are ignored
+    with pytest.raises(UserError, match=r'cannot be evaluated as .* missing, stay as initialised'):
+        lines('--eval', '--probe', 'linear', '--resume', tmp_path / 'out' / 'checkpoint-last.pth')
 
 
 def test_defaults():
@@ -175,3 +179,58 @@ def test_defaults():
     assert parse('--probe=linear', '--epochs', '50', '--blr', '0.2').warmup_epochs == 10
     assert parse('--probe', 'linear', '--opt', 'adamw', '--smoothing', '0.1').opt == 'adamw'
     assert vars(parse()).items() >= {'epochs': 50, 'blr': 1e-3, 'opt': 'adamw', 'aa': 'rand-m9-mstd0.5-inc1'}.items()
+
+
+@pytest.mark.parametrize(
+    ('flags', 'line'),
+    [
+        (['--mixup', '0.8', '--drop_path', '0.1'], 'it does not take --drop_path 0.1 --mixup 0.8$'),
+        (['--grad_checkpoint'], 'it does not take --grad_checkpoint$'),
+        (
+            ['--config', 'mirl_vit_base_finetune'],
+            'is for fine-tuning: .*mirl_vit_tiny_cifar10_linprobe.yaml$',
+        ),
+        (['--weight_decay', '0.1'], '--opt lars has no weight decay: give --weight_decay 0, got 0.1'),
+        (['--batch_size', '1'], 'cannot take 1 image of 32 pixels: Expected more than 1 value per channel'),
+    ],
+)
+def test_mistakes(flags, line, images, tmp_path):
+    with pytest.raises(UserError, match=line):
+        train('finetune', images, tmp_path, *PROBE, *flags)
+
+
+def test_a_convolution_is_no_linear_layer():
+    network = nn.Module()
+    network.head = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match='its last layer, head, is Conv2d, which is not linear'):
+        make_probe(network)
+
+
+# --------------------------------------------------------------------------
+# recipes
+
+
+def text_of(name: str) -> str:
+    return re.sub(r'\n# +', ' ', (RECIPES / f'{name}.yaml').read_text())
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in RECIPES.glob('*_linprobe.yaml')))
+def test_recipes(name):
+    """MAE's values; and a cost of that many forwards, each a third of a step of the same network's fine-tuning."""
+    args, protocol, own = resolve(name), vars(parse('--probe', 'linear')), OWN in name
+    main_finetune.check_probe(args)
+    kept = ['probe', 'epochs', 'warmup_epochs', 'min_lr', 'opt', 'weight_decay', 'smoothing', 'hflip', 'aa', 'mixup']
+    kept += [] if own else ['crop_scale', 'crop_pct']
+    assert {key: getattr(args, key) for key in kept} == {key: protocol[key] for key in kept}
+    lr, _ = optim.scaled_lr(args, optim.accumulation(args))
+    step = args.batch_size * optim.accumulation(args)
+    assert (args.batch_size, step, lr) == (512, 512 if own else 16384, pytest.approx(6.4))
+
+    [gflop] = map(float, re.findall(r'products: ([\d.]+) GFLOP an image, forward alone', text_of(name)))
+    images = (50_000 if own else 1_281_167) // step * step * args.epochs
+    totals = [float(total) for total in re.findall(r'(\d\.\de\d+) FLOP', text_of(name))]
+    assert totals == [pytest.approx(gflop * 1e9 * images, rel=0.05)] * 2
+    for other in RECIPES.glob(f'{name.removesuffix("_linprobe")}*_finetune*.yaml'):
+        [trained] = map(float, re.findall(r'products: ([\d.]+) GFLOP', text_of(other.stem)))
+        if resolve(other.stem).input_size == args.input_size and resolve(other.stem).model == args.model:
+            assert gflop == pytest.approx(trained / 3, rel=0.04), other

@@ -98,7 +98,7 @@ def keep(
 ) -> Kept:
     """The features of `count` images, of which this rank's loader gives some: those of `rows`, batch by batch.
 
-    `how` is what `stream` takes. Grams are of features before rounding. Every rank must call it; each gets all features.
+    `how` is what `stream` takes. Grams are of features before rounding. Every rank must call it, and gets all features.
     Raises UserError where one is not finite, or too large for float16.
     """
     device, sizes = next(model.parameters()).device, widths(model, img_size, how['layers'], how['feature'])
