@@ -268,6 +268,8 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
         main_pretrain.find_method(args.model)
     if args.device not in ('cuda', 'cpu'):
         raise UserError(f'--device {args.device}: a job has its own GPUs; cuda or cpu')
+    if options.stage == 'finetune' and not args.eval:
+        main_finetune.check_probe(args)
     tasks = options.nodes * options.ngpus
     with submitit.helpers.environment_variables(RANK=0, WORLD_SIZE=tasks, LOCAL_RANK=0):  # as the job will find it
         config.check_common_args(argparse.Namespace(**{**vars(args), 'device': 'cpu'}))  # its GPUs are not here

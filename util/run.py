@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from util.checkpoint import Source
 from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles, Split
 from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
-from util.log import MetricLogger, RunLog, counted, info
+from util.log import MetricLogger, RunLog, counted, health, info
 from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
 from util.run_folder import NoFolder, RunFolder, prepare
@@ -297,8 +298,9 @@ class Run:
             info(notice)
         dropped = f'; {counted(dropped, "image")} of each epoch fill no step and are dropped' if dropped else ''
         info(f'{counted(sampler.num_samples, "training image")}, {counted(sampler.steps, "step")} an epoch{dropped}')
-        if dist.has_batchnorm(training.core) and dist.world_size() > 1 and training.device.type == 'cpu':
-            info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
+        apart = training.device.type == 'cpu' or getattr(args, 'probe', None)  # else it is SyncBatchNorm
+        if dist.has_batchnorm(training.core) and dist.world_size() > 1 and apart:
+            info("BatchNorm keeps its running statistics per process; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
         position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
@@ -365,13 +367,17 @@ class Run:
         self.stop_if_asked(epoch, epoch.steps)
 
     def after_epoch(self, epoch: Epoch, **values) -> None:
-        """The epoch's line in log.txt, TensorBoard's points of its tests, and its checkpoints."""
+        """The epoch's line in log.txt, TensorBoard's points of its tests, its checkpoints; health, once warmed up."""
         args, number = self.args, epoch.number
         counts = {'bad_steps': self.bad_steps(epoch, epoch.steps), **self.images.reader.counted()}
-        tests = {name: value for name, value in values.items() if name.startswith('test')}
+        tests = {name: value for name, value in values.items() if name.startswith(('test', 'knn', 'rank'))}
+        timing = epoch.meters.timing()
         self.folder.check_lock()
         self.log.scalars(self.axis(number + 1, 0), **tests)
-        self.log.epoch(**values, **counts, **epoch.meters.timing(), epoch=number)
+        self.log.epoch(**values, **counts, **timing, epoch=number)
+        if self.stage == 'pretrain' and number == max(0, math.ceil(args.warmup_epochs) - 1):
+            skipped = counts['bad_steps'] / ((number + 1) * epoch.steps)
+            info(f'after the warm-up: {health({**epoch.meters.latest, **values, **timing, "skipped": skipped})}')
         if (number + 1) % args.save_freq == 0 or number + 1 == args.epochs:
             self.save(f'checkpoint-{number}.pth', epoch, epoch.steps)
             if args.keep_last and dist.is_main():
