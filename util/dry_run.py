@@ -31,7 +31,7 @@ from util.training import Training
 
 WARM_UP, STEPS, FEWEST = 2, 12, 3  # steps that do not count, and the most and fewest in all
 STEPS_S, STEP_S, LOADER_S = 30, 4, 3  # seconds that all steps, one step, and the loader alone may take, about
-SMALL = 4  # images that a step is measured with at least
+SMALL, LARGEST = 4, 4096  # images that a step is measured with at least, and a GPU is tried with at most
 RANKS = (1, 8, 16, 64)  # of the table
 READ = 64  # images that a loader process checks in one go
 
@@ -207,25 +207,26 @@ def measured_batch(training: Training, forward: Forward, batch: Batch, costs: Co
 
 
 def largest_batch(peak: Callable[[int], float], room: float, batch: int) -> int:
-    """How many images fit into `room`: by a line through two trials, and tried. 0: not even one.
+    """How many images fit into `room`: by a line through two trials, and tried. 0: not even the fewest.
 
     `peak(n)` is the memory that n images take; it raises torch.OutOfMemoryError where they do not fit.
     """
+    unit = 2 if batch % 2 == 0 else 1  # mixup pairs images
     fits = 0
     while batch and not fits:
         with contextlib.suppress(torch.OutOfMemoryError):
             most, fits = peak(batch), batch
-        batch //= 2
-    if fits < 2:
+        batch = batch // 2 // unit * unit
+    if not batch:
         return fits
-    slope = (most - peak(fits // 2)) / (fits - fits // 2)
-    guess = fits + int((room - most) / max(slope, 1))
+    slope = (most - peak(batch)) / (fits - batch)
+    guess = min(fits + int((room - most) / max(slope, 1)), max(fits, LARGEST)) // unit * unit
     while guess > fits:
         try:
             peak(guess)
             return guess
         except torch.OutOfMemoryError:
-            guess = int(0.95 * guess)
+            guess = int(0.95 * guess) // unit * unit
     return fits
 
 
@@ -383,7 +384,8 @@ def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
     listed = ', '.join(f'{name} {size(nbytes)}' for name, nbytes in parts.items())
     info(f'memory of a rank: {listed}; from forward to backward {size(costs.kept)} of an image')
     if training.device.type == 'cuda':
-        most, told = f'{fits:,}', 'tried, without --compile' if training.args.compile else 'tried'
+        most = f'{fits:,}' + ' or more' * (fits >= LARGEST)
+        told = 'tried, without --compile' if training.args.compile else 'tried'
         peak, where = torch.cuda.max_memory_allocated(), f'the {size(free_on_gpu())} of GPU memory'
     else:
         room, whose = resources.memory_limit()
