@@ -395,6 +395,8 @@ def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
         most = f'at most {fits:,}'
     scaled = f', by arithmetic {size(peak + (batch - n) * costs.kept)} with {batch}' if n < batch else ''
     info(f'memory in a step: up to {size(peak)} with {counted(n, "image")}{scaled}')
+    if training.device.type == 'cpu' and costs.step < 2 * costs.forward:
+        return  # most of it is frozen: what the forward keeps says nothing
     warning = f'WARNING: --batch_size {batch} is too large; ' if fits < batch else ''
     info(f'{warning}largest batch in {where}: {most} images ({told})')
 
