@@ -16,18 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from util import digests
-from util.errors import CheckpointError, StorageError, UserError
+from util.errors import CheckpointError, StorageError, UserError, listed
 from util.weights.files import CONFIG, ORIGIN, SAFETENSORS, TORCH, write_weights
 
 CARD = 'README.md'
 WRITTEN = {CONFIG, CARD, *(f'{name}{end}' for name in (SAFETENSORS, TORCH) for end in ('', '.sha256'))}
 LARGEST_DIFFERENCE = 1e-4  # of features, relative to the largest; another network's are as different as they are large
-
-
-def last_layer(network: nn.Module) -> str:
-    """The name of a classifier's last layer."""
-    last = network.get_classifier() if hasattr(network, 'get_classifier') else network.head
-    return next((name for name, module in network.named_modules() if module is last), '')
 
 
 def take_head_off(network: nn.Module) -> None:
@@ -160,6 +154,9 @@ def check_free(folder: Path) -> None:
         raise UserError(f'cannot write {folder}: there is no folder {folder.parent}')
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f'cannot write {folder}: an export is a folder, and a file or a link has this name')
-    inside = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    if others := sorted(inside - WRITTEN) or (inside and ORIGIN not in (folder / CONFIG).read_text(errors='replace')):
-        raise UserError(f'{folder} holds files that no export wrote ({", ".join(others[:3])}): give another folder')
+    inside = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    config = folder / CONFIG
+    exported = config.is_file() and ORIGIN in config.read_text(errors='replace')
+    others = [name for name in inside if name not in WRITTEN or not exported]
+    if others:
+        raise UserError(f'{folder} holds files that no export wrote ({listed(others)}): give another folder')
