@@ -25,12 +25,12 @@ from util.data import augment, datasets, named
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.log import info
-from util.nn.linear_probe import make_probe
+from util.nn.linear_probe import last_layer, make_probe
 from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import Report, fold_probe, last_layer, load_published, take_head_off
+from util.weights import Report, fold_probe, load_published, take_head_off
 
 # what --probe linear sets, as in MAE's appendix A.1 and its code: what may be changed, and what may not
 PROBE = dict(epochs=90, blr=0.1, warmup_epochs=10, min_lr=0.0, opt='lars', weight_decay=0.0, smoothing=0.0)
@@ -173,7 +173,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
         **options,
         model_kwargs=args.model_kwargs,
     )
-    if not args.probe:
+    if args.probe != 'linear':  # scripts may have another flag of this name
         return network
     try:
         return make_probe(network)

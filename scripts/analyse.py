@@ -40,6 +40,7 @@ from util.weights import load_published
 MOST = 8  # networks in a table
 HELD_BACK = 0.1  # share of the training images on which a probe's lambda is chosen
 RANDOM = 'random'
+SPLITS = ('train', 'val')
 TAKEN = (  # of fine-tuning's flags
     *('model', 'model_kwargs', 'input_size', 'crop_pct', 'mean', 'std', 'max_pixels', 'device', 'seed', 'batch_size'),
     *('data_path', 'dataset', 'download', 'val_share', 'num_workers', 'pin_mem', 'bad_images', 'max_bad_images'),
@@ -69,7 +70,7 @@ def get_args_parser() -> config.Parser:
         'what differs from the flags of the same name, or options of the model',
     )
     add('--use_ema', action=config.Switch, heading='Weight average', help='take the averaged weights of the files')
-    add('--images', type=config.AT_LEAST_1, help='most images of each split, drawn from --seed; default: all')
+    add('--images', type=config.number(int, 2), help='most images of each split, drawn from --seed; default: all')
     add('--max_per_class', type=config.AT_LEAST_1, help='most training images of a class, drawn from --seed')
     add('--from_json', nargs='+', type=config.path, default=[], metavar='JSON', help='draw these results, compute none')
     parser.take(finetune, *TAKEN)
@@ -153,6 +154,7 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
     if source.origin and source.origin.stage == 'pretrain':
         args.model_kwargs = build.encoder_kwargs(method, args.model, args.model_kwargs) | given
     args.global_pool = args.feature == 'pooled'
+    args.probe = source.origin.args.get('probe') if source.origin and path != RANDOM else None  # fine-tuning's flag
     with source.expected(args):
         core = main_finetune.checked_classifier(args, len((source.origin and source.origin.classes) or []) or classes)
         if path == RANDOM:
@@ -167,7 +169,7 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
 
 def images(args: argparse.Namespace) -> tuple[datasets.Split, datasets.Split]:
     """Training and validation images, as --images and --max_per_class have them."""
-    train, val = named.labelled_splits(args, ('train', 'val'))
+    train, val = named.labelled_splits(args, SPLITS)
     return some(train, args.seed, 1, args.images, args.max_per_class), some(val, args.seed, 2, args.images)
 
 
@@ -190,7 +192,6 @@ def some(
 
 def ready(args: argparse.Namespace) -> tuple[torch.device, list[datasets.Split], list[Network]]:
     """This process's device, the splits and the networks, once all is checked and the ranks have met."""
-    config.check_apart('output_dir', args.output_dir, args.data_path, args.dataset)
     dist.own_device(args.device)
     splits = images(args)
     found = networks(args, len(splits[0].classes))
@@ -208,10 +209,12 @@ def ready(args: argparse.Namespace) -> tuple[torch.device, list[datasets.Split],
 def knn(args: argparse.Namespace) -> dict:
     """Nearest neighbours, linear probe and rank of the features of each network, from one extraction."""
     device, splits, found = ready(args)
+    if max(args.k) > len(splits[0].images):
+        info(f'--k {max(args.k)}: of {len(splits[0].images)} training images all vote')
     results = []
     for network in found:
         began = time.perf_counter()
-        train, val = (kept_features(network, split, device) for split in splits)
+        train, val = (kept_features(network, *named_split, device) for named_split in zip(SPLITS, splits, strict=True))
         network.core.to('cpu')
         if args.save_features and dist.is_main():
             with writing(args.output_dir):
@@ -230,8 +233,11 @@ def knn(args: argparse.Namespace) -> dict:
         info(f'{network.name}: features of {sum(map(len, labels))} images in {seconds}')
         results.append(described(network) | {'layers': layers})
     dist.cleanup()
-    counts = {name: len(split.images) for name, split in zip(('train', 'val'), splits, strict=True)}
-    return {'images': counts, 'classes': len(splits[0].classes), 'checkpoints': results}
+    return {
+        'images': dict(zip(SPLITS, map(len, labels), strict=True)),
+        'classes': len(splits[0].classes),
+        'checkpoints': results,
+    }
 
 
 def described(network: Network) -> dict:
@@ -247,10 +253,10 @@ def memory(network: Network, splits: list[datasets.Split]) -> str:
     return f'{network.name}: {count} images x {width} features of {layers} x 2 bytes: {size(2 * count * width)} a rank'
 
 
-def kept_features(network: Network, split: datasets.Split, device: torch.device) -> features.Kept:
+def kept_features(network: Network, name: str, split: datasets.Split, device: torch.device) -> features.Kept:
     """The features of a split, on every rank."""
     args, core = network.args, network.core.to(device)
-    loader = build.val_loader(args, split.images, split.labels, device)
+    loader = build.val_loader(args, split.images, split.labels, device, f'bad_images_{name}.txt')
     rows = [[index for _, index in batch] for batch in loader.batch_sampler]
     how = dict(layers=args.layers, feature=args.feature)
     how['normalise'] = datasets.Normalisation.of(args.mean, args.std, device)
@@ -421,6 +427,8 @@ def tell(rows: list[list[str]]) -> None:
 def main(args: argparse.Namespace) -> None:
     """Compute, or read, and show."""
     what = WHATS[args.what]
+    if not args.from_json:
+        config.check_apart('output_dir', args.output_dir, args.data_path, args.dataset)
     with writing(args.output_dir):
         args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.from_json:

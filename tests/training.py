@@ -1,11 +1,18 @@
 """Small training runs for the tests: a folder of images, arguments, and processes."""
 
+import atexit
 import contextlib
+import functools
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -62,10 +69,34 @@ def command(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, sc
 
 
 def run(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, fault: str = '', timeout: float = 300):
-    """Run it to its end; `fault` is one of tests/faulty_run.py."""
-    line = command(stage, data, output, *more, ranks=ranks, script='tests/faulty_run.py' if fault else '')
-    env = environment() | {'FAULT': fault}
-    return subprocess.run(line, capture_output=True, text=True, timeout=timeout, env=env)
+    """Run it to its end; `fault` is one of tests/faulty_run.py. Several ranks are started without torchrun."""
+    line = command(stage, data, output, *more, script='tests/faulty_run.py' if fault else '')
+    processes = [start(line, FAULT=fault, **place) for place in (places(ranks) if ranks else [{}])]
+    try:
+        said = [process.communicate(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return Ended([process.returncode for process in processes], *map(''.join, zip(*said, strict=True)))
+
+
+class Ended(NamedTuple):
+    """The exit codes of a run's ranks, and all that they said."""
+
+    codes: list[int]
+    stdout: str
+    stderr: str
+
+    @property
+    def returncode(self) -> int:
+        """That of the first rank that failed."""
+        return next(filter(None, self.codes), 0)
+
+
+def places(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each of its processes."""
+    meeting = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(ranks)}
+    return [meeting | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(ranks)]
 
 
 def environment() -> dict[str, str]:
@@ -77,9 +108,68 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(line: list[str], **variables: str) -> subprocess.Popen:
+@functools.cache
+def server():
+    """Forks processes of a server that has imported the mains; nothing in it has run."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['main_pretrain', 'main_finetune', 'torch.utils.tensorboard'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', str(ROOT))  # the server does not inherit sys.path
+        warm = context.Process(target=print)
+        warm.start()
+        warm.join()
+    return context
+
+
+class Forked:
+    """Stands in for `subprocess.Popen` of a program of the project: forked from `server`, it begins at once."""
+
+    def __init__(self, argv: list[str], env: dict[str, str]):
+        files = [tempfile.NamedTemporaryFile('a') for _ in range(2)]  # noqa: SIM115
+        self.stdout, self.stderr = (open(file.name) for file in files)  # noqa: SIM115
+        self.process = server().Process(target=begin, args=(argv, env, [file.name for file in files]))
+        self.process.start()
+        self.pid, self.kill, self.files = self.process.pid, self.process.kill, files
+        atexit.register(self.kill)  # or multiprocessing waits for it
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout)
+        return self.stdout.read(), self.stderr.read()
+
+
+def begin(argv: list[str], env: dict[str, str], streams: list[str | Path]) -> None:
+    """In a process of the server: run a program as the command line would."""
+    torch.set_num_threads(1)
+    for number, name in enumerate(streams, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # the default again, for loader processes
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv[:] = argv
+    try:
+        runpy.run_path(argv[0], run_name='__main__')
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def start(line: list[str], **variables: str) -> subprocess.Popen | Forked:
     """Begin a command, whose output can be read while it runs."""
     env = environment() | variables
+    if line[0] == sys.executable and Path(line[1]).parent in (ROOT, ROOT / 'tests'):
+        return Forked(line[1:], env)
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -89,12 +179,16 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def read_until(process: subprocess.Popen, text: str) -> None:
+def read_until(process: subprocess.Popen | Forked, text: str) -> None:
     """Read a process's lines up to one with this text in it."""
-    for line in process.stdout:
-        if text in line:
-            return
-    pytest.fail(f'{text!r} never came; stderr: {process.stderr and process.stderr.read()}')
+    ended = False
+    while not ended:
+        ended = process.poll() is not None
+        for line in process.stdout:
+            if text in line:
+                return
+        time.sleep(0.01)
+    pytest.fail(f'{text!r} never came; stderr: {process.stderr.read()}')
 
 
 def draw_plan(model, n: int, seed: int = 0):

@@ -148,12 +148,16 @@ def loader(
 
 
 def val_loader(
-    args: argparse.Namespace, images: datasets.Images, labels: list[int], device: torch.device
+    args: argparse.Namespace,
+    images: datasets.Images,
+    labels: list[int],
+    device: torch.device,
+    listing: str = 'bad_images_val.txt',
 ) -> datasets.Loader:
-    """This rank's share of the validation images, every image on exactly one rank."""
+    """This rank's share of the validation images, every image on exactly one rank; `listing`: of bad images."""
     here = dist.place()
     transform = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
-    reader = Reader.of(args, 'bad_images_val.txt')
+    reader = Reader.of(args, listing)
     if here.rank == 0:
         reader.clear_list()  # each evaluation meets all of them
     images = datasets.ImageFiles(images, labels, transform, args.seed, reader, replace=False)

@@ -31,7 +31,7 @@ from util.training import Training
 
 WARM_UP, STEPS, FEWEST = 2, 12, 3  # steps that do not count, and the most and fewest in all
 STEPS_S, STEP_S, LOADER_S = 30, 4, 3  # seconds that all steps, one step, and the loader alone may take, about
-SMALL = 4  # images that a step is measured with at least
+SMALL, LARGEST = 4, 4096  # images that a step is measured with at least, and a GPU is tried with at most
 RANKS = (1, 8, 16, 64)  # of the table
 READ = 64  # images that a loader process checks in one go
 
@@ -207,25 +207,26 @@ def measured_batch(training: Training, forward: Forward, batch: Batch, costs: Co
 
 
 def largest_batch(peak: Callable[[int], float], room: float, batch: int) -> int:
-    """How many images fit into `room`: by a line through two trials, and tried. 0: not even one.
+    """How many images fit into `room`: by a line through two trials, and tried. 0: not even the fewest.
 
     `peak(n)` is the memory that n images take; it raises torch.OutOfMemoryError where they do not fit.
     """
+    unit = 2 if batch % 2 == 0 else 1  # mixup pairs images
     fits = 0
     while batch and not fits:
         with contextlib.suppress(torch.OutOfMemoryError):
             most, fits = peak(batch), batch
-        batch //= 2
-    if fits < 2:
+        batch = batch // 2 // unit * unit
+    if not batch:
         return fits
-    slope = (most - peak(fits // 2)) / (fits - fits // 2)
-    guess = fits + int((room - most) / max(slope, 1))
+    slope = (most - peak(batch)) / (fits - batch)
+    guess = min(fits + int((room - most) / max(slope, 1)), max(fits, LARGEST)) // unit * unit
     while guess > fits:
         try:
             peak(guess)
             return guess
         except torch.OutOfMemoryError:
-            guess = int(0.95 * guess)
+            guess = int(0.95 * guess) // unit * unit
     return fits
 
 
@@ -321,7 +322,7 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
     if args.check_data or args.bad_images == 'skip':
         run.images.reader = Forgiving(*run.images.reader)
     training.sampler.start(run.first_epoch)
-    training.model.train()
+    training.train_mode()
     training.set_lr(run.first_epoch)
     speed, batch = loader_speed(batches)
     costs = measured_costs(training, forward, batch)
@@ -377,13 +378,14 @@ def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
     batch, core = training.args.batch_size, training.core
     trained = sum(param.nbytes for param in core.parameters() if param.requires_grad)
     parts = {'weights': sum(tensor.nbytes for tensor in core.state_dict().values())}
-    parts |= {'gradients': trained, 'moments': 2 * trained}
+    parts |= {'gradients': trained, 'moments': training.optimizer.moments * trained}
     if training.ema:
         parts['average'] = sum(tensor.nbytes for tensor in training.ema.module.state_dict().values())
     listed = ', '.join(f'{name} {size(nbytes)}' for name, nbytes in parts.items())
     info(f'memory of a rank: {listed}; from forward to backward {size(costs.kept)} of an image')
     if training.device.type == 'cuda':
-        most, told = f'{fits:,}', 'tried, without --compile' if training.args.compile else 'tried'
+        most = f'{fits:,}' + ' or more' * (fits >= LARGEST)
+        told = 'tried, without --compile' if training.args.compile else 'tried'
         peak, where = torch.cuda.max_memory_allocated(), f'the {size(free_on_gpu())} of GPU memory'
     else:
         room, whose = resources.memory_limit()
@@ -393,6 +395,8 @@ def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
         most = f'at most {fits:,}'
     scaled = f', by arithmetic {size(peak + (batch - n) * costs.kept)} with {batch}' if n < batch else ''
     info(f'memory in a step: up to {size(peak)} with {counted(n, "image")}{scaled}')
+    if training.device.type == 'cpu' and costs.step < 2 * costs.forward:
+        return  # most of it is frozen: what the forward keeps says nothing
     warning = f'WARNING: --batch_size {batch} is too large; ' if fits < batch else ''
     info(f'{warning}largest batch in {where}: {most} images ({told})')
 

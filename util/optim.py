@@ -164,6 +164,7 @@ class GuardedOptimizer:
         max_bad_steps: int | None = None,
     ):
         self.inner = optimizer
+        self.moments = len(getattr(optimizer, 'moments', ('exp_avg', 'exp_avg_sq')))  # that it holds of a parameter
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.clip_grad = clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)

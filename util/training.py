@@ -99,9 +99,9 @@ class Training:
         return state
 
     def sizes(self) -> int:
-        """The bytes of the tensors in `state` and of what the optimiser will hold, one moment or two."""
-        core, each = self.core, len(getattr(self.optimizer.inner, 'moments', ('exp_avg', 'exp_avg_sq')))
-        moments = [param for param in core.parameters() if param.requires_grad] * each
+        """The bytes of the tensors in `state` and of what the optimiser will hold, its moments."""
+        core = self.core
+        moments = [param for param in core.parameters() if param.requires_grad] * self.optimizer.moments
         average = self.ema.module.state_dict().values() if self.ema else ()
         return sum(tensor.nbytes for tensor in (*core.state_dict().values(), *moments, *average))
 

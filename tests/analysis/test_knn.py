@@ -216,6 +216,7 @@ def test_networks_are_judged(images, trained, tmp_path, capsys, monkeypatch):
     assert [layer['depth'] for layer in ours['layers']] == [0, 0.333333, 0.666667, 1]
     assert result['images'] == {'train': 60, 'val': 15}
     assert 'network  layer' in said
+    assert '--k 200: of 60 training images all vote' in said
     assert 'ours: 75 images x 384 features of 4 layers x 2 bytes: 0.1 MB a rank' in said
     assert (tmp_path / 'knn.png').stat().st_size > 10_000
 
@@ -250,6 +251,17 @@ def test_networks_are_judged(images, trained, tmp_path, capsys, monkeypatch):
     assert other.wait(60) == 0, other.stderr.read()
     for file in ('knn.json', 'features-ours.npz', 'features-random.npz'):
         assert (tmp_path / 'two' / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_fine_tuned_networks(images, trained, tmp_path):
+    """With their heads. The encoder of a linear probe was frozen: its features are the pretrained ones."""
+    short = ['--batch_size', '32', '--epochs', '1', '--model_kwargs', 'depth=3', '--finetune', trained]
+    train('finetune', images, tmp_path / 'a', '--probe', 'linear', *short)
+    train('finetune', images, tmp_path / 'b', *short)
+    files = [f'a={trained}', *(f'{name}={tmp_path / folder / "checkpoint-last.pth"}' for name, folder in ('ba', 'cb'))]
+    ours, probe, tuned = analysed(images, tmp_path / 'out', '--probe', 'ridge', '--checkpoint', *files)['checkpoints']
+    assert ours['layers'] == probe['layers'] != tuned['layers']
+    assert 'missing' not in probe['weights'] + tuned['weights']
 
 
 def test_drawn_again_and_without_matplotlib(images, tmp_path, capsys, monkeypatch):

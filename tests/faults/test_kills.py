@@ -6,21 +6,18 @@ between the two renames of one. Most runs are forked from a server that has impo
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from training import MIXED, ROOT, SHORT, arguments, command, environment, equal_states, load, processes_of
+from training import MIXED, SHORT, begin, command, environment, equal_states, load, processes_of, server
 
 from util import checkpoint, digests
-from util.errors import run_main
 
 KILLS = int(os.environ.get('KILLS', '200'))
 COMMON = [*SHORT, '--epochs', '3', '--save_freq_steps', '1', '--save_freq', '1', '--keep_last', '2']
@@ -36,42 +33,17 @@ CASES = {
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(60 + 30 * KILLS)]
 
 
-@pytest.fixture(scope='module')
-def server():
-    """Forks processes of a server that has imported the mains; nothing in it has run."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['main_pretrain', 'main_finetune', 'torch.utils.tensorboard'])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', str(ROOT))  # the server does not inherit sys.path
-        warm = context.Process(target=print)
-        warm.start()
-        warm.join()
-    return context
-
-
-def begin(stage: str, flags: list[str], log: Path) -> None:
-    """In a process of its own: run a main, as the command line would."""
-    torch.set_num_threads(1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv[:] = [f'main_{stage}.py', *flags]
-    os.setsid()
-    main = __import__(f'main_{stage}')
-    run_main(lambda: main.main(main.get_args_parser().parse(flags, stage=stage)))
-
-
 class Chain:
     """A run that is begun again and again in one folder."""
 
-    def __init__(self, server, stage: str, images: Path, folder: Path, flags: list[str]):
-        self.server, self.stage, self.folder = server, stage, folder
-        self.flags = arguments(images, folder, *flags, '--resume', 'auto')
+    def __init__(self, stage: str, images: Path, folder: Path, flags: list[str]):
+        self.folder = folder
+        self.argv = command(stage, images, folder, *flags, '--resume', 'auto')[1:]
         self.log = folder.with_suffix('.log')
 
     def go(self, seconds: float | None) -> int | None:
         """Begin or go on, and kill it with its loader processes after so long. Its exit code, or None."""
-        process = self.server.Process(target=begin, args=(self.stage, self.flags, self.log))
+        process = server().Process(target=begin, args=(self.argv, environment(), [self.log, self.log]))
         process.start()
         process.join(seconds)
         if process.exitcode is None:
@@ -97,12 +69,12 @@ def unloadable(folder: Path) -> list[str]:
 
 @pytest.mark.promise(4)
 @pytest.mark.fault(15)
-def test_random_kills(server, images, tmp_path, measured):
+def test_random_kills(images, tmp_path, measured):
     rng = random.Random(KILLS)
     kills = runs = resumes = torn = 0
     undisturbed, seconds = {}, {}
     for name, (stage, flags) in CASES.items():
-        chain = Chain(server, stage, images, tmp_path / f'whole {name}', [*COMMON, *flags])
+        chain = Chain(stage, images, tmp_path / f'whole {name}', [*COMMON, *flags])
         began = time.monotonic()
         assert chain.go(100) == 0, chain.log.read_text()[-3000:]
         undisturbed[name], seconds[name] = load(chain.folder), time.monotonic() - began
@@ -111,7 +83,7 @@ def test_random_kills(server, images, tmp_path, measured):
             break
         runs += 1
         stage, flags = CASES[name]
-        chain, code = Chain(server, stage, images, tmp_path / f'run {runs}', [*COMMON, *flags]), None
+        chain, code = Chain(stage, images, tmp_path / f'run {runs}', [*COMMON, *flags]), None
         while code is None:
             code = chain.go(rng.uniform(0, seconds[name]) if kills < KILLS else 100)
             if code is None:

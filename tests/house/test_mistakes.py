@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from torch._subclasses import FakeTensor
-from training import MAINS, ROOT, arguments, environment, same, train
+from training import MAINS, ROOT, arguments, environment, same, start, train
 
 import main_pretrain
 from scripts import visualize
@@ -407,10 +407,10 @@ def test_a_process_ends_like_this(images, tmp_path):
     assert alone.stderr.startswith('main_pretrain.py: error: unknown argument --epoch; did you mean --epochs')
     assert alone.stderr.count('\n') == 1
     assert alone.stdout == ''
-    other = os.environ | {'RANK': '9', 'WORLD_SIZE': '16', 'LOCAL_RANK': '1'}
-    second = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=180, env=other)
+    second = start([sys.executable, *argv], RANK='9', WORLD_SIZE='16', LOCAL_RANK='1')
+    _, said = second.communicate(timeout=180)
     assert second.returncode == 2
-    assert second.stderr == alone.stderr.replace('error: ', 'error: rank 9: ')
+    assert said == alone.stderr.replace('error: ', 'error: rank 9: ')
     assert not (tmp_path / 'out').exists()
 
 

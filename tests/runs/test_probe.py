@@ -202,7 +202,7 @@ def test_mistakes(flags, line, images, tmp_path):
 def test_a_convolution_is_no_linear_layer():
     network = nn.Module()
     network.head = nn.Conv2d(3, 3, 1)
-    with pytest.raises(ValueError, match='its last layer, head, is Conv2d, which is not linear'):
+    with pytest.raises(ValueError, match='its last layer, head, is Conv2d, not linear'):
         make_probe(network)
 
 

@@ -12,15 +12,21 @@ class ProbeHead(nn.Sequential):
         nn.init.zeros_(self[1].bias)
 
 
-def make_probe(network: nn.Module) -> nn.Module:
-    """Put a `ProbeHead` in the place of a classifier's last layer, in place, and freeze all else.
-
-    That layer is `get_classifier()`, as timm's networks have it, or `head`. Raises ValueError if it is not linear.
-    """
+def last_layer(network: nn.Module) -> str:
+    """The name of a classifier's last layer: what timm's networks call their classifier, or `head`."""
     last = network.get_classifier() if hasattr(network, 'get_classifier') else network.head
-    name = next((name for name, module in network.named_modules() if module is last), '')
+    return next((name for name, module in network.named_modules() if module is last), '')
+
+
+def make_probe(network: nn.Module) -> nn.Module:
+    """Put a `ProbeHead` in the place of a classifier's last layer, and freeze all else.
+
+    Raises ValueError if that layer is not linear.
+    """
+    name = last_layer(network)
+    last = network.get_submodule(name)
     if not isinstance(last, nn.Linear):
-        raise ValueError(f'its last layer, {name or "unnamed"}, is {type(last).__name__}, which is not linear')
+        raise ValueError(f'its last layer, {name or "which has no name"}, is {type(last).__name__}, not linear')
     network.requires_grad_(False)
     network.set_submodule(name, ProbeHead(last.in_features, last.out_features))
     set_train_mode(network)

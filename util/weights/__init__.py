@@ -4,7 +4,7 @@
 `read_source` what a file, a URL or an exported folder does. `export` writes such a folder.
 """
 
-from util.weights.exports import check_free, export, fold_probe, last_layer, take_head_off
+from util.weights.exports import check_free, export, fold_probe, take_head_off
 from util.weights.files import check_file, plain_field, read_checkpoint
 from util.weights.intake import Origin, OtherFormatError, Report, check_finite, find_origin
 from util.weights.published import file_of, load_published, read_source
@@ -20,7 +20,6 @@ __all__ = [
     'file_of',
     'find_origin',
     'fold_probe',
-    'last_layer',
     'load_published',
     'plain_field',
     'read_checkpoint',

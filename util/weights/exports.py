@@ -25,12 +25,6 @@ WRITTEN = {CONFIG, CARD, *(f'{name}{end}' for name in (SAFETENSORS, TORCH) for e
 LARGEST_DIFFERENCE = 1e-4  # of features, relative to the largest; another network's are as different as they are large
 
 
-def last_layer(network: nn.Module) -> str:
-    """The name of a classifier's last layer."""
-    last = network.get_classifier() if hasattr(network, 'get_classifier') else network.head
-    return next((name for name, module in network.named_modules() if module is last), '')
-
-
 def take_head_off(network: nn.Module) -> None:
     """From now on the network gives what its last layer was given, [N, D]."""
     if hasattr(network, 'reset_classifier'):
