@@ -26,7 +26,7 @@ def train_one_epoch(
     `loss_of(batch)` is the task: it takes a batch of the loader on the device, and returns the loss, a float32 scalar,
     and named scalars to log.
     """
-    training.model.train()
+    training.train_mode()
     training.sampler.start(epoch.number, epoch.first_step)
     data = epoch.meters.timed(batches)
     for step in range(epoch.first_step, epoch.steps):

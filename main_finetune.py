@@ -10,23 +10,34 @@ from util import start  # noqa: F401
 # isort: split
 import argparse
 import math
+import re
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from engine_finetune import LossOf, evaluate, train_one_epoch
+from engine_finetune import LossOf, evaluate, forward, train_one_epoch
 from main_pretrain import find_method
-from util import agreement, build, checkpoint, config, dist, predictions, resources, rng
+from util import agreement, build, checkpoint, config, dist, dry_run, predictions, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.log import info
+from util.nn.linear_probe import last_layer, make_probe
 from util.optim import WeightAverage
+from util.recipes import recipe_value, recipes_for
 from util.run import Run
 from util.training import Epoch, Training, amp_dtype, memory_format
-from util.weights import load_published
+from util.weights import Report, fold_probe, load_published, take_head_off
+
+# what --probe linear sets, as in MAE's appendix A.1 and its code: what may be changed, and what may not
+PROBE = dict(epochs=90, blr=0.1, warmup_epochs=10, min_lr=0.0, opt='lars', weight_decay=0.0, smoothing=0.0)
+PROBE_WITHOUT = dict(
+    **dict(drop_path=0.0, layer_decay=1.0, rule_kwargs={}, grad_checkpoint=False),  # of what is frozen
+    **dict(color_jitter=None, aa='none', reprob=0.0, mixup=0.0, cutmix=0.0, cutmix_minmax=None),
+)
 
 
 def get_args_parser() -> config.Parser:
@@ -43,6 +54,14 @@ def get_args_parser() -> config.Parser:
         of_network=True,
         off=['--cls_token'],
         help='classify the mean of the patch tokens, or the class token',
+    )
+    add(
+        '--probe',
+        choices=('linear',),
+        at_resume='same',
+        of_network=True,
+        presets={'linear': PROBE | PROBE_WITHOUT},
+        help="train a linear layer on the frozen encoder, by MAE's protocol, which sets other defaults",
     )
     add('--drop_path', type=below_1, default=0.1, help='stochastic depth of the last block; earlier ones in proportion')
 
@@ -141,11 +160,11 @@ def add_augmentation_args(parser: config.Parser) -> None:
 
 
 def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The classifier that the arguments describe, with weights that depend on the seed alone."""
+    """The classifier, or the probe, that the arguments describe, with weights that depend on the seed alone."""
     method = find_method(args.model)
     rng.seed_all(args.seed, rng.INIT)
     options = {} if args.global_pool else {'global_pool': 'token'}
-    return build.construct(
+    network = build.construct(
         method.create_classifier,
         args.model,
         num_classes=num_classes,
@@ -153,6 +172,26 @@ def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
         img_size=args.input_size,
         **options,
         model_kwargs=args.model_kwargs,
+    )
+    if args.probe != 'linear':  # scripts may have another flag of this name
+        return network
+    try:
+        return make_probe(network)
+    except ValueError as error:
+        raise UserError(f'--probe linear: {args.model}: {error}') from error
+
+
+def check_probe(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that a linear probe has no use for."""
+    values = {name: getattr(args, name) for name, without in PROBE_WITHOUT.items() if getattr(args, name) != without}
+    if not args.probe or not values:
+        return
+    of_recipe = any(recipe_value(args, name) is not None for name in values)
+    others = [path for path in recipes_for(args.model, 'finetune') if path.endswith('_linprobe.yaml')]
+    hint = f'; --config {args.config} is for fine-tuning: {" or ".join(others) or "leave it out"}' if of_recipe else ''
+    raise UserError(
+        f'--probe linear trains one layer on a frozen encoder, with a crop and a flip as only augmentation; it does '
+        f'not take {config.as_flags(values)}{hint}'
     )
 
 
@@ -257,13 +296,58 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
     return args, core, val, told
 
 
+class Loaded(NamedTuple):
+    """A network and how it came to be."""
+
+    network: nn.Module
+    report: Report
+    model_kwargs: dict  # of the classifier
+    num_classes: int  # 0: an encoder, which gives what a head is given, [N, D]
+
+
+def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool | None = None) -> Loaded:
+    """The network that a checkpoint of any origin holds, for arguments that the source has completed.
+
+    A classifier if it has a head and `head` is not False, else an encoder: what fine-tuning starts from. Raises
+    UserError for a file of another network, and where it lacks a head that `head` or --nb_classes asks for.
+    """
+    method, kwargs, names = find_method(args.model), args.model_kwargs, source.origin and source.origin.classes
+    if source.origin and source.origin.stage == 'pretrain':
+        kwargs = build.encoder_kwargs(method, args.model, kwargs)
+    options = {'img_size': args.input_size} | ({} if args.global_pool else {'global_pool': 'token'})
+    wanted, container = args.nb_classes or (len(names) if names else None), fold_probe(source.container)
+
+    def load(num_classes: int) -> tuple[nn.Module, Report]:
+        make, sizes = method.create_classifier, {'num_classes': num_classes, **options}
+        core = build.construct(make, args.model, **sizes, model_kwargs=kwargs)
+        return core, load_published(core, container, ema=args.use_ema, label=source.path)
+
+    with source.expected(args):
+        num_classes = wanted or 1
+        core, report = load(num_classes)
+        last = last_layer(core)
+        others = re.compile(re.escape(f'{last}.weight [') + r'(\d+),')  # a head for other classes, which was not loaded
+        if not wanted and (found := next(filter(None, map(others.match, report.ignored)), None)):
+            num_classes = int(found[1])
+            core, report = load(num_classes)
+    lacks_head = any(name.startswith(f'{last}.') for name in report.missing)
+    if report.missing and (head or wanted or not lacks_head) and head is not False:
+        what = f'classifier{f" of {wanted} classes" if wanted else ""}' + ' of the class token' * (not args.global_pool)
+        raise UserError(f'{source.path} has no {what}: {report}')
+    if lacks_head or head is False:
+        take_head_off(core)
+        num_classes = 0
+    return Loaded(core, report, kwargs, num_classes)
+
+
 @resources.program
-def main(args: argparse.Namespace) -> None:
-    """Fine-tune, or evaluate, as the arguments say."""
+def main(args: argparse.Namespace) -> dry_run.Estimate | None:
+    """Fine-tune, or evaluate, as the arguments say; with --dry_run, only try the fine-tuning."""
     predictions.check(args)
     if args.eval:
         return evaluate_checkpoint(args)
     method = find_method(args.model)
+    check_probe(args)
     config.check_common_args(args)
     config.check_schedule(args)
     train, val = named.labelled_splits(args, ('train', 'val'))
@@ -280,9 +364,7 @@ def main(args: argparse.Namespace) -> None:
         args, core = run.first_network(
             partial(checked_classifier, num_classes=num_classes), get_args_parser(), 'finetune'
         )
-        crop = augment.finetune_transform(
-            args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
-        )
+        crop = augment.training_transform(args)
         rules = build.param_rules(method, core, args.rule_kwargs)
         ema_steps = args.ema_warmup_epochs * sampler.steps
         ema = WeightAverage(core, args.ema_decay, ema_steps, args.ema_warmup_ratio) if args.use_ema else None
@@ -297,10 +379,12 @@ def main(args: argparse.Namespace) -> None:
         images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         batches = build.loader(images, sampler, args, device)
-        val_batches = build.val_loader(args, val.images, val.labels, device)
         augmentation = augment.batch_augmentation(args, num_classes, device)
-        absent = absent_classes(args, val)
         loss_of = classification_loss(training, augmentation, augment.criterion(args))
+        if args.dry_run:
+            return dry_run.report(run, batches, partial(forward, training, loss_of=loss_of), train=train, val=val)
+        val_batches = build.val_loader(args, val.images, val.labels, device)
+        absent = absent_classes(args, val)
 
         for epoch in run.epochs():
             stats = train_one_epoch(training, run, batches, epoch, loss_of)

@@ -8,6 +8,7 @@ from util import start  # noqa: F401
 
 # isort: split
 import argparse
+import itertools
 from functools import partial
 from types import ModuleType
 
@@ -17,16 +18,17 @@ import models_a2mim
 import models_localmim
 import models_mirl
 import models_mixmae
-from engine_pretrain import train_one_epoch
-from util import build, config, dist, resources, rng
-from util.config import AT_LEAST_0, SHARE, Switch, number
+from engine_pretrain import forward, train_one_epoch
+from util import build, config, dist, dry_run, resources, rng
+from util.config import AT_LEAST_0, AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
 from util.data.images import Reader
 from util.errors import UserError, closest, run_main
 from util.log import info
+from util.neighbours import Neighbours, labelled_images
 from util.pictures import Pictures
 from util.run import Run
-from util.training import Training
+from util.training import Epoch, Training
 
 # a method is one file; a new one is added here
 METHODS = (models_mirl, models_a2mim, models_localmim, models_mixmae)
@@ -50,6 +52,14 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     given = {'mask_ratio': args.mask_ratio, 'norm_pix_loss': args.norm_pix_loss}
     options = {name: value for name, value in given.items() if value is not None}
     return build.construct(make, img_size=args.input_size, **options, model_kwargs=args.model_kwargs)
+
+
+def create_classifier(args: argparse.Namespace) -> nn.Module:
+    """The classifier that the pretraining model becomes, of two classes; its weights are to be replaced."""
+    method = find_method(args.model)
+    options = build.encoder_kwargs(method, args.model, args.model_kwargs)
+    make = method.create_classifier
+    return build.construct(make, args.model, num_classes=2, img_size=args.input_size, model_kwargs=options)
 
 
 def checked_model(args: argparse.Namespace) -> nn.Module:
@@ -87,26 +97,46 @@ def get_args_parser() -> config.Parser:
     )
     add('--init_ema', action=Switch, help='start from the averaged weights in that file')
     add('--vis_freq', type=AT_LEAST_0, default=0, help='epochs between pictures of the same images; 0: none')
+    add_knn_args(parser)
     return parser
 
 
+def add_knn_args(parser: config.Parser) -> None:
+    add = partial(parser.add_argument, heading='Evaluation', at_resume='free')
+    add('--knn_freq', type=AT_LEAST_0, default=0, help="epochs between measures of the encoder's features; 0: none")
+    add(
+        '--knn_data',
+        type=config.path,
+        metavar='PATH',
+        help='labelled images for them, laid out as --dataset says; default: --data_path',
+    )
+    sizes = 'how many images of training and validation they take, evenly from all classes'
+    add('--knn_images', type=AT_LEAST_1, nargs=2, default=[5000, 1000], help=sizes)
+
+
+def due(epoch: Epoch, every: int, epochs: int) -> bool:
+    """Whether what comes every so many epochs, and after the last one, comes after this one."""
+    return (epoch.number + 1) % every == 0 or epoch.number + 1 == epochs
+
+
 @resources.program
-def main(args: argparse.Namespace) -> None:
-    """Pretrain as the arguments say."""
+def main(args: argparse.Namespace) -> dry_run.Estimate | None:
+    """Pretrain as the arguments say; with --dry_run, only try it."""
     method = find_method(args.model)
     config.check_common_args(args)
     config.check_schedule(args)
     train = named.training_images(args)
+    labelled = labelled_images(args)
     sampler = build.epoch_batches(args, len(train.images))
     with Run(args, 'pretrain', sampler, get_args_parser().roles) as run:
         if run.nothing_left():
             return
-        run.notices += train.notes
+        run.notices += itertools.chain(*(split.notes for split in (train, *labelled.values())))
         args, core = run.first_network(checked_model, get_args_parser(), 'init', new_decoder=True)
         rules = build.param_rules(method, core, args.rule_kwargs)
         build.apply_options(core, args)
 
-        device = run.join(core, train=train)
+        device = run.join(core, train=train, **labelled)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         model = dist.parallel(core, device, args.compile)
@@ -116,13 +146,20 @@ def main(args: argparse.Namespace) -> None:
         images = datasets.ImageFiles(train.images, None, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         batches = build.loader(images, sampler, args, device)
+        if args.dry_run:
+            return dry_run.report(run, batches, partial(forward, training), train=train)
         pictures = Pictures(core, train.images, args, images.reader) if args.vis_freq and dist.is_main() else None
+        neighbours = Neighbours(create_classifier(args), labelled, args, device) if args.knn_freq else None
 
         for epoch in run.epochs():
             stats = train_one_epoch(training, run, batches, epoch)
-            if pictures and ((epoch.number + 1) % args.vis_freq == 0 or epoch.number + 1 == args.epochs):
+            values = {f'train_{name}': value for name, value in stats.items()}
+            if pictures and due(epoch, args.vis_freq, args.epochs):
                 run.add_picture(epoch, pictures.draw(core, device))
-            run.after_epoch(epoch, **{f'train_{name}': value for name, value in stats.items()})
+            if neighbours and due(epoch, args.knn_freq, args.epochs):
+                run.save_before_evaluation(epoch)
+                values |= neighbours.measure(core)
+            run.after_epoch(epoch, **values)
         info(f'done; checkpoints, log.txt and TensorBoard events are in {args.output_dir}')
         dist.cleanup()
 

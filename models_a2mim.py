@@ -39,8 +39,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
-from util.nn.losses import PIXEL_LOSSES, pixel_loss
-from util.nn.models import eval_mode, factory, sizes_of
+from util.nn.losses import PIXEL_LOSSES, explained, pixel_loss
+from util.nn.models import as_timm, eval_mode, factory, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
@@ -166,7 +166,7 @@ class A2MIM(nn.Module):
         return CellPlan(torch.zeros_like(noise).scatter_(1, hidden, 1.0))
 
     def forward(self, imgs: Tensor, plan: CellPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """imgs [N, 3, S, S], normalised -> scalar loss; `spatial_loss` and, before its weight, `fourier_loss`."""
+        """imgs [N, 3, S, S], normalised -> scalar loss; `spatial_loss`, `explained`, unweighted `fourier_loss`."""
         plan = plan or random_plan(self, imgs)
         hidden = patch_mask_to_pixels(plan.mask, self.cell_size)
         x = self.forward_encoder(self.fill(imgs, hidden), plan.mask)
@@ -241,9 +241,12 @@ class A2MIM(nn.Module):
         with torch.autocast(imgs.device.type, enabled=False):
             imgs, pred = imgs.float(), pred.float()
             weight = hidden + (1 - hidden) * self.unmask_weight
-            loss = pixel_loss((pred - imgs).abs(), **self.loss)
+            distance = (pred - imgs).abs()
+            loss = pixel_loss(distance, **self.loss)
             loss = (loss * weight).sum() / (weight.sum() + 1e-5) / imgs.shape[1]  # 1e-5: the published code's
-            terms = {'spatial_loss': loss.detach()}
+            squared = (distance.detach().square() * weight).sum() / weight.sum() / imgs.shape[1]
+            colours, weight = imgs.movedim(1, -1), weight.movedim(1, -1)
+            terms = {'spatial_loss': loss.detach(), 'explained': explained(squared, colours, weight)}
             if self.fft_weight:
                 fourier = self.fourier_loss(imgs, pred, hidden)
                 terms['fourier_loss'] = fourier.detach()
@@ -324,14 +327,15 @@ def beit(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     options = dict(use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1)
     options |= dict(global_pool='avg' if num_classes else '', norm_layer=norm_layer)
     options |= dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate)
-    encoder = Beit(**{**options, **sizes})
+    options |= sizes
+    encoder = Beit(**options)
     for module in encoder.modules():  # timm shrinks the residual branches with depth, the published code does not
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
     if num_classes:
         nn.init.normal_(encoder.head.weight, std=0.01)
         nn.init.zeros_(encoder.head.bias)
-    return encoder
+    return as_timm(encoder, 'beit_base_patch16_224', **options)
 
 
 def swin(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **sizes) -> SwinTransformer:
@@ -339,7 +343,8 @@ def swin(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     check_divides(img_size, 32, "the last map's stride")
     if unknown := sizes.keys() - inspect.signature(SwinTransformer).parameters.keys():  # older timm's takes anything
         raise TypeError(f'swin() got an unexpected keyword argument {min(unknown)!r}')
-    return SwinTransformer(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
+    network = SwinTransformer(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
+    return as_timm(network, 'swin_tiny_patch4_window7_224', img_size=img_size, **sizes)
 
 
 def resnet(*, num_classes: int = 0, **options) -> nn.Module:

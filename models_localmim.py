@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.hog import draw_hog, hog
+from util.nn.losses import explained
 from util.nn.models import eval_mode, factories, sizes_of
 from util.nn.patches import (
     MaskPlan,
@@ -127,7 +128,7 @@ class LocalMIM(nn.Module):
     # decoders, loss
 
     def forward(self, imgs: Tensor, plan: Plan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """imgs [N, 3, H, W], normalised -> scalar loss and the four scales' losses, `local_loss0` the finest."""
+        """imgs [N, 3, H, W], normalised -> scalar loss; `local_loss` and `explained` of each scale, 0 the finest."""
         plan = plan or random_plan(self, imgs)
         latents = self.forward_encoder(imgs, plan)
         preds = self.forward_decoders(latents, plan)
@@ -154,14 +155,16 @@ class LocalMIM(nn.Module):
 
     def forward_loss(self, imgs: Tensor, preds: list[Tensor], plan: Plan) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over scales of the squared error, averaged by hidden share over batch and places. In float32."""
-        losses = []
+        losses, shares = [], []
         with torch.autocast(imgs.device.type, enabled=False):
             for pred, target in zip(preds, self.forward_targets(imgs.float()), strict=True):
                 error = (pred.float() - target).square().mean(dim=-1)  # [N, L_k]
                 weight = self.loss_weights(plan.mask, error.shape[1]).expand_as(error)
                 losses.append((error * weight).sum() / weight.sum())
+                shares.append(explained(losses[-1], target, weight.unsqueeze(-1)))
             loss = torch.stack(losses).sum()
-        return loss, {f'local_loss{k}': term.detach() for k, term in enumerate(losses)}
+        terms = {f'local_loss{k}': term.detach() for k, term in enumerate(losses)}
+        return loss, terms | {f'explained{k}': share for k, share in enumerate(shares)}
 
     # --------------------------------------------------------------------------
     # pictures, export

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from util.nn.checks import check_divides, check_heads, check_mask_ratio
+from util.nn.losses import explained
 from util.nn.models import eval_mode, factories, sizes_of
 from util.nn.patches import (
     MaskPlan,
@@ -170,10 +171,12 @@ class MIRL(nn.Module):
                 target = normalise_patches(target)
             losses = [(main.float() + residual.float() - target).square().mean() for main, residual in pairs(preds)]
             loss = torch.stack(losses).mean()
-        return loss, {f'reconstr_loss{i}': term.detach() for i, term in enumerate(losses)}
+            shares = explained(torch.stack(losses), target)
+        terms = {f'reconstr_loss{i}': term.detach() for i, term in enumerate(losses)}
+        return loss, terms | {f'explained{i}': share for i, share in enumerate(shares)}
 
     def forward(self, imgs: Tensor, plan: MaskPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """imgs [N, 3, H, W], normalised -> scalar loss and the pairs' losses, `reconstr_loss0` the outermost pair's."""
+        """imgs [N, 3, H, W], normalised -> scalar loss; each pair's `reconstr_loss` and `explained`, 0: outermost."""
         plan = plan or random_plan(self, imgs)
         low, features = self.forward_encoder(imgs, plan)
         preds = self.forward_decoders(low, features, plan, num_pred=plan.ids_hidden.shape[1])

@@ -32,6 +32,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio, check_windows
+from util.nn.losses import explained
 from util.nn.models import eval_mode, factories, sizes_of
 from util.nn.patches import (
     first_panels,
@@ -210,16 +211,19 @@ class MixMAE(MixMIMEncoder):
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error over all cells; and that of those hidden in the own, and in the partner's mixed image."""
         with torch.autocast(imgs.device.type, enabled=False):
-            errors = (pred.float() - self.target(imgs)).square().mean(dim=-1)  # [N, L]
+            target = self.target(imgs)
+            errors = (pred.float() - target).square().mean(dim=-1)  # [N, L]
+            loss = errors.mean()
             per_cell = errors.detach().mean(dim=0, keepdim=True)
             terms = {
                 'own_loss': (per_cell * mask).sum() / mask.sum(),
                 'partner_loss': (per_cell * (1 - mask)).sum() / (1 - mask).sum(),
+                'explained': explained(loss, target),
             }
-            return errors.mean(), terms
+            return loss, terms
 
     def forward(self, imgs: Tensor, plan: MixPlan | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """imgs [N, 3, H, W], normalised -> scalar loss and its two parts."""
+        """imgs [N, 3, H, W], normalised -> scalar loss, its two parts, and `explained`."""
         plan = plan or random_plan(self, imgs)
         x = self.forward_features(self.mix(imgs, plan.mask), plan.mask)  # [N, L, D]
         own, partner = self.forward_decoder(x, plan.mask)

@@ -196,12 +196,13 @@ class Replay:
         core, self.images, forward_of = make(device)
         checkpoint.check_same_weights(weights, core.state_dict(), diagnosis.WEIGHTS)
         core.load_state_dict(weights)
-        core = build.on_device(core, args, device).train()
+        core = build.on_device(core, args, device)
         rules = build.param_rules(main_pretrain.find_method(args.model), core, args.rule_kwargs)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         sampler = build.epoch_batches(args, len(self.images))
         sampler.world_size = record['world_size']
         self.training = Training(args, core, core, optimizer, sampler, device)
+        self.training.train_mode()
         self.forward = forward_of(self.training)
         self.watch = Watch(core)
 
@@ -217,9 +218,7 @@ class Replay:
         args = self.args
         [train] = named.labelled_splits(args, ('train',))
         num_classes = args.nb_classes or len(train.classes)
-        crop = augment.finetune_transform(
-            args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean
-        )
+        crop = augment.training_transform(args)
         images = datasets.ImageFiles(train.images, train.labels, crop, args.seed)
         augmentation, criterion = augment.batch_augmentation(args, num_classes, device), augment.criterion(args)
 

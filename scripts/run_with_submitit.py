@@ -38,6 +38,7 @@ import main_pretrain
 from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.errors import STOPPED, UserError, closest, run_main
+from util.recipes import find_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
@@ -267,13 +268,16 @@ def checked(options: argparse.Namespace, args: argparse.Namespace, label: str) -
         main_pretrain.find_method(args.model)
     if args.device not in ('cuda', 'cpu'):
         raise UserError(f'--device {args.device}: a job has its own GPUs; cuda or cpu')
+    if options.stage == 'finetune' and not args.eval:
+        main_finetune.check_probe(args)
     tasks = options.nodes * options.ngpus
     with submitit.helpers.environment_variables(RANK=0, WORLD_SIZE=tasks, LOCAL_RANK=0):  # as the job will find it
         config.check_common_args(argparse.Namespace(**{**vars(args), 'device': 'cpu'}))  # its GPUs are not here
         if not getattr(args, 'eval', False):
             config.check_schedule(args)
         optim.accumulation(args)
-    paths = {key: value.absolute() for key, value in vars(args).items() if isinstance(value, Path)}
+    given = vars(args) | ({'config': find_recipe(args.config)} if args.config else {})  # which may be a bare name
+    paths = {key: value.absolute() for key, value in given.items() if isinstance(value, Path)}
     apart = {key: paths[key] / label for key in ('output_dir', 'log_dir') if key in paths}
     return argparse.Namespace(**{**vars(args), **paths, **apart})
 
@@ -440,9 +444,37 @@ def pass_on_stops(controller: int) -> list[int]:
     return stops
 
 
+def try_here(options: argparse.Namespace, jobs: dict[str, argparse.Namespace]) -> None:
+    """--dry_run: say what would be submitted, and try each job on one device of this machine. Nothing is written."""
+    tasks = options.nodes * options.ngpus
+    for label, args in jobs.items():
+        with submitit.helpers.environment_variables(RANK=0, WORLD_SIZE=tasks, LOCAL_RANK=0):
+            accum_iter = optim.accumulation(args)
+            _, arithmetic = optim.scaled_lr(args, accum_iter)
+        folder = args.output_dir or options.job_dir
+        wishes = [f'{name} {value}' for name in FREE_TEXT if (value := getattr(options, name)) is not None]
+        console.say(
+            f'not submitted: {" ".join(filter(None, (options.stage, label)))} on {options.nodes} x {options.ngpus} '
+            f'{args.device}, {", ".join([*wishes, f"{options.timeout} min a time"])}, up to '
+            f'{options.max_requeues} times again; folder {folder}\n{arithmetic}\ntried here, as one rank:'
+        )
+        device = args.device if torch.cuda.is_available() else 'cpu'
+        images = args.batch_size * accum_iter * tasks
+        here = {'device': device, 'effective_batch_size': images, 'accum_iter': 1, 'output_dir': folder}
+        estimate = MAINS[options.stage].main(argparse.Namespace(**vars(args) | here | {'world_size': None}))
+        if estimate and device == args.device:
+            hours, most = estimate.hours(tasks), options.timeout * (options.max_requeues + 1) / 60
+            more = 'WARNING: more than' if hours > most else 'within'
+            console.say(f'the job: {hours:.3g} h on {tasks} ranks as fast as here, {more} its {most:.3g} h')
+        elif estimate:
+            console.say(f'the job: its hours are not known, since there is no {args.device} here')
+
+
 def main(argv: list[str]) -> None:
     """Check everything, then submit or run."""
     options, arguments = parse(argv)
+    if any(args.dry_run for args in arguments.values()):
+        return try_here(options, arguments)
     if not options.local and not (shutil.which('sbatch') and shutil.which('srun')):
         raise UserError('no sbatch on PATH: this machine cannot submit SLURM jobs; --local runs without SLURM')
     devices = {args.device for args in arguments.values()}

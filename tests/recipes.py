@@ -19,8 +19,9 @@ def stage_of(name: str) -> str:
 
 
 def published(*methods: str) -> set[str]:
-    """Names of the recipes of these methods, but for our own, which are for CIFAR-10."""
-    return {path.stem for path in RECIPES.glob('*.yaml') if path.stem.startswith(methods) and OWN not in path.stem}
+    """Names of the recipes of these methods, but for linear probes, and our own, which are for CIFAR-10."""
+    names = {path.stem for path in RECIPES.glob('*.yaml') if path.stem.startswith(methods)}
+    return {name for name in names if OWN not in name and not name.endswith('_linprobe')}
 
 
 def resolve(name: str, *flags: str) -> argparse.Namespace:

@@ -24,6 +24,7 @@ from util.training import amp_dtype
 
 MAY_DIFFER = {  # arguments, and why
     'data_path': 'a disk of each machine; the names below it are compared',
+    'knn_data': 'as --data_path',
     'config': 'a path; what it sets is compared',
     'given': 'which flags; what they set is compared',
     'num_workers': 'no number depends on it',

@@ -36,14 +36,24 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
             raise UserError(f'{name}: {error!s:.300}') from error
-        result = get_type_hints(make).get('return', object)  # the classes that it may return, whose options are known
-        classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
-        known = {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
-        raise UserError(f'{name} has no option {unknown[1]}{closest(unknown[1], known)}') from error
+        raise UserError(f'{name} has no option {unknown[1]}{closest(unknown[1], options_of(make))}') from error
     except Exception as error:  # what networks raise that do not check their options
         if not model_kwargs:
             raise
         raise UserError(f'{name} cannot be made{options_and_reason(model_kwargs, error)}') from error
+
+
+def options_of(make: Callable[..., nn.Module]) -> set[str]:
+    """The options of the classes that a model function may return, as far as they name them."""
+    result = get_type_hints(make).get('return', object)
+    classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
+    return {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
+
+
+def encoder_kwargs(method: ModuleType, name: str, model_kwargs: dict) -> dict:
+    """Of a pretraining model's options those that its encoder, and so the classifier, has too."""
+    of_pretraining = options_of(getattr(method, name)) - options_of(method.create_classifier)
+    return {option: value for option, value in model_kwargs.items() if option not in of_pretraining}
 
 
 def options_and_reason(model_kwargs: dict, error: Exception) -> str:
@@ -61,7 +71,7 @@ def check_forward(
 
     One or two images of `size` pixels stand for the batch; `extra` gives what else the model takes with n of them.
     """
-    two = getattr(args, 'batch_size', 2) > 1 or dist.will_synchronise(core, args.device)  # BatchNorm needs two values
+    two = getattr(args, 'batch_size', 2) > 1 or synchronises(core, args)  # BatchNorm needs two values
     n, fake = 2 if two else 1, FakeTensorMode(allow_non_fake_inputs=True)
     try:
         inputs = (torch.zeros(n, 3, size, size), *extra(n))
@@ -76,15 +86,21 @@ def check_forward(
 
 def apply_options(core: nn.Module, args: argparse.Namespace) -> None:
     """Apply --grad_checkpoint. Raises UserError where this network cannot have it, or --compile."""
-    if args.compile and dist.will_synchronise(core, args.device):
+    if args.compile and synchronises(core, args):
         raise UserError('--compile: torch cannot compile SyncBatchNorm, with which several GPUs train this model')
     if args.grad_checkpoint and not checkpoint_blocks(core):
         raise UserError(f'--grad_checkpoint: {args.model} has no blocks to recompute')
 
 
 def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The network on the device, in its memory format, with SyncBatchNorm where several GPUs train."""
-    return dist.sync_batchnorm(core.to(device, memory_format=training.memory_format(args, core)), device)
+    """The network on the device, in its memory format, with SyncBatchNorm where several GPUs train it."""
+    core = core.to(device, memory_format=training.memory_format(args, core))
+    return dist.sync_batchnorm(core, device) if synchronises(core, args) else core
+
+
+def synchronises(core: nn.Module, args: argparse.Namespace) -> bool:
+    """Whether several GPUs train it with SyncBatchNorm; not a linear probe, whose BatchNorm is MAE's: per process."""
+    return not getattr(args, 'probe', None) and dist.will_synchronise(core, args.device)
 
 
 # --------------------------------------------------------------------------
@@ -132,12 +148,16 @@ def loader(
 
 
 def val_loader(
-    args: argparse.Namespace, images: datasets.Images, labels: list[int], device: torch.device
+    args: argparse.Namespace,
+    images: datasets.Images,
+    labels: list[int],
+    device: torch.device,
+    listing: str = 'bad_images_val.txt',
 ) -> datasets.Loader:
-    """This rank's share of the validation images, every image on exactly one rank."""
+    """This rank's share of the validation images, every image on exactly one rank; `listing`: of bad images."""
     here = dist.place()
     transform = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct, args.max_pixels)
-    reader = Reader.of(args, 'bad_images_val.txt')
+    reader = Reader.of(args, listing)
     if here.rank == 0:
         reader.clear_list()  # each evaluation meets all of them
     images = datasets.ImageFiles(images, labels, transform, args.seed, reader, replace=False)

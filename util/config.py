@@ -184,6 +184,7 @@ class Parser(argparse.ArgumentParser):
         self.of_network: dict[str, argparse.Action] = {}
         self.instead_of: dict[str, str] = {}
         self.settle: dict[str, Callable[[argparse.Namespace, bool], Any]] = {}  # by the names of their values
+        self.presets: dict[str, dict[str, dict]] = {}  # by the names of their values
         super().__init__(
             description=(description or '').partition('\n')[0],  # of a docstring, which python -OO takes away
             usage=usage,
@@ -201,6 +202,7 @@ class Parser(argparse.ArgumentParser):
         instead_of: str = '',
         of_network: bool = False,
         settle: Callable[[argparse.Namespace, bool], Any] | None = None,
+        presets: dict[str, dict] | None = None,
         **kwargs,
     ) -> argparse.Action:
         """argparse's, under a heading of --help.
@@ -208,7 +210,7 @@ class Parser(argparse.ArgumentParser):
         `instead_of` is another flag's value, which is not taken from a recipe where this flag is given. `of_network`:
         it decides what a network is, or how that sees an image, and is known to its checkpoint (checkpoint.Source).
         `settle(args, given)` makes the value from all that was parsed, the flag's own None where it has none; `given`:
-        on the command line.
+        on the command line. `presets` are, for each value of the flag, the defaults that other flags then have.
         """
         if heading and heading not in self.headings:
             self.headings[heading] = self.add_argument_group(heading)
@@ -223,7 +225,22 @@ class Parser(argparse.ArgumentParser):
             self.of_network[action.dest] = action
         if settle:
             self.settle[action.dest] = settle
+        if presets:
+            self.presets[action.dest] = presets
         return action
+
+    def take(self, other: 'Parser', *names: str) -> None:
+        """Flags as another parser has them."""
+        for name in names:
+            action = other.flags[f'--{name}']
+            self.headings[action.heading]._add_action(action)  # as argparse itself takes those of `parents`
+            self.flags |= dict.fromkeys(action.option_strings, action)
+            for ours, theirs in (
+                (self.roles, other.roles),
+                (self.of_network, other.of_network),
+                (self.settle, other.settle),
+            ):
+                ours |= {name: theirs[name]} if name in theirs else {}
 
     def error(self, message: str):
         # argparse's 'argument --lr: must be more than 0' as a sentence
@@ -237,14 +254,18 @@ class Parser(argparse.ArgumentParser):
         argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument('--config', nargs='?', type=path)
+        for name in self.presets:
+            first.add_argument(f'--{name}', nargs='?')
         first.error = self.error
-        config = first.parse_known_args(argv)[0].config
-        flags, defaults = {word.partition('=')[0] for word in argv}, {}
+        early = first.parse_known_args(argv)[0]
+        config, flags, defaults = early.config, {word.partition('=')[0] for word in argv}, {}
         if config and 'config' in self.roles:
             values = (self.main or self).recipe(find_recipe(config), stage)
             dropped = {other for flag, other in self.instead_of.items() if flag in flags}
             defaults = {dest: values[dest] for dest in values.keys() & self.roles.keys() - dropped}
-            self.set_defaults(**defaults)
+        for name, presets in self.presets.items():
+            self.set_defaults(**presets.get(getattr(early, name) or defaults.get(name), {}))
+        self.set_defaults(**defaults)
         args = self.parse_args(argv)
         args.given = sorted(defaults.keys() | {self.flags[flag].dest for flag in flags & self.flags.keys()})
         for name, settle in self.settle.items():
@@ -321,6 +342,11 @@ def converted(action: argparse.Action, name: str, value: Any, where: str) -> Any
 
 def as_flags(values: dict[str, Any]) -> str:
     """'--input_size 32 --no_global_pool --mean 0.5 0.5 0.5 --model_kwargs depth=4', to be read or typed."""
+    return ' '.join(as_words(values))
+
+
+def as_words(values: dict[str, Any]) -> list[str]:
+    """The same as the words of a command."""
     words = []
     for name, value in values.items():
         words.append(f'--no_{name}' if value is False else f'--{name}')
@@ -328,7 +354,7 @@ def as_flags(values: dict[str, Any]) -> str:
             words += [f'{key}={item}'.replace(' ', '') for key, item in value.items()]
         elif not isinstance(value, bool):
             words += map(str, value) if isinstance(value, list) else [str(value)]
-    return ' '.join(words)
+    return words
 
 
 def warm_up(most: int, args: argparse.Namespace, given: bool) -> float:
@@ -467,9 +493,11 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
 
 def add_optimiser_args(parser: Parser, betas: list[float]) -> None:
     add = partial(parser.add_argument, heading='Optimiser')
-    add('--opt', choices=('adamw', 'lamb'), default='adamw', at_resume='same', help="optimiser; LAMB is timm's")
-    add('--opt_eps', type=ABOVE_0, help="the optimiser's epsilon; default: adamw 1e-8, lamb 1e-6")
-    add('--betas', type=number(float, 0, below=1), nargs=2, default=betas, help='decay of the two moments')
+    choices = tuple(optim.OPTIMIZERS)
+    add('--opt', choices=choices, default='adamw', at_resume='same', help="optimiser; LAMB and LARS are timm's")
+    add('--opt_eps', type=ABOVE_0, help="the optimiser's epsilon; default: adamw and lars 1e-8, lamb 1e-6")
+    help = 'decay of the two moments; LARS has the first'
+    add('--betas', type=number(float, 0, below=1), nargs=2, default=betas, help=help)
     add('--weight_decay', type=number(float, 0), default=0.05, help='weight decay, decoupled from the gradient')
     add('--rule_kwargs', action=KeyValues, help="options of the model's parameter rules")
     add('--clip_grad', type=number(float, 0), help='largest gradient norm; default: not clipped, as with 0')
@@ -532,6 +560,8 @@ def add_output_args(parser: Parser) -> None:
         '--resume', type=source, metavar='PATH', help="checkpoint to resume; 'auto': the newest of --output_dir, if any"
     )
     add('--start_epoch', type=AT_LEAST_0, default=0, help='first epoch of a run that is not resumed')
+    add('--dry_run', action=Switch, help='write nothing: try some steps, and say what the run would need')
+    add('--check_data', action=Switch, help='with --dry_run: read every image, and name those that cannot be read')
 
 
 def add_hardware_args(parser: Parser) -> None:
@@ -558,17 +588,29 @@ def check_common_args(args: argparse.Namespace) -> None:
         pair = getattr(args, name, None)
         if pair and pair[0] > pair[1]:
             raise UserError(f'--{name} takes the smaller share first, got {pair}')
+    check_dry_run(args)
     if args.resume and '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
     for name in ('output_dir', 'log_dir'):
         if (folder := getattr(args, name)) and not getattr(args, 'eval', False):
             check_apart(name, folder, args.data_path, getattr(args, 'dataset', 'folder'))
+    optim.check_decay(args.opt, args.weight_decay)
     dist.own_device(args.device)
     world_size = dist.place().world_size
     if args.world_size not in (None, world_size):
         raise UserError(
             f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'
         )
+
+
+def check_dry_run(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that contradict --dry_run, or need it."""
+    if args.check_data and not args.dry_run:
+        raise UserError('--check_data belongs to --dry_run: give both')
+    if args.dry_run and getattr(args, 'eval', False):
+        raise UserError('--dry_run tries training steps, and --eval has none: leave one of them out')
+    if args.dry_run and args.download:
+        raise UserError('--dry_run writes nothing, so --download cannot get the data: leave one of them out')
 
 
 def check_apart(name: str, folder: Path, data_path: Path, dataset: str) -> None:

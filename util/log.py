@@ -17,6 +17,8 @@ from torch import Tensor
 
 from util import console, digests, dist
 
+FIRST = ('explained', 'knn', 'loss', 'lr', 'rank', 'test')  # what a curve's name begins with that is looked at first
+
 
 def info(text: str) -> None:
     """Print on rank 0."""
@@ -35,6 +37,35 @@ def clock(seconds: float) -> str:
     return f'{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}'
 
 
+def health(values: dict[str, float | None]) -> str:
+    """What is wrong with a pretraining, and what that may come from, or that nothing is.
+
+    `values`: `explained...` and `rank`, where there are any; the share of time `waiting_for_data`, and of all steps so
+    far those `skipped`.
+    """
+    explained = {name: value for name, value in values.items() if name.startswith('explained')}
+    waiting, skipped, rank = (values.get(name) for name in ('waiting_for_data', 'skipped', 'rank'))
+    wrong = [
+        f'{name} is {share:.3f}: its prediction is no better than a constant'
+        for name, share in explained.items()
+        if not share > 0.01
+    ]
+    if rank is not None and not rank > 2:
+        wrong.append(f'rank is {rank:.2f}: all images have nearly the same features')
+    if waiting and waiting > 0.25:
+        wrong.append(f'{waiting:.0%} of the time was spent waiting for data: more --num_workers, or smaller files')
+    if skipped and skipped > 0.05:
+        wrong.append(
+            f'{skipped:.0%} of all steps were skipped, as their loss or gradient was not finite: a smaller --lr'
+        )
+    parts = [f'{name} {share:.3f}' for name, share in explained.items()]
+    parts += [f'rank {rank:.1f}'] if rank is not None else []
+    return (
+        '; '.join(wrong)
+        or f'nothing is wrong: {", ".join([*parts, f"{waiting or 0:.0%} of the time waiting for data"])}'
+    )
+
+
 class MetricLogger:
     """Averages over an epoch and over the steps since the last line.
 
@@ -51,9 +82,10 @@ class MetricLogger:
         self.total: dict[str, float] = defaultdict(float)  # over the epoch, across resumes
         self.count: dict[str, int] = defaultdict(int)
         self.window: dict[str, list[float]] = defaultdict(list)  # since the last line
+        self.latest: dict[str, float] = {}  # averages of the last line
         self.began = self.last_line = time.perf_counter()
         self.last_step = first_step
-        self.waited = 0.0  # seconds spent waiting for data since the last line
+        self.waited = self.waited_before = 0.0  # seconds spent waiting for data since the last line, and before it
 
     def update(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -104,7 +136,7 @@ class MetricLogger:
         `run_eta_s`: seconds to the end of the run. Counts, of the whole run, are printed once they are above zero.
         """
         self.read()
-        averages = {name: self._mean(values) for name, values in self.window.items()}
+        self.latest = averages = {name: self._mean(values) for name, values in self.window.items()}
         self.window.clear()
         now = time.perf_counter()
         done = step + 1 - self.last_step
@@ -124,15 +156,17 @@ class MetricLogger:
             parts.append(f'max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB')
         if dist.is_main():
             console.say('  '.join(parts), fleeting=step + 1 < self.steps)  # a terminal shows the last one for good
-        self.last_line, self.last_step, self.waited = now, step + 1, 0.0
+        self.last_line, self.last_step = now, step + 1
+        self.waited, self.waited_before = 0.0, self.waited_before + self.waited
         return averages | counts
 
     def timing(self) -> dict[str, float]:
-        """Of the epoch in this process: seconds until now, and the images/s and memory of its training."""
+        """Of the epoch in this process: seconds until now; images/s, share of waiting and memory of its training."""
         steps, training_s = self.last_step - self.first_step, self.last_line - self.began
         timing = {'time': round(time.perf_counter() - self.began, 3)}
         if steps:
             timing['images_per_s'] = round(steps * self.images_per_step / training_s, 1)
+            timing['waiting_for_data'] = round(self.waited_before / training_s, 3)
         if self.device.type == 'cuda':
             timing['max_mem_mib'] = round(torch.cuda.max_memory_allocated() / 2**20)
         return timing
@@ -206,10 +240,10 @@ class RunLog:
     def scalars(self, epoch_1000x: int, **values: float) -> None:
         """TensorBoard scalars on MAE's axis: a thousandth of an epoch, whatever the batch size.
 
-        `loss`, `lr` and tests have cards of their own; cards are sorted, so what else there is comes behind them.
+        `FIRST` have cards of their own; cards are sorted, so what else there is comes behind them.
         """
         for name, value in values.items():
-            card = name if name in ('loss', 'lr') or name.startswith('test') else f'train/{name}'
+            card = name if name.startswith(FIRST) else f'train/{name}'
             self.event('add_scalar', card, value, epoch_1000x)
 
     def arguments(self, args: dict, epoch_1000x: int) -> None:

@@ -164,6 +164,7 @@ class GuardedOptimizer:
         max_bad_steps: int | None = None,
     ):
         self.inner = optimizer
+        self.moments = len(getattr(optimizer, 'moments', ('exp_avg', 'exp_avg_sq')))  # that it holds of a parameter
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.clip_grad = clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -198,8 +199,8 @@ class GuardedOptimizer:
         bad = (~norm.isfinite()).float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)
-        # torch's fused kernels, and `Lamb`, leave weights and state alone where this is 1. Not by `scaler.step`, which
-        # would go by its own finding: that misses a norm that overflows, and what a loss scale of 0 makes of gradients
+        # torch's fused kernels, and `SkipsSteps`, leave weights and state alone where this is 1. Not by `scaler.step`,
+        # which would go by its own finding: that misses a norm that overflows, and what a scale of 0 makes of gradients
         self.inner.found_inf = bad
         self.inner.step()
         scale = self.scaler.scale(torch.ones_like(self.scale))
@@ -251,23 +252,45 @@ def lamb(groups: list[dict], lr: float, betas: tuple[float, float], eps: float |
     return Lamb(groups, lr=lr, betas=betas, eps=1e-6 if eps is None else eps, max_grad_norm=None)
 
 
-OPTIMIZERS = {'adamw': adamw, 'lamb': lamb}
+def lars(groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float | None = None) -> 'Lars':
+    """LARS as MAE's linear probe has it: trust ratio 0.001 for weights of more than one axis, none for others.
+
+    Its momentum is the first of `betas`. Default `eps` 1e-8, below the trust ratio. Raises UserError for groups that
+    decay: timm's ratio is not MAE's then.
+    """
+    split = []
+    for group in groups:
+        check_decay('lars', group.get('weight_decay', 0.0))
+        for adapt in (True, False):
+            places = [place for place, param in enumerate(group['params']) if (param.ndim > 1) == adapt]
+            kept = {key: [group[key][place] for place in places] for key in ('params', 'names') if key in group}
+            split += [{**group, **kept, 'always_adapt': adapt}] if places else []
+    return Lars(split, lr=lr, momentum=betas[0], trust_coeff=0.001, eps=1e-8 if eps is None else eps)
 
 
-class Lamb(timm_optim.Lamb):
-    """timm's LAMB, which also skips a step on the device, where `found_inf` is 1.
+def check_decay(name: str, weight_decay: float) -> None:
+    """Raise UserError if the optimiser of this name cannot have the decay."""
+    if name == 'lars' and weight_decay:
+        raise UserError(f'--opt lars has no weight decay: give --weight_decay 0, got {weight_decay:g}')
+
+
+OPTIMIZERS = {'adamw': adamw, 'lamb': lamb, 'lars': lars}
+
+
+class SkipsSteps:
+    """What makes an optimiser of timm's skip a step on the device, where `found_inf` is 1.
 
     Such a step is taken and undone: weights and moments are copied before it and put back after it. That is room for
-    three copies of the weights, at a time when activations have none, and one more pass over them. The step counter of
-    the bias correction lives on the host and is put right when the state is saved.
+    three copies of the weights, at a time when activations have none, and one more pass over them.
     """
+
+    moments: tuple[str, ...]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.found_inf: Tensor | None = None
-        self.skipped: Tensor | int = 0  # steps that the counter has too many
         for param in self.params():  # made before the first step, which may be a bad one
-            self.state[param] = {'exp_avg': torch.zeros_like(param), 'exp_avg_sq': torch.zeros_like(param)}
+            self.state[param] = {name: torch.zeros_like(param) for name in self.moments}
 
     def params(self) -> list[nn.Parameter]:
         return [param for group in self.param_groups for param in group['params']]
@@ -280,6 +303,27 @@ class Lamb(timm_optim.Lamb):
         if self.found_inf is not None:
             for tensor, old in zip(tensors, before, strict=True):
                 torch.where(self.found_inf > 0, old, tensor, out=tensor)
+        return result
+
+
+class Lars(SkipsSteps, timm_optim.Lars):
+    """timm's LARS, which also skips a step on the device."""
+
+    moments = ('momentum_buffer',)
+
+
+class Lamb(SkipsSteps, timm_optim.Lamb):
+    """timm's LAMB, which also skips a step on the device.
+
+    The step counter of the bias correction lives on the host and is put right when the state is saved.
+    """
+
+    moments = ('exp_avg', 'exp_avg_sq')
+    skipped: Tensor | int = 0  # steps that the counter has too many
+
+    def step(self, closure=None):
+        result = super().step(closure)
+        if self.found_inf is not None:
             self.skipped = self.skipped + self.found_inf
         return result
 

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from util import dist
 from util.errors import LostError, ResourceError, RunError, UserError
@@ -44,6 +45,8 @@ WORDS = {  # of torch, CUDA and libraries, whose exceptions have no class for it
 }
 DOING = {  # functions in which it may happen; the innermost counts
     'train_one_epoch': 'a training step',
+    'timed_steps': 'a training step',
+    'measured_costs': 'a training step',
     'evaluate': 'the evaluation',
     'Pictures.__init__': 'drawing pictures',
     'Pictures.draw': 'drawing pictures',
@@ -55,16 +58,16 @@ DOING = {  # functions in which it may happen; the innermost counts
 BATCHES = ('a training step', 'the evaluation')
 
 
-def program(main: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+def program(main: Callable[[argparse.Namespace], Any]) -> Callable[[argparse.Namespace], Any]:
     """A program's main that gets what its process may have, and ends in one line where that is used up."""
 
     @functools.wraps(main)
-    def run(args: argparse.Namespace) -> None:
+    def run(args: argparse.Namespace) -> Any:
         raise_open_files()
         if getattr(args, 'num_workers', 0):
             check_sockets()
         try:
-            main(args)
+            return main(args)
         except Exception as error:
             if (line := named(error, args)) is error:
                 if isinstance(error, RunError) or not dist.is_lost(error):
@@ -156,14 +159,25 @@ def size(number: float) -> str:
 
 
 def memory() -> str:
-    """How much memory there is, and what limits it."""
+    """How much memory there is, and what limits it, in words."""
+    most, whose = memory_limit()
+    return f'{whose} {size(most)}'
+
+
+def memory_limit() -> tuple[int, str]:
+    """How many bytes of memory there are, and what limits it."""
     limits = {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'): 'this machine has'}
     for file in ('memory.max', 'memory/memory.limit_in_bytes'):  # of cgroups, which containers have
         with contextlib.suppress(OSError, ValueError):
             limits[int(Path('/sys/fs/cgroup', file).read_text())] = 'this container may have'
     if (own := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         limits[own] = 'ulimit -v allows'
-    return f'{limits[min(limits)]} {size(min(limits))}'
+    return min(limits), limits[min(limits)]
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def room_of_shm() -> tuple[float, str]:

@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, position), not of history: nothing of it is saved, any split of the work agrees.
 
 The streams: initial weights, the epoch's order, each sample's augmentation, each micro-step (drop path, mixup), the
-masks, the pictures' masks, the images that replace skipped ones, and the images that validate.
+masks, the pictures' masks, the images that replace skipped ones, those that validate, and those that are analysed.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT, VAL_SHARE = range(8)
+INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT, VAL_SHARE, CHOICE = range(9)
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:

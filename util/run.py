@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import errno
 import json
+import math
+import os
 import signal
 import subprocess
 import time
@@ -25,10 +27,10 @@ from util.checkpoint import Source
 from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles, Split
 from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
-from util.log import MetricLogger, RunLog, counted, info
+from util.log import MetricLogger, RunLog, counted, health, info
 from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
-from util.run_folder import RunFolder, prepare
+from util.run_folder import NoFolder, RunFolder, prepare
 from util.training import Epoch, Training
 from util.weights import Origin, check_file, find_origin, load_published, read_checkpoint
 
@@ -40,6 +42,7 @@ class Run:
 
     In a `with` statement, it holds the output folder, records in `status.json` how it ended, and names faults that a
     disk or another process has caused. What belongs to the loop (training, images, log) is there after `resume`.
+    With --dry_run it has no folder and no log, and writes nothing.
     """
 
     def __init__(
@@ -59,8 +62,8 @@ class Run:
             raise UserError(f'TensorBoard cannot write to {log_dir}, whose name is not UTF-8: give another --log_dir')
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
-        self.folder = RunFolder(args.output_dir, dist.place())
-        if args.log_dir:
+        self.folder = NoFolder(dist.place()) if args.dry_run else RunFolder(args.output_dir, dist.place())
+        if args.log_dir and not args.dry_run:
             with contextlib.suppress(StorageError):  # the run can go on without events, which `RunLog` says
                 prepare(args.log_dir)
         self.notices: list[str] = []  # printed when training begins
@@ -214,6 +217,11 @@ class Run:
             self.first_epoch, self.first_step = position(self.saved)
             self.sums = self.saved['logger'] if self.first_epoch == self.saved['epoch'] else None
             self.saved = None
+        if args.dry_run:
+            info('dry run: nothing is written')
+            self.notices.append(self.room_on_disk())
+            self.announce()
+            return
         if dist.is_main():
             self.tidy_folder()
             if not self.resumed_from:  # no rank trains before all are past this
@@ -222,6 +230,7 @@ class Run:
         self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, self.first_epoch, first)
         signals.install()
         self.announce()
+        self.keep_arguments()
 
     def nothing_left(self) -> bool:
         """Whether the run was at its end already, which is said; then it must not go on, for it would change files.
@@ -241,7 +250,7 @@ class Run:
     def tidy_folder(self) -> None:
         """Make the output folder as a save leaves it, whatever a kill has left. Raises StorageError without room."""
         folder = self.args.output_dir
-        self.notices.append(checkpoint.check_space(folder, self.training.sizes(), self.kept_checkpoints()))
+        self.notices.append(self.room_on_disk())
         if removed := checkpoint.clean(folder, self.damaged):
             self.notices.append(f'removed {removed} unfinished files of a run that was killed')
         if self.branches():
@@ -250,6 +259,14 @@ class Run:
         last = folder / checkpoint.LAST
         if self.resumed_from and self.resumed_from.parent.samefile(folder) and not last.exists():
             checkpoint.link(self.resumed_from, last)
+
+    def room_on_disk(self) -> str:
+        """What the run's checkpoints take, and what is free. Raises StorageError without room for one."""
+        folder = self.args.output_dir.absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):  # a dry run has not tried it
+            raise StorageError(f'cannot write to the output folder {folder}: {there} cannot be written to')
+        return checkpoint.check_space(there, self.training.sizes(), self.kept_checkpoints())
 
     def kept_checkpoints(self) -> int:
         """How many checkpoints the run will leave: numbered ones, the last and the one before it."""
@@ -266,7 +283,7 @@ class Run:
         return f'warm-up {args.warmup_epochs:g} of {counted(args.epochs, "epoch")}{too_long}'
 
     def announce(self) -> None:
-        """Tell what is about to run, and keep it in `args.json`."""
+        """Tell what is about to run."""
         args, training, sampler = self.args, self.training, self.sampler
         _, arithmetic = optim.scaled_lr(args, sampler.accum_iter)
         dropped = sampler.num_samples % sampler.global_batch
@@ -281,16 +298,20 @@ class Run:
             info(notice)
         dropped = f'; {counted(dropped, "image")} of each epoch fill no step and are dropped' if dropped else ''
         info(f'{counted(sampler.num_samples, "training image")}, {counted(sampler.steps, "step")} an epoch{dropped}')
-        if dist.has_batchnorm(training.core) and dist.world_size() > 1 and training.device.type == 'cpu':
-            info("BatchNorm keeps its running statistics per process on CPU; rank 0's are saved and evaluated")
+        apart = training.device.type == 'cpu' or getattr(args, 'probe', None)  # else it is SyncBatchNorm
+        if dist.has_batchnorm(training.core) and dist.world_size() > 1 and apart:
+            info("BatchNorm keeps its running statistics per process; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
         position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
         info(f'resumed from {self.resumed_from} at {position}' if self.resumed_from else self.weights)
+
+    def keep_arguments(self) -> None:
+        """Keep what runs in `args.json`, and in TensorBoard."""
         if dist.is_main():
-            resolved = config.plain(args) | {'lr': training.lr, 'accum_iter': sampler.accum_iter}
+            resolved = config.plain(self.args) | {'lr': self.training.lr, 'accum_iter': self.sampler.accum_iter}
             resolved |= {'classes': self.classes} if self.classes else {}
-            digests.replace(args.output_dir / 'args.json', (json.dumps(resolved, indent=2) + '\n').encode())
+            digests.replace(self.args.output_dir / 'args.json', (json.dumps(resolved, indent=2) + '\n').encode())
             self.log.arguments(resolved, self.axis(self.first_epoch, self.first_step))
 
     # --------------------------------------------------------------------------
@@ -346,13 +367,17 @@ class Run:
         self.stop_if_asked(epoch, epoch.steps)
 
     def after_epoch(self, epoch: Epoch, **values) -> None:
-        """The epoch's line in log.txt, TensorBoard's points of its tests, and its checkpoints."""
+        """The epoch's line in log.txt, TensorBoard's points of its tests, its checkpoints; health, once warmed up."""
         args, number = self.args, epoch.number
         counts = {'bad_steps': self.bad_steps(epoch, epoch.steps), **self.images.reader.counted()}
-        tests = {name: value for name, value in values.items() if name.startswith('test')}
+        tests = {name: value for name, value in values.items() if name.startswith(('test', 'knn', 'rank'))}
+        timing = epoch.meters.timing()
         self.folder.check_lock()
         self.log.scalars(self.axis(number + 1, 0), **tests)
-        self.log.epoch(**values, **counts, **epoch.meters.timing(), epoch=number)
+        self.log.epoch(**values, **counts, **timing, epoch=number)
+        if self.stage == 'pretrain' and number == max(0, math.ceil(args.warmup_epochs) - 1):
+            skipped = counts['bad_steps'] / ((number + 1) * epoch.steps)
+            info(f'after the warm-up: {health({**epoch.meters.latest, **values, **timing, "skipped": skipped})}')
         if (number + 1) % args.save_freq == 0 or number + 1 == args.epochs:
             self.save(f'checkpoint-{number}.pth', epoch, epoch.steps)
             if args.keep_last and dist.is_main():

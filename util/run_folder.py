@@ -208,6 +208,25 @@ class RunFolder:
         return f'{who} does not answer; {position}; kill it if the launcher does not'
 
 
+class NoFolder:
+    """What a dry run has in place of a `RunFolder`: it leaves nothing, and of a lost rank nothing is known."""
+
+    run = ''
+    epoch = step = 0
+
+    def __init__(self, place: Place):
+        self.place = place
+
+    def write_status(self, state: str) -> None:
+        pass
+
+    def close(self, code: int, message: str, noticed: bool = False) -> None:
+        pass
+
+    def lost(self, error: BaseException) -> str:
+        return f'a connection broke: {error}'
+
+
 def now() -> str:
     return datetime.now().astimezone().isoformat(timespec='seconds')
 

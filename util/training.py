@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from util import optim, rng
 from util.data.datasets import EpochBatches, Normalisation
 from util.log import MetricLogger
+from util.nn.linear_probe import set_train_mode
 from util.optim import GuardedOptimizer, WeightAverage
 
 
@@ -60,6 +61,11 @@ class Training:
         self.normalise = Normalisation.of(args.mean, args.std, device, layout)
         self.ema = ema.to(device, memory_format=layout) if ema else None
 
+    def train_mode(self) -> None:
+        """Train mode of what learns: the network, or in a linear probe its head alone."""
+        self.model.train()
+        set_train_mode(self.core)
+
     def set_lr(self, epoch: float) -> float:
         """Set every group's learning rate at a fractional epoch; returns that of scale 1."""
         lr = self.schedule(epoch)
@@ -93,9 +99,9 @@ class Training:
         return state
 
     def sizes(self) -> int:
-        """The bytes of the tensors in `state` and of what the optimiser will hold, two moments."""
+        """The bytes of the tensors in `state` and of what the optimiser will hold, its moments."""
         core = self.core
-        moments = [param for param in core.parameters() if param.requires_grad] * 2
+        moments = [param for param in core.parameters() if param.requires_grad] * self.optimizer.moments
         average = self.ema.module.state_dict().values() if self.ema else ()
         return sum(tensor.nbytes for tensor in (*core.state_dict().values(), *moments, *average))
 

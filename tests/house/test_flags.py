@@ -31,7 +31,7 @@ OURS = """
     amp_dtype=none channels_last no_channels_last grad_checkpoint compile deterministic dist_timeout=60 crop_scale=0.5,1
     dataset=cifar10 download
 """
-OURS_PRETRAIN = 'no_norm_pix_loss interpolation=bilinear vis_freq=5'
+OURS_PRETRAIN = 'no_norm_pix_loss interpolation=bilinear vis_freq=5 knn_freq=5 knn_data=a knn_images=9,9'
 OURS_FINETUNE = """
     val_share=0.1 eval_logits=present use_ema no_use_ema ema_decay=0.9 ema_warmup_epochs=1 ema_warmup_ratio=0.5
     eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce predictions=a.csv
@@ -231,7 +231,8 @@ FREE = """
     config data_path output_dir log_dir device dist_url dist_timeout world_size local_rank num_workers pin_mem
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
-    dist_eval resplit max_bad_images given predictions init init_ema finetune_ema
+    dist_eval resplit max_bad_images given predictions init init_ema finetune_ema knn_freq knn_data knn_images
+    dry_run check_data
 """
 
 
@@ -246,7 +247,7 @@ def test_roles_at_resume():
     pretrain, finetune = roles('pretrain'), roles('finetune')
     assert pretrain.keys() == finetune.keys() == {'same', 'warn', 'free'}
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
-    assert finetune['same'] == both | {'val_share', 'repeated_aug'}
+    assert finetune['same'] == both | {'val_share', 'repeated_aug', 'probe'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
 
 

@@ -93,6 +93,12 @@ def test_util_data_knows_no_model(path):
     assert not [module for module in imports(path) if inside(module, 'util.nn', 'util.weights', 'util.training')]
 
 
+@pytest.mark.parametrize('path', of('util.analysis'))
+def test_util_analysis_knows_no_method_and_no_run(path):
+    rooms = ('util.analysis', 'util.nn', 'util.dist', 'util.errors')
+    assert all(inside(module, *rooms) for module in imports(path) if inside(module, *OURS))
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_util_weights_has_one_door(path):
     if not inside(name_of(path), 'util.weights'):

@@ -178,7 +178,7 @@ def test_sizes_of_the_recipes_models(model):
 def test_every_method_has_recipes_for_cifar10():
     names = {path.stem for path in RECIPES.glob(f'*{OWN}*.yaml')}
     models = {name.partition(OWN)[0] for name in names}
-    assert names == {f'{model}{OWN}{stage}' for model in models for stage in MAINS}
+    assert names == {f'{model}{OWN}{stage}' for model in models for stage in (*MAINS, 'linprobe')}
     assert {main_pretrain.find_method(model) for model in models} == {*main_pretrain.METHODS}
 
 

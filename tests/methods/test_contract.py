@@ -16,8 +16,9 @@ import main_pretrain
 from main_pretrain import METHODS
 from util.data.datasets import to_device
 from util.nn.grad_checkpoint import blocks, checkpoint_blocks
+from util.nn.losses import explained
 from util.nn.models import eval_mode
-from util.nn.patches import patch_mask_to_pixels
+from util.nn.patches import gather_tokens, normalise_patches, patch_mask_to_pixels, patchify
 from util.optim import GuardedOptimizer, adamw, param_groups
 
 MODELS = [(module, name) for module in METHODS for name in module.__all__]
@@ -247,6 +248,56 @@ def test_reconstruct(module, name):
     for key, panel in getattr(module, name)(img_size=size_of(name)).reconstruct(imgs, plan).items():
         if not re.search('spectrum|of partner|scale 3', key):  # scale 3: patches larger than the mask's
             assert torch.equal(panel[visible], panels[key][visible]), key
+
+
+# of an architecture of each method: its targets [..., P]; the weights of their places; what `forward_loss` takes
+SCORED = {
+    'mirl_vit_tiny': lambda model, imgs, plan: (
+        [normalise_patches(gather_tokens(patchify(imgs, model.patch_size), plan.ids_hidden))],
+        [torch.ones(1)],
+        lambda preds: (imgs, [0.3 * preds[0], 0.7 * preds[0]], plan),  # main and residual
+    ),
+    'localmim_vit_tiny': lambda model, imgs, plan: (
+        targets := model.forward_targets(imgs),
+        [model.loss_weights(plan.mask, target.shape[1]).unsqueeze(-1) for target in targets],
+        lambda preds: (imgs, preds, plan),
+    ),
+    'mixmae_tiny': lambda model, imgs, plan: (
+        [model.target(imgs)],
+        [torch.ones(1)],
+        lambda preds: (imgs, preds[0], plan.mask),
+    ),
+    'a2mim_resnet_tiny': lambda model, imgs, plan: (
+        [imgs.movedim(1, -1)],
+        [(hidden := patch_mask_to_pixels(plan.mask, model.cell_size)).movedim(1, -1)],
+        lambda preds: (imgs, preds[0].movedim(-1, 1), hidden),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', SCORED)
+def test_explained(name):
+    """Of what is hidden alone: 0 for the mean, 1 for the target, between them in between."""
+    model = make(main_pretrain.find_method(name), name)
+    imgs, plan = batch(model, name)
+    targets, weights, given = SCORED[name](model, imgs + torch.tensor([3.0, 0, -3]).view(3, 1, 1), plan)
+    weights = [weight.expand_as(target) for target, weight in zip(targets, weights, strict=True)]
+    places = [tuple(range(target.ndim - 1)) for target in targets]
+    means = [(t * w).sum(at) / w.sum(at) for t, w, at in zip(targets, weights, places, strict=True)]
+    for share, expected in ((0.0, 0.0), (1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)):
+        preds = [m + share * (t - m) for t, m in zip(targets, means, strict=True)]
+        preds = [torch.where(w > 0, pred, 9.0) for pred, w in zip(preds, weights, strict=True)]  # where it is visible
+        _, terms = model.forward_loss(*given(preds))
+        found = [term for key, term in terms.items() if key.startswith('explained')]
+        assert len(found) == len(targets)
+        assert torch.allclose(torch.stack(found), torch.tensor(expected), atol=1e-5)
+        assert not any(term.requires_grad for term in found)
+
+
+@pytest.mark.parametrize('value', [0.0, 7.3, -1e-6, 1e6])
+def test_nothing_to_explain(value):
+    target = torch.full((3, 50, 4), value)
+    assert explained(torch.tensor([0.0, 5.0]), target).tolist() == [0, 0]
 
 
 def test_evaluation_mode_ends_with_an_exception():

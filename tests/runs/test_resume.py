@@ -28,6 +28,7 @@ METHODS = {  # a model of every method, and what else a state can have: BatchNor
     'MixMAE': ('pretrain', ['--model', 'mixmae_tiny']),
     'A2MIM': ('pretrain', ['--model', 'a2mim_resnet_tiny', '--opt', 'lamb']),
     'fine-tuning': ('finetune', MIXED),
+    'linear probe': ('finetune', ['--probe', 'linear', '--model', 'a2mim_resnet_tiny', '--lr', '1']),
 }
 
 
@@ -184,7 +185,7 @@ def losses(folder, name: str = 'train_loss') -> torch.Tensor:
 
 def test_any_split_of_the_batch_agrees(images, tmp_path, measured):
     """50 steps of 16 images: one forward, two, and two ranks of one forward each."""
-    flags = ['--epochs', '13', '--warmup_epochs', '2', '--lr', '1e-3']  # 4 steps an epoch
+    flags = ['--epochs', '13', '--warmup_epochs', '2', '--lr', '1e-3', '--knn_freq', '13']  # 4 steps an epoch
     train('pretrain', images, tmp_path / 'one', *flags, '--batch_size', '16')
     train('pretrain', images, tmp_path / 'accum', *flags, '--batch_size', '8', '--accum_iter', '2')
     done = run('pretrain', images, tmp_path / 'ranks', *flags, '--batch_size', '8', ranks=2)
@@ -198,6 +199,9 @@ def test_any_split_of_the_batch_agrees(images, tmp_path, measured):
         # AdamW hides a factor that all gradients share; their norm does not
         norms = [losses(tmp_path / run, 'train_grad_norm') for run in (name, 'one')]
         assert torch.allclose(*norms, rtol=1e-4)
+        last, first = (read_log(tmp_path / run)[-1] for run in (name, 'one'))
+        assert last['knn_top1'] == first['knn_top1']
+        assert last['rank'] == pytest.approx(first['rank'], rel=1e-4)
 
 
 def test_gradients_are_reduced_once_a_step(images, tmp_path, monkeypatch):
@@ -228,9 +232,8 @@ def read_log(folder) -> list[dict]:
 
 def untimed(folder) -> list[dict]:
     """What a repeat leaves equal."""
-    return [
-        {key: value for key, value in line.items() if key not in ('time', 'images_per_s')} for line in read_log(folder)
-    ]
+    TIMED = ('time', 'images_per_s', 'waiting_for_data')
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in read_log(folder)]
 
 
 @pytest.mark.promise(3, 14)

@@ -93,11 +93,13 @@ def test_requeued_by_the_administrator_while_it_queues_itself(slurm, undisturbed
 
 
 @pytest.mark.promise(8)
+@pytest.mark.timeout(360)
 def test_time_limit(slurm, undisturbed, measured):
-    # SLURM looks every 30 s whether a limit will be near before it looks again: this is a signal after 25 to 55 s
-    job = slurm.submit('limit', *TWO_BY_TWO, '--timeout', '1', '--signal_delay_s', '5')
-    job.hold(epoch=1)
-    job.wait_for(STOPPED)
+    # SLURM looks every 30 s whether a limit will be near before it looks again: this is a signal after 85 to 115 s,
+    # when four tasks have started on the busiest machine
+    job = slurm.submit('limit', *TWO_BY_TWO, '--timeout', '2', '--signal_delay_s', '5')
+    job.hold(epoch=0)
+    job.wait_for(STOPPED, seconds=150)
     assert equal_states(job.result(), undisturbed.result())
     assert f'Requeued job {job.id} (999 remaining timeouts)' in job.log()
     [place] = job.places()

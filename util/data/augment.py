@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from util.data.datasets import mae_crop
 from util.errors import UserError
 
 # --------------------------------------------------------------------------
@@ -73,6 +74,32 @@ def finetune_transform(
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--aa {aa}: not a policy of timm's, like rand-m9-mstd0.5-inc1, or 'none'") from error
     return transform
+
+
+class ProbeCrop(transforms.RandomResizedCrop):
+    """torchvision's, of MAE's crops."""
+
+    @staticmethod
+    def get_params(image: Image.Image, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
+        return mae_crop(*image.size, scale, ratio)
+
+
+def probe_transform(input_size: int, crop_scale: Sequence[float], hflip: float) -> Callable:
+    """That of MAE's linear probe: a random crop, and a flip."""
+    return transforms.Compose(
+        [
+            ProbeCrop(input_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(hflip),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def training_transform(args: argparse.Namespace) -> Callable:
+    """What a labelled run's arguments ask for."""
+    if args.probe:
+        return probe_transform(args.input_size, args.crop_scale, args.hflip)
+    return finetune_transform(args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean)
 
 
 class ResizeShorter(transforms.Resize):

@@ -5,6 +5,7 @@ Workers hand over uint8 [N, 3, H, W]; `Normalisation` makes floats of a whole ba
 
 import errno
 import itertools
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -141,6 +142,22 @@ def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) 
     """
     starts = range(rank * batch_size, num_samples, world_size * batch_size)
     return [[(0, i) for i in range(start, min(start + batch_size, num_samples))] for start in starts]
+
+
+def mae_crop(width: int, height: int, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop of an image, in pixels, as MAE's linear probe draws it.
+
+    One draw of the share of the area, in `scale`, and of width / height, in `ratio` and even in its logarithm; sides
+    beyond the image are cut to its own. torchvision tries again instead. From torch's global generator, in the order
+    area, ratio, top, left.
+    """
+    area = width * height * torch.empty(1).uniform_(*scale).item()
+    shape = torch.empty(1).uniform_(*torch.tensor(ratio).log().tolist()).exp().item()
+    crop_width = min(max(1, round(math.sqrt(area * shape))), width)
+    crop_height = min(max(1, round(math.sqrt(area / shape))), height)
+    top = int(torch.randint(height - crop_height + 1, (1,)))
+    left = int(torch.randint(width - crop_width + 1, (1,)))
+    return top, left, crop_height, crop_width
 
 
 def loader(

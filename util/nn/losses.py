@@ -1,4 +1,4 @@
-"""Losses of a distance between prediction and target, element by element: pure tensor functions, no state."""
+"""Losses of a distance, element by element, and what a squared error explains: pure tensor functions, no state."""
 
 import math
 
@@ -37,3 +37,21 @@ def pixel_loss(
     b = math.e**3 - 1
     near = 0.5 / b * (b * distance + 1) * (b * distance).log1p() - 0.5 * distance
     return torch.where(distance < 1, near, 1.5 * distance + 1.5 / b - 0.5)
+
+
+@torch.no_grad()
+def explained(error: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared errors of any shape -> the share of the target's spread that each explains, in float32.
+
+    1: perfect; 0: no better than the best constant vector, the target's mean; negative: worse. `target` [..., P] and
+    the weights of its places [..., 1], both of the error's own mean; without weights, all count alike. A target that
+    is constant leaves nothing to explain: 0.
+    """
+    target = target.float()
+    weight = torch.ones_like(target[..., :1]) if weight is None else weight.float()
+    places, total = tuple(range(target.ndim - 1)), weight.sum()
+    mean = (target * weight).sum(dim=places) / total  # [P]
+    spread = ((target - mean).square() * weight).sum() / total / target.shape[-1]
+    # what rounding leaves of a constant's spread is less than 1e-10 of its square
+    constant = spread <= 1e-10 * mean.square().mean()
+    return torch.where(constant, 0.0, 1 - error / torch.where(constant, 1.0, spread))

@@ -1,4 +1,4 @@
-"""What every models_*.py does with its models: make them by name, and look at one in evaluation mode."""
+"""What every models_*.py does with its models: make them by name, for timm too, and look at one in evaluation mode."""
 
 import contextlib
 import difflib
@@ -30,6 +30,15 @@ def sizes_of(encoders: dict[str, dict], name: str) -> dict:
         return encoders[name]
     close = difflib.get_close_matches(name, encoders, n=3) or list(encoders)
     raise ValueError(f'no model {name}; did you mean {" or ".join(close)}?')
+
+
+NOT_IN_TIMM = ('norm_layer', 'weight_init', 'num_classes', 'drop_path_rate')  # of training, or timm's own by default
+
+
+def as_timm(model: nn.Module, architecture: str, **options) -> nn.Module:
+    """The network, with a note of how `timm.create_model(architecture, **options)` makes it again, without weights."""
+    model.timm_recipe = architecture, {name: value for name, value in options.items() if name not in NOT_IN_TIMM}
+    return model
 
 
 @contextlib.contextmanager

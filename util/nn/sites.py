@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from util.nn.models import as_timm
+
 POSITIONS = {'NCHW': (2, 3), 'NHWC': (1, 2), 'NLC': (1,)}  # the axes that run over the image
 
 
@@ -73,7 +75,8 @@ def any_timm(*, name: str, img_size: int, num_classes: int = 0, drop_path_rate: 
     options = {'img_size': img_size, 'drop_path_rate': drop_path_rate}
     while True:
         try:
-            return timm.create_model(name, num_classes=num_classes, **options, **sizes)
+            network = timm.create_model(name, num_classes=num_classes, **options, **sizes)
+            return as_timm(network, name, **options, **sizes)
         except TypeError as error:  # convolutions know no img_size, DenseNet and VGG no drop path
             refused = re.search('unexpected keyword.*(img_size|drop_path_rate)', str(error))
             if not refused or refused[1] not in options:

@@ -17,6 +17,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from util.nn.checks import check_divides, check_heads, check_windows
+from util.nn.models import as_timm
 from util.nn.vit import norm_layer
 
 # --------------------------------------------------------------------------
@@ -280,6 +281,8 @@ class SwinClassifier(nn.Module):
         self.norm = norm_layer(8 * embed_dim)
         self.head = nn.Linear(8 * embed_dim, num_classes)
         self.init_weights()
+        sizes = dict(img_size=img_size, patch_size=patch_size, window_size=window_size, mlp_ratio=mlp_ratio)
+        as_timm(self, 'swin_tiny_patch4_window7_224', **sizes, embed_dim=embed_dim, depths=depths, num_heads=num_heads)
 
     def init_weights(self) -> None:
         """Linear and bias tables N(0, 0.02), the head close to zero, zero bias."""

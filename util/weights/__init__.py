@@ -1,20 +1,28 @@
 """Checkpoint files of any origin: the one room that reads the files of others. This is its door.
 
 `load_published` fills a model from a file, a URL or a state dict. `read_checkpoint` gives what a file holds,
-`read_source` what a file or a URL does.
+`read_source` what a file, a URL or an exported folder does. `export` writes such a folder.
 """
 
+from util.weights.exports import check_free, export, fold_probe, take_head_off
 from util.weights.files import check_file, plain_field, read_checkpoint
-from util.weights.intake import Origin, check_finite, find_origin
-from util.weights.published import load_published, read_source
+from util.weights.intake import Origin, OtherFormatError, Report, check_finite, find_origin
+from util.weights.published import file_of, load_published, read_source
 
 __all__ = [
     'Origin',
+    'OtherFormatError',
+    'Report',
     'check_file',
     'check_finite',
+    'check_free',
+    'export',
+    'file_of',
     'find_origin',
+    'fold_probe',
     'load_published',
     'plain_field',
     'read_checkpoint',
     'read_source',
+    'take_head_off',
 ]

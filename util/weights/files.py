@@ -5,6 +5,7 @@ writes (its arrays stay numpy arrays), and safetensors.
 """
 
 import errno
+import json
 import os
 import re
 import zipfile
@@ -21,6 +22,8 @@ from util import digests, resources
 from util.errors import CheckpointError, DamagedError, printable
 from util.weights.unpickle import Dropped, Refused, run
 
+# what an export's folder is made of (export.py); ORIGIN is a key of the configuration: whose weights they are
+SAFETENSORS, TORCH, CONFIG, ORIGIN = 'model.safetensors', 'model.pth', 'config.json', 'trained_as'
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # what a reader may raise for a malformed file
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
@@ -50,6 +53,35 @@ def read_checkpoint(path: str | Path) -> dict:
     except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
         raise DamagedError(f'{path} {what}') from error
+
+
+def read_folder(folder: Path) -> dict:
+    """What an export holds, as a checkpoint of ours has it; a folder that timm wrote has the weights alone."""
+    names = [name for name in (SAFETENSORS, TORCH) if (folder / name).is_file() and (folder / CONFIG).is_file()]
+    if not names:
+        check_file(folder)  # raises
+    weights = read_checkpoint(folder / names[0])
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        origin = config.get(ORIGIN, {})
+        known = {key: origin[key] for key in ('args', 'classes', 'run') if key in origin} if bounded(origin) else {}
+    except OSError as error:
+        raise CheckpointError(f'{folder / CONFIG} cannot be read: {error.strerror or error}') from error
+    except DAMAGE as error:
+        raise DamagedError(f'{folder / CONFIG} is not the configuration of an export') from error
+    return known | {origin.get('weights') if origin.get('weights') == 'encoder' else 'model': weights}
+
+
+def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """A state dict as safetensors, or as torch.save writes it, by the name's ending; on the disk when it returns."""
+    state = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    with digests.flushed(path) as file:
+        if path.name == SAFETENSORS:
+            file.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
+        else:
+            buffer = BytesIO()  # a failed write of torch's own hides its reason
+            torch.save(state, buffer)
+            file.write(buffer.getbuffer())
 
 
 def check_file(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from util.errors import CheckpointError
 from util.nn.pos_embed import sincos_2d
 from util.weights import download
-from util.weights.files import read_checkpoint
+from util.weights.files import SAFETENSORS, TORCH, read_checkpoint, read_folder
 from util.weights.intake import HEADS, Format, Intake, OtherFormatError, Report, State, find_origin, load, unique
 
 # --------------------------------------------------------------------------
@@ -86,6 +86,7 @@ LOCALMIM_SWIN_MARKS = {'encoder.norm.0.weight', 'decoder.0.pred.weight'}
 OUR_LOCALMIM_MARKS = {'cls_token', 'decoders.0.pred.4.weight'}
 OUR_LOCALMIM_SWIN_MARKS = {'layers.0.downsample.norm.weight', 'decoders.0.pred.weight'}
 SWIN_MARKS = {'layers.0.blocks.0.attn.relative_position_bias_table', 'layers.0.downsample.norm.weight'}
+TIMM_SWIN_MARKS = {'layers.0.blocks.0.attn.relative_position_bias_table', 'layers.3.downsample.norm.weight'}
 LOCALMIM_RENAMES = (
     (r'(?:encoder\.)?norm\.(\d.*)', r'norms.\1'),
     (r'encoder\.(.*)', r'\1'),
@@ -137,6 +138,15 @@ INTO_LOCALMIM_SWIN_CLASSIFIER = (
         adapt=merging_order,
     ),
     Format('Swin', SWIN_MARKS, ignorable=SWIN_BUFFERS),  # fine-tuned, published or our own, and our encoders
+    Format(
+        "Swin in timm's names",
+        TIMM_SWIN_MARKS,
+        (
+            *((rf'layers\.{i + 1}\.downsample\.(.*)', rf'layers.{i}.downsample.\1') for i in range(3)),
+            (r'head\.fc\.(.*)', r'head.\1'),
+        ),
+        ignorable=SWIN_BUFFERS,
+    ),
 )
 
 # the transformers library's ViT, ViTMAE, DeiT and BEiT
@@ -537,8 +547,15 @@ ENCODERS = {
 
 
 def read_source(source: str | Path) -> dict:
-    """What the checkpoint at a path or a URL holds. Raises CheckpointError."""
-    return read_checkpoint(download.fetch(source))
+    """What the checkpoint at a path or a URL, or the export in a folder, holds. Raises CheckpointError."""
+    path = download.fetch(source)
+    return read_folder(path) if path.is_dir() else read_checkpoint(path)
+
+
+def file_of(source: str | Path) -> Path:
+    """The local file that holds the weights of a path, a URL or an exported folder."""
+    path = download.fetch(source)
+    return next((path / name for name in (SAFETENSORS, TORCH) if (path / name).is_file()), path)
 
 
 def load_published(
@@ -572,7 +589,7 @@ def load_published(
             report = load_encoder(model, container, ema, flag)
     except CheckpointError as error:
         origin = find_origin(container)
-        raise CheckpointError(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
+        raise type(error)(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
     report.source = label
     return report
 
