@@ -293,7 +293,6 @@ def test_mistakes(tmp_path, monkeypatch):
     refused('file: an export is a folder', path, tmp_path / 'file')
     refused(r'holds files that no export wrote \(thesis.tex\)', path, tmp_path / 'full')
     refused(r'holds files that no export wrote \(config.json\)', path, tmp_path / 'mine')
-    refused('there is no folder .*nowhere', path, tmp_path / 'nowhere' / 'out')
     refused('names no model: give --model NAME', weights, out)
     refused('unknown --model mirl_vit_tinny; did you mean mirl_vit_tiny', weights, out, '--model', 'mirl_vit_tinny')
     refused('has no classifier: ', path, out, '--head')
