@@ -21,9 +21,14 @@ def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
 
 
 def seed_all(seed: int, stream: int, *position: int) -> None:
-    """Seed torch (all devices), numpy and `random` for one position of one stream."""
+    """Seed torch (CPU and GPUs), numpy and `random` for one position of one stream.
+
+    As `torch.manual_seed`, which takes milliseconds: for each kind of device not in use it formats a stack trace.
+    """
     a, b = np.random.SeedSequence((seed, stream, *position)).generate_state(2).tolist()
-    torch.manual_seed((a << 32) | b)
+    torch.default_generator.manual_seed((a << 32) | b)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all((a << 32) | b)
     np.random.seed(a)
     random.seed(b)
 

@@ -3,6 +3,7 @@
 What a file holds is written down here by hand, layer by layer, each name of the file's beside timm's.
 """
 
+import functools
 import sys
 import types
 
@@ -949,14 +950,17 @@ def test_mistaken_files(measured):
         measured(f'{kind}: {line}')
 
 
+@functools.cache
+def every_file(family) -> list[dict]:
+    model, net = small(family), small(family, 5)
+    own = [{'model': model.state_dict()}, {'encoder': model.encoder_state_dict()}, net.state_dict()]
+    return [filled(whole(family)), filled(tuned(family)), *own]
+
+
 @pytest.mark.parametrize('family', SMALL)
 def test_wrong_families(family):
     """Every file of another family is refused in a line, for pretraining models and classifiers."""
-    others = [name for name in SMALL if name != family]
-    sources = [filled(whole(name)) for name in others] + [filled(tuned(name)) for name in others]
-    sources += [{'model': small(name).state_dict()} for name in others]
-    sources += [{'encoder': small(name).encoder_state_dict()} for name in others]
-    sources += [small(name, 5).state_dict() for name in others]
+    sources = [file for name in SMALL if name != family for file in every_file(name)]
     sources += [filled(microsoft(microsoft_vit(32, 2, 2, 4, shared=True), 32, 32, 16))] * (family != 'vit')
     sources += [filled(microsoft(swin(8, (1, 1, 1, 1), (1, 2, 2, 4), 2, 'microsoft'), 8, 64, 32))] * (family != 'swin')
     for model in (small(family), small(family, 5)):

@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from util import digests
@@ -79,9 +80,7 @@ def export(
         config = timm_config(network, num_classes, **images) | labels | config
     with new_folder(folder) as part:
         weights = part / (SAFETENSORS if for_timm else TORCH)
-        write_weights(
-            weights, getattr(network, 'timm_state_dict', network.state_dict)() if for_timm else network.state_dict()
-        )
+        write_weights(weights, timm_state(network) if for_timm else network.state_dict())
         digests.write_sums(weights, [digests.sum_of(weights)])
         digests.replace(part / CONFIG, (json.dumps(config, indent=2) + '\n').encode())
         if for_timm:
@@ -107,6 +106,21 @@ def timm_config(network: nn.Module, num_classes: int, input_size: int, **images:
         'model_args': options,
         'pretrained_cfg': images | names | {'num_classes': num_classes},
     }
+
+
+def timm_state(network: nn.Module) -> dict[str, Tensor]:
+    """The weights as timm takes them.
+
+    A Swin without a head goes with each merging at the end of a stage, as originally: timm before 1.0.31 takes every
+    headless file for such a one, and later ones tell them apart. LocalMIM's has these names itself.
+    """
+    state = network.state_dict()
+    if not isinstance(network, SwinTransformer) or network.num_classes:
+        return state
+    moved = {
+        f'layers.{stage}.downsample.': f'layers.{stage - 1}.downsample.' for stage in range(1, len(network.layers))
+    }
+    return {moved.get(name[:20], name[:20]) + name[20:]: value for name, value in state.items()}
 
 
 @torch.no_grad()

@@ -86,7 +86,6 @@ LOCALMIM_SWIN_MARKS = {'encoder.norm.0.weight', 'decoder.0.pred.weight'}
 OUR_LOCALMIM_MARKS = {'cls_token', 'decoders.0.pred.4.weight'}
 OUR_LOCALMIM_SWIN_MARKS = {'layers.0.downsample.norm.weight', 'decoders.0.pred.weight'}
 SWIN_MARKS = {'layers.0.blocks.0.attn.relative_position_bias_table', 'layers.0.downsample.norm.weight'}
-TIMM_SWIN_MARKS = {'layers.0.blocks.0.attn.relative_position_bias_table', 'layers.3.downsample.norm.weight'}
 LOCALMIM_RENAMES = (
     (r'(?:encoder\.)?norm\.(\d.*)', r'norms.\1'),
     (r'encoder\.(.*)', r'\1'),
@@ -138,15 +137,6 @@ INTO_LOCALMIM_SWIN_CLASSIFIER = (
         adapt=merging_order,
     ),
     Format('Swin', SWIN_MARKS, ignorable=SWIN_BUFFERS),  # fine-tuned, published or our own, and our encoders
-    Format(
-        "Swin in timm's names",
-        TIMM_SWIN_MARKS,
-        (
-            *((rf'layers\.{i + 1}\.downsample\.(.*)', rf'layers.{i}.downsample.\1') for i in range(3)),
-            (r'head\.fc\.(.*)', r'head.\1'),
-        ),
-        ignorable=SWIN_BUFFERS,
-    ),
 )
 
 # the transformers library's ViT, ViTMAE, DeiT and BEiT
