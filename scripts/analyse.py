@@ -35,7 +35,7 @@ from util.data import datasets, named
 from util.errors import StorageError, UserError, run_main
 from util.log import counted, info
 from util.resources import size
-from util.weights import load_published
+from util.weights import file_of, load_published
 
 MOST = 8  # networks in a table
 HELD_BACK = 0.1  # share of the training images on which a probe's lambda is chosen
@@ -161,7 +161,7 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
             report, digest = f'{args.model}, random weights of --seed {args.seed}', None
         else:
             report = load_published(core, source.container, ema=args.use_ema, label=source.path)
-            digest = path.partition('#sha256=')[2] or digests.sum_of(Path(path))
+            digest = path.partition('#sha256=')[2] or digests.sum_of(file_of(path))
     for line in (report, *source.notices):
         info(f'{name}: {line}')
     return Network(name, path.partition('#')[0], digest, args, core, str(report))

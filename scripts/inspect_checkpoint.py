@@ -279,7 +279,8 @@ def about(source: checkpoint.Source, matches: list[Match]) -> dict[str, str | li
     """Whose it is, and the networks that it fills."""
     facts, origin, known = {}, source.origin, source.container
     if origin:
-        facts['origin'] = f'{"pretraining" if origin.stage == "pretrain" else "fine-tuning"} of this program: {origin}'
+        tuning = 'linear probe' if origin.args.get('probe') else 'fine-tuning'
+        facts['origin'] = f'{"pretraining" if origin.stage == "pretrain" else tuning} of this program: {origin}'
         if isinstance(known.get('epoch'), int) and isinstance(known.get('step'), int):
             done = f'{known["step"]} of {known.get("steps")} steps of it done'
             facts['position'] = f'epoch {known["epoch"]}, counted from 0, of {origin.args.get("epochs")}; {done}'

@@ -15,7 +15,7 @@ from torch import nn
 from training import free_port, start, train
 
 from main_pretrain import find_method
-from scripts import analyse
+from scripts import analyse, export
 from util.analysis import features, probes, similarity
 from util.errors import UserError, run_main
 
@@ -262,6 +262,9 @@ def test_fine_tuned_networks(images, trained, tmp_path):
     ours, probe, tuned = analysed(images, tmp_path / 'out', '--probe', 'ridge', '--checkpoint', *files)['checkpoints']
     assert ours['layers'] == probe['layers'] != tuned['layers']
     assert 'missing' not in probe['weights'] + tuned['weights']
+    export.main(export.get_args_parser().parse([files[2][2:], str(tmp_path / 'exported')], stage='finetune'))
+    given = analysed(images, tmp_path / 'out', '--probe', 'ridge', '--checkpoint', tmp_path / 'exported')
+    assert given['checkpoints'][0]['layers'] == tuned['layers']
 
 
 def test_drawn_again_and_without_matplotlib(images, tmp_path, capsys, monkeypatch):

@@ -217,7 +217,7 @@ def test_alone_in_a_new_process(tmp_path):
     assert (out / 'model.safetensors.sha256').is_file()
 
 
-def test_linear_probe_and_average(tmp_path, measured):
+def test_linear_probe_and_average(tmp_path, measured, capsys):
     """A probe's BatchNorm goes into its linear layer; --use_ema takes the average."""
     path = own_file(tmp_path / 'a.pth', 'mirl_vit_tiny', 'finetune')
     state = torch.load(path, weights_only=True)
@@ -227,6 +227,7 @@ def test_linear_probe_and_average(tmp_path, measured):
     checkpoint.save(
         path, state | {'model': probe.state_dict(), 'ema': average, 'args': state['args'] | {'probe': 'linear'}}
     )
+    assert inspected(path, capsys)['origin'].startswith('linear probe of this program: main_finetune.py')
     for flags, weights in (([], probe.state_dict()), (['--use_ema'], average)):
         out = exported(path, tmp_path / 'out', *flags)
         probe.load_state_dict(weights)
@@ -293,6 +294,7 @@ def test_mistakes(tmp_path, monkeypatch):
     refused('file: an export is a folder', path, tmp_path / 'file')
     refused(r'holds files that no export wrote \(thesis.tex\)', path, tmp_path / 'full')
     refused(r'holds files that no export wrote \(config.json\)', path, tmp_path / 'mine')
+    refused('file is a file, not a folder', path, tmp_path / 'file' / 'out')
     refused('names no model: give --model NAME', weights, out)
     refused('unknown --model mirl_vit_tinny; did you mean mirl_vit_tiny', weights, out, '--model', 'mirl_vit_tinny')
     refused('has no classifier: ', path, out, '--head')
@@ -302,6 +304,7 @@ def test_mistakes(tmp_path, monkeypatch):
     assert not out.exists()
     assert not list(tmp_path.glob('.*'))
 
+    out = tmp_path / 'new' / 'out'
     exported(path, out)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
 
@@ -312,7 +315,14 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r'cannot write .*out: No space left on device'):
         run(export, tuned, out, '--device', 'cpu')
     assert before == {file.name: file.read_bytes() for file in out.iterdir()}
-    assert not list(tmp_path.glob('.*'))
+    assert not list(out.parent.glob('.*'))
+
+    monkeypatch.undo()
+    rename = Path.rename
+    monkeypatch.setattr(Path, 'rename', lambda file, to: full_disk() if file.suffix == '.tmp' else rename(file, to))
+    with pytest.raises(StorageError, match='cannot write'):
+        run(export, tuned, out, '--device', 'cpu')
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()}, 'the earlier export is lost'
 
 
 # --------------------------------------------------------------------------

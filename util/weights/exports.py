@@ -158,12 +158,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(f'cannot write {folder}: {error.strerror or error}') from error
     finally:
+        if old.exists() and not folder.exists():  # stopped between the two
+            old.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def check_free(folder: Path) -> None:
     """Raise UserError for a path that an export cannot take."""
+    if file := next((parent for parent in folder.parents if parent.is_file()), None):
+        raise UserError(f'cannot write {folder}: {file} is a file, not a folder')
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f'cannot write {folder}: an export is a folder, and a file or a link has this name')
     inside = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
