@@ -103,11 +103,12 @@ def networks(args: argparse.Namespace, classes: int) -> list[Network]:
     """Those of --checkpoint. Raises UserError before anything is computed."""
     if not 1 <= len(args.checkpoint) <= MOST:
         raise UserError(f'--checkpoint takes 1 to {MOST} checkpoints, got {len(args.checkpoint)}')
+    names = [parts(text)[0] for text in args.checkpoint]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'--checkpoint: there are two named {twice[0]}; --checkpoint NAME=PATH names them')
     found, before = [], checkpoint.Source('', {})
     for text in args.checkpoint:
         name, path, options = parts(text)
-        if name in [network.name for network in found]:
-            raise UserError(f'--checkpoint {text}: there are two named {name}; --checkpoint NAME=PATH names them')
         own = with_options(args, options, text)
         if path != RANDOM:
             before = checkpoint.Source.read(path)
@@ -457,9 +458,11 @@ def show(what: What, result: dict, path: Path, again: bool) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Raise StorageError for what cannot be written to a folder."""
+    """Raise UserError for what is no folder, and StorageError for what cannot be written to one."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f'--output_dir {folder}: a file is in its place') from error
     except OSError as error:
         raise StorageError(f'cannot write to {folder}: {error.strerror or error}') from error
 

@@ -45,11 +45,8 @@ def health(values: dict[str, float | None]) -> str:
     """
     explained = {name: value for name, value in values.items() if name.startswith('explained')}
     waiting, skipped, rank = (values.get(name) for name in ('waiting_for_data', 'skipped', 'rank'))
-    wrong = [
-        f'{name} is {share:.3f}: its prediction is no better than a constant'
-        for name, share in explained.items()
-        if not share > 0.01
-    ]
+    dead = [f'{name} is {share:.3f}' for name, share in explained.items() if not share > 0.01]
+    wrong = [f'{", ".join(dead)}: no better a prediction than a constant'] if dead else []
     if rank is not None and not rank > 2:
         wrong.append(f'rank is {rank:.2f}: all images have nearly the same features')
     if waiting and waiting > 0.25:
