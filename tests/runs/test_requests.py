@@ -74,20 +74,8 @@ def stopped_at(images, folder, capfd) -> tuple[int, int]:
 
 
 @pytest.mark.fault(20)
-@pytest.mark.parametrize(
-    ('name', 'moment'),
-    [
-        *(('SIGTERM', moment) for moment in MOMENTS),
-        ('SIGINT', 'in a step'),
-        ('SIGUSR2', 'in a step'),
-        *(  # the flag that they set is the same
-            pytest.param(name, moment, marks=pytest.mark.faults)
-            for name in ('SIGINT', 'SIGUSR2')
-            for moment in MOMENTS
-            if moment != 'in a step'
-        ),
-    ],
-)
+@pytest.mark.parametrize('moment', MOMENTS)
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR2'])
 def test_a_request_at_any_moment(name, moment, images, whole, tmp_path, monkeypatch, capfd):
     owner, function, call, place = MOMENTS[moment]
     with monkeypatch.context() as patch:
