@@ -6,10 +6,13 @@ import pytest
 import torch
 from training import make_images
 
+from util import signals
+
 torch.set_num_threads(1)
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # a shell's background, nohup: the tests and their runs obey
         signal.signal(number, handler)
+        signals.IGNORED.remove(number)
 
 
 @pytest.fixture(scope='session')
