@@ -70,7 +70,11 @@ def get_args_parser() -> config.Parser:
         'what differs from the flags of the same name, or options of the model',
     )
     add('--use_ema', action=config.Switch, heading='Weight average', help='take the averaged weights of the files')
-    add('--images', type=config.number(int, 2), help='most images of each split, drawn from --seed; default: all')
+    add(
+        '--images',
+        type=config.number(int, 2),
+        help='most images of each split, evenly from all classes, drawn from --seed; default: all',
+    )
     add('--max_per_class', type=config.AT_LEAST_1, help='most training images of a class, drawn from --seed')
     add('--from_json', nargs='+', type=config.path, default=[], metavar='JSON', help='draw these results, compute none')
     parser.take(finetune, *TAKEN)
@@ -168,27 +172,19 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
     return Network(name, path.partition('#')[0], digest, args, core, str(report))
 
 
-def images(args: argparse.Namespace) -> tuple[datasets.Split, datasets.Split]:
+def images(args: argparse.Namespace) -> list[datasets.Split]:
     """Training and validation images, as --images and --max_per_class have them."""
-    train, val = named.labelled_splits(args, SPLITS)
-    return some(train, args.seed, 1, args.images, args.max_per_class), some(val, args.seed, 2, args.images)
-
-
-def some(
-    split: datasets.Split, seed: int, number: int, most: int | None, per_class: int | None = None
-) -> datasets.Split:
-    """At most `per_class` images of each class, and at most `most` of those; in the order of the split."""
-    order = rng.generator(seed, rng.CHOICE, number).permutation(len(split.images))
-    labels = np.array(split.labels)[order]
-    if per_class:
-        order = np.concatenate([order[labels == label][:per_class] for label in np.unique(labels)])
-        order = rng.generator(seed, rng.CHOICE, number, 1).permutation(order)
-    chosen = np.sort(order[:most])
-    if len(chosen) == len(split.images):
-        return split
-    notes = [*split.notes, f'{len(chosen)} of these images are taken']
-    kept = split.images[chosen] if isinstance(split.images, np.ndarray) else [split.images[i] for i in chosen]
-    return datasets.Split(kept, [split.labels[i] for i in chosen], split.classes, ['; '.join(notes)])
+    splits = named.labelled_splits(args, SPLITS)
+    chosen = [
+        named.some(split, args.seed, args.images, per_class)
+        for split, per_class in zip(splits, (args.max_per_class, None), strict=True)
+    ]
+    return [
+        split._replace(notes=['; '.join([*split.notes, f'{len(split.images)} of these images are taken'])])
+        if len(split.images) < len(whole.images)
+        else split
+        for split, whole in zip(chosen, splits, strict=True)
+    ]
 
 
 def ready(args: argparse.Namespace) -> tuple[torch.device, list[datasets.Split], list[Network]]:
@@ -200,7 +196,7 @@ def ready(args: argparse.Namespace) -> tuple[torch.device, list[datasets.Split],
     agreement.check(args, device, train=splits[0], val=splits[1])
     for line in [*splits[0].notes, *splits[1].notes, *(memory(network, splits) for network in found)]:
         info(line)
-    return device, list(splits), found
+    return device, splits, found
 
 
 # --------------------------------------------------------------------------
@@ -276,9 +272,8 @@ def judged(args: argparse.Namespace, train: Tensor, y: Tensor, val: Tensor, y_va
     right = torch.zeros(len(ks), 2, dtype=torch.long, device=train.device)
     rank, ranks = dist.rank(), dist.world_size()
     blocks = zip(val.split(probes.QUERIES), y_val.split(probes.QUERIES), strict=True)
-    for queries, labels in itertools.islice(
-        blocks, rank, None, ranks
-    ):  # whole blocks, the same for any number of ranks
+    # whole blocks, the same for any number of ranks
+    for queries, labels in itertools.islice(blocks, rank, None, ranks):
         scores = probes.knn_scores(train, y, queries, ks, args.temperature, classes)
         right += torch.stack([torch.stack([probes.hits(scores[k], labels, top).sum() for top in tops[k]]) for k in ks])
     dist.barrier()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util import build, dist, rng
+from util import build, dist
 from util.analysis.features import stream, widths
 from util.analysis.probes import TEMPERATURE, knn_scores
 from util.analysis.similarity import rankme
@@ -42,21 +42,10 @@ def labelled_images(args: argparse.Namespace) -> dict[str, Split]:
     except UserError as error:
         reason = str(error).replace('--val_share 0.1 takes a tenth of train/', 'part of train/ validates')
         raise UserError(f'--knn_freq needs labelled images, in --data_path or --knn_data PATH: {reason}') from error
-    train, val = (some(split, size, args.seed) for split, size in zip(splits, sizes, strict=True))
+    train, val = (named.some(split, args.seed, size) for split, size in zip(splits, sizes, strict=True))
     counts = f'{len(train.images)} training and {len(val.images)} validation images of {len(train.classes)} classes'
     note = f'--knn_freq: {counts} in {path}' + ', where part of each class validates' * no_val
     return {'knn_train': train._replace(notes=[note]), 'knn_val': val._replace(notes=[])}
-
-
-def some(split: Split, size: int, seed: int) -> Split:
-    """So many images of a split, or all, as evenly from its classes as can be, in the order of the split."""
-    labels = np.array(split.labels)
-    order = rng.generator(seed, rng.CHOICE).permutation(len(labels))
-    order = order[labels[order].argsort(kind='stable')]  # class by class
-    number = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])  # of each image within its class
-    chosen = np.sort(order[number.argsort(kind='stable')[:size]])
-    images = split.images[chosen] if isinstance(split.images, np.ndarray) else [split.images[i] for i in chosen]
-    return split._replace(images=images, labels=labels[chosen].tolist())
 
 
 class Neighbours:

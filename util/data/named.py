@@ -344,3 +344,18 @@ def difference(ours: list[str], theirs: list[str], us: str, them: str) -> str:
         if alone:
             parts.append(f'{who} alone has {", ".join(shown)}{", ..." if len(alone) > 3 else ""}')
     return '; '.join(parts)
+
+
+def some(split: Split, seed: int, most: int | None = None, per_class: int | None = None) -> Split:
+    """At most `per_class` images of each class, and `most` in all, as evenly from the classes as can be.
+
+    Drawn from the seed; in the order of the split.
+    """
+    labels = np.array(split.labels)
+    order = rng.generator(seed, rng.CHOICE).permutation(len(labels))
+    order = order[labels[order].argsort(kind='stable')]  # class by class
+    number = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])  # of each image within its class
+    turns = number.argsort(kind='stable')[: (number < (per_class or len(order))).sum()]  # one of each class in turn
+    chosen = np.sort(order[turns[:most]])
+    images = split.images[chosen] if isinstance(split.images, np.ndarray) else [split.images[i] for i in chosen]
+    return split._replace(images=images, labels=labels[chosen].tolist())

@@ -22,7 +22,7 @@ from util import digests, resources
 from util.errors import CheckpointError, DamagedError, printable
 from util.weights.unpickle import Dropped, Refused, run
 
-# what an export's folder is made of (export.py); ORIGIN is a key of the configuration: whose weights they are
+# what an export's folder is made of (exports.py); ORIGIN is a key of the configuration: whose weights they are
 SAFETENSORS, TORCH, CONFIG, ORIGIN = 'model.safetensors', 'model.pth', 'config.json', 'trained_as'
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # what a reader may raise for a malformed file
