@@ -37,6 +37,7 @@ import main_finetune
 import main_pretrain
 from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
+from util.dry_run import figure
 from util.errors import STOPPED, UserError, closest, run_main
 from util.recipes import find_recipe
 
@@ -465,7 +466,7 @@ def try_here(options: argparse.Namespace, jobs: dict[str, argparse.Namespace]) -
         if estimate and device == args.device:
             hours, most = estimate.hours(tasks), options.timeout * (options.max_requeues + 1) / 60
             more = 'WARNING: more than' if hours > most else 'within'
-            console.say(f'the job: {hours:.3g} h on {tasks} ranks as fast as here, {more} its {most:.3g} h')
+            console.say(f'the job: {figure(hours)} h on {tasks} ranks as fast as here, {more} its {figure(most)} h')
         elif estimate:
             console.say(f'the job: its hours are not known, since there is no {args.device} here')
 

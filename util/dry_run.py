@@ -370,7 +370,12 @@ def tell_network(training: Training, costs: Costs) -> None:
 
 
 def giga(number: float) -> str:
-    return f'{number / 1e9:.3g} G'
+    return f'{figure(number / 1e9)} G'
+
+
+def figure(number: float) -> str:
+    """Three digits, or all before the point: '0.461', '45.3', '12,345'."""
+    return f'{number:.3g}' if abs(number) < 999.5 else f'{number:,.0f}'
 
 
 def tell_memory(training: Training, costs: Costs, n: int, fits: int) -> None:
@@ -409,9 +414,9 @@ def tell_speed(training: Training, estimate: Estimate, costs: Costs, n: int) -> 
     measured = f'; measured with {counted(n, "image")} at a time, scaled to {batch}' if n < batch else ''
     speed = images / seconds
     info(
-        f'speed: {seconds:.3g} s a step of {images * estimate.ranks} images, {100 * (1 - compute / seconds):.0f} % of '
-        f'it waiting for data; {speed * estimate.ranks:.3g} images/s, {speed * costs.step / 1e12:.3g} TFLOP/s a '
-        f'rank{measured}'
+        f'speed: {figure(seconds)} s a step of {images * estimate.ranks} images, {100 * (1 - compute / seconds):.0f} % '
+        f'of it waiting for data; {figure(speed * estimate.ranks)} images/s, '
+        f'{figure(speed * costs.step / 1e12)} TFLOP/s a rank{measured}'
     )
 
 
@@ -421,8 +426,8 @@ def tell_data(args: argparse.Namespace, training: Training, estimate: Estimate) 
     processes, here = max(1, args.num_workers), dist.local_ranks()
     needed = math.ceil(processes * takes / estimate.loader)
     info(
-        f'data: the loader of a rank alone makes {estimate.loader:.3g} images/s with --num_workers {args.num_workers}, '
-        f'and the network takes {takes:.3g}: --num_workers {needed} would feed it, with '
+        f'data: the loader of a rank alone makes {figure(estimate.loader)} images/s with --num_workers '
+        f'{args.num_workers}, and the network takes {figure(takes)}: --num_workers {needed} would feed it, with '
         f'{counted(needed * here, "core")} for the {counted(here, "rank")} of this machine'
     )
 
@@ -436,6 +441,6 @@ def tell_hours(training: Training, estimate: Estimate) -> None:
         if split := estimate.split(ranks):
             hours, here = estimate.hours(ranks), ', here' * (ranks == estimate.ranks)
             info(
-                f'  ranks {ranks}{here}: batch {split[0]} x accum {split[1]}, {estimate.step_s(*split):.3g} s a step, '
-                f'{hours:.3g} hours, {hours * ranks:.3g} {gpu}-hours'
+                f'  ranks {ranks}{here}: batch {split[0]} x accum {split[1]}, {figure(estimate.step_s(*split))} s a '
+                f'step, {figure(hours)} hours, {figure(hours * ranks)} {gpu}-hours'
             )

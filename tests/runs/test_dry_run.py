@@ -110,6 +110,13 @@ def test_the_largest_batch_is_tried(most, found):
     assert dry_run.largest_batch(peak, 350, 8) == found
 
 
+@pytest.mark.parametrize(
+    ('number', 'text'), [(0.4612, '0.461'), (45.34, '45.3'), (999.6, '1,000'), (12345.6, '12,346')]
+)
+def test_figures_are_read_at_a_glance(number, text):
+    assert dry_run.figure(number) == text
+
+
 def test_a_run_on_other_numbers_of_ranks():
     """The images of a step are kept; a step takes what the network takes, or the loader."""
     times = dry_run.Times(wait=0.0, early=0.5, last=1.0, update=0.25)
@@ -148,5 +155,5 @@ def test_the_launcher_submits_nothing(images, tmp_path, monkeypatch, capsys):
     assert all(re.search(r'\d', line(out, begin)) for begin in LINES)
     assert 'batch 4 x accum 1 x ranks 8 = 32, lr = blr 0.004 x 32 / 256 = 0.0005\n' in out
     assert 'batch 4 x accum 8 x ranks 1 = 32, lr = blr 0.004 x 32 / 256 = 0.0005, ' in out
-    assert re.search(r'^the job: \S+ h on 8 ranks as fast as here, within its 1e\+03 h$', out, re.M)
+    assert re.search(r'^the job: \S+ h on 8 ranks as fast as here, within its 1,001 h$', out, re.M)
     assert not os.listdir(tmp_path)
