@@ -309,7 +309,7 @@ def test_drawn_again_and_without_matplotlib(images, tmp_path, capsys, monkeypatc
         (['--checkpoint', '{trained},input_size=x'], r'input_size must be a whole number, got x'),
         (
             ['--checkpoint', '{trained}', '{trained}'],
-            r'there are two named trained0/checkpoint-last; --checkpoint NAME=',
+            r'there are two named trained\d+/checkpoint-last; --checkpoint NAME=',
         ),
         (['--checkpoint', 'a='], r"--checkpoint must be a path, got ''"),
         ([], '--checkpoint takes 1 to 8 checkpoints, got 0'),
