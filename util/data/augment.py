@@ -6,14 +6,18 @@ import re
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resized_crop
 
+from util.data import decoders
 from util.data.datasets import mae_crop
 from util.errors import UserError
 
@@ -21,17 +25,44 @@ from util.errors import UserError
 # transforms: PIL image -> uint8 tensor
 
 
+class DecodedCrop:
+    """A random crop, resized: torchvision's or timm's, drawn as it draws, of which `decoder` decodes the region.
+
+    What that gives is resized by torch's antialiased kernel of 8 bits, which differs from Pillow's resizing by rounding
+    (0.04 of 255 in the mean). What the decoder leaves to Pillow is resized by it too, as without this class.
+    """
+
+    def __init__(self, crop: Callable, decoder: str, to_pil: bool = False):
+        self.crop, self.decoder, self.to_pil = crop, decoder, to_pil
+
+    def __call__(self, image: Image.Image) -> Image.Image | Tensor:
+        """uint8 [3, H, W], in memory as [H, W, 3]; an image where `to_pil`, or where Pillow has made it."""
+        crop = self.crop
+        box = crop.get_params(image, crop.scale, crop.ratio)
+        pixels = decoders.region(self.decoder, image, box)
+        if pixels is None:
+            return resized_crop(image, *box, crop.size, crop.interpolation)
+        batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # as channels_last, or the kernel copies it twice
+        resized = F.interpolate(batch, crop.size, mode=crop.interpolation.value, antialias=True)[0]
+        return Image.fromarray(resized.permute(1, 2, 0).numpy()) if self.to_pil else resized
+
+
+def crop_and_flip(crop: Callable, hflip: float, decoder: str) -> Callable:
+    """A random crop, and a flip."""
+    crop = crop if decoder == decoders.PIL else DecodedCrop(crop, decoder)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), MaybePILToTensor()])
+
+
 def pretrain_transform(
-    input_size: int, crop_scale: Sequence[float], hflip: float, interpolation: str = 'bicubic'
+    input_size: int,
+    crop_scale: Sequence[float],
+    hflip: float,
+    interpolation: str = 'bicubic',
+    decoder: str = decoders.PIL,
 ) -> Callable:
     """MAE's: a random crop of this share of the area, resized, and a flip."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation)),
-            transforms.RandomHorizontalFlip(hflip),
-            transforms.PILToTensor(),
-        ]
-    )
+    crop = transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation))
+    return crop_and_flip(crop, hflip, decoder)
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -51,6 +82,7 @@ def finetune_transform(
     color_jitter: float | None,
     aa: str,
     mean: Sequence[float],
+    decoder: str = decoders.PIL,
 ) -> Callable:
     """timm's: random crop, flip, RandAugment (or colour jitter). Random erasing follows on the normalised batch.
 
@@ -73,6 +105,8 @@ def finetune_transform(
         transform(Image.new('RGB', (input_size, input_size)))
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--aa {aa}: not a policy of timm's, like rand-m9-mstd0.5-inc1, or 'none'") from error
+    if decoder != decoders.PIL:
+        transform.transforms[0] = DecodedCrop(transform.transforms[0], decoder, to_pil=True)
     return transform
 
 
@@ -84,22 +118,19 @@ class ProbeCrop(transforms.RandomResizedCrop):
         return mae_crop(*image.size, scale, ratio)
 
 
-def probe_transform(input_size: int, crop_scale: Sequence[float], hflip: float) -> Callable:
+def probe_transform(
+    input_size: int, crop_scale: Sequence[float], hflip: float, decoder: str = decoders.PIL
+) -> Callable:
     """That of MAE's linear probe: a random crop, and a flip."""
-    return transforms.Compose(
-        [
-            ProbeCrop(input_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(hflip),
-            transforms.PILToTensor(),
-        ]
-    )
+    return crop_and_flip(ProbeCrop(input_size, crop_scale, interpolation=InterpolationMode.BICUBIC), hflip, decoder)
 
 
 def training_transform(args: argparse.Namespace) -> Callable:
     """What a labelled run's arguments ask for."""
     if args.probe:
-        return probe_transform(args.input_size, args.crop_scale, args.hflip)
-    return finetune_transform(args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean)
+        return probe_transform(args.input_size, args.crop_scale, args.hflip, args.decoder)
+    mean, decoder = args.mean, args.decoder
+    return finetune_transform(args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, mean, decoder)
 
 
 class ResizeShorter(transforms.Resize):

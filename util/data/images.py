@@ -7,6 +7,7 @@ not: it is part of the format. Of 16 bits the upper 8 are kept, in gray as in co
 
 import argparse
 import errno
+import io
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from util import console, resources
 from util.data.stores import Store
 from util.errors import StorageError, UserError, printable
 
+JPEG = b'\xff\xd8\xff'  # what it begins with
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 # errors of a file system that may be there again in a moment
@@ -37,16 +39,23 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False  # or Pillow fills up half a file with g
 
 
 def decode(file: BinaryIO, max_pixels: float) -> Image.Image:
-    """The image in RGB. Raises ValueError for other formats and too many pixels; for damage, what Pillow raises."""
+    """The image in RGB. Raises ValueError for other formats and too many pixels; for damage, what Pillow raises.
+
+    A colour JPEG is not decoded yet: Pillow does it at the first use, and may raise then; or `decoders.region` a part.
+    """
+    is_jpeg = file.read(len(JPEG)) == JPEG
+    file.seek(0)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(io.BytesIO(file.read()) if is_jpeg else file, formats=FORMATS)
     except UnidentifiedImageError:
         empty = not file.seek(0, os.SEEK_END)
         raise ValueError('the file is empty' if empty else f'not a file of {", ".join(FORMATS)}') from None
+    width, height = image.size  # from the header: nothing is decoded yet
+    if width * height > max_pixels:
+        raise ValueError(f'{width} x {height} pixels are more than --max_pixels {max_pixels}')
+    if image.format == 'JPEG' and image.mode == 'RGB':
+        return image
     with image:
-        width, height = image.size  # from the header: nothing is decoded yet
-        if width * height > max_pixels:
-            raise ValueError(f'{width} x {height} pixels are more than --max_pixels {max_pixels}')
         image.load()
         return eight_bits(image).convert('RGB')
 
