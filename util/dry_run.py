@@ -55,7 +55,7 @@ class Faults(datasets.ImageFiles):
 
     def __getitem__(self, item: tuple[int, ...]) -> str:
         try:
-            self.image(item[1]).load()
+            self.image(item[1])
         except RunError:
             raise
         except Exception as error:  # Pillow raises of every kind

@@ -1,6 +1,6 @@
 """Libraries that decode JPEGs faster than Pillow: `--decoder`. A crop is drawn first, then its region is decoded.
 
-They are asked for colour JPEGs of 8 bits alone. All else is Pillow's, and so is what they refuse: a file that is
+They are asked for colour JPEGs alone. All else is Pillow's, and so is what they refuse: a file that is
 truncated or damaged is the same bad image under each. (But nvimgcodec reads no further than a region: it may use an
 image that is damaged elsewhere.) What they decode is Pillow's to the bit, as all use libjpeg-turbo; what differs is how
 it is resized, in `augment.DecodedCrop`.
@@ -12,15 +12,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from util.errors import UserError, closest
 
 PIL, AUTO = 'pil', 'auto'
-END = b'\xff\xd9'  # the last bytes of a JPEG that is whole
+BEGIN, END = b'\xff\xd8\xff', b'\xff\xd9'  # the first and last bytes of a whole JPEG
 NO_GPU = -99999  # nvImageCodec's number of the CPU as a device
 
 Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
@@ -29,7 +28,49 @@ Region = tuple[int, int, int, int]  # top, left, height, width, in pixels
 class Decoder(NamedTuple):
     package: str  # of pip
     module: str
-    region: Callable[[bytes, Region], np.ndarray]  # uint8 [height, width, 3]; ValueError, RuntimeError: refused
+    size: Callable[[bytes], tuple[int, int, bool]]  # from the header: height, width, and whether it has colours
+    region: Callable[[bytes, Region], np.ndarray]  # uint8 [height, width, 3]
+
+
+class Jpeg(NamedTuple):
+    """A colour JPEG that is left to a decoder; nothing but its header has been decoded yet."""
+
+    decoder: str
+    data: bytes
+    height: int
+    width: int
+
+    def region(self, region: Region) -> np.ndarray | None:
+        """uint8 [height, width, 3]; None if the decoder refuses."""
+        with contextlib.suppress(*REFUSES):
+            return DECODERS[self.decoder].region(self.data, region)
+        return None
+
+
+REFUSES = ValueError, RuntimeError  # what the libraries raise of a file
+
+
+def read(decoder: str, file: BinaryIO, max_pixels: float) -> Jpeg | None:
+    """What is to be left to the decoder. None for what is Pillow's, larger images too; the file is as it was then."""
+    if decoder != PIL and file.read(len(BEGIN)) == BEGIN:
+        file.seek(0)
+        data = file.read()
+        with contextlib.suppress(*REFUSES):
+            height, width, colours = DECODERS[decoder].size(data)
+            if colours and height * width <= max_pixels:
+                return Jpeg(decoder, data, height, width)
+    file.seek(0)
+    return None
+
+
+# --------------------------------------------------------------------------
+# the libraries
+
+
+def size_by_nvimgcodec(data: bytes) -> tuple[int, int, bool]:
+    codec, *_ = nvimgcodec_of(os.getpid())
+    stream = codec.CodeStream(data)
+    return stream.height, stream.width, stream.num_channels == 3
 
 
 def by_nvimgcodec(data: bytes, region: Region) -> np.ndarray:
@@ -54,6 +95,11 @@ def nvimgcodec_of(process: int) -> tuple[ModuleType, Any, Any]:
     return codec, decoder, codec.DecodeParams(apply_exif_orientation=False, allow_any_depth=False, color_spec=srgb)
 
 
+def size_by_simplejpeg(data: bytes) -> tuple[int, int, bool]:
+    height, width, colours, _ = library('simplejpeg').decode_jpeg_header(data)
+    return height, width, colours in ('YCbCr', 'RGB')
+
+
 def by_simplejpeg(data: bytes, region: Region) -> np.ndarray:
     """By simplejpeg, which decodes all of the image, strictly: damage is refused."""
     top, left, height, width = region
@@ -61,19 +107,10 @@ def by_simplejpeg(data: bytes, region: Region) -> np.ndarray:
 
 
 DECODERS = {  # the fastest first; without an entry of Pillow's, whose transforms need none
-    'nvimgcodec': Decoder('nvidia-nvimgcodec-cu12', 'nvidia.nvimgcodec', by_nvimgcodec),
-    'simplejpeg': Decoder('simplejpeg', 'simplejpeg', by_simplejpeg),
+    'nvimgcodec': Decoder('nvidia-nvimgcodec-cu12', 'nvidia.nvimgcodec', size_by_nvimgcodec, by_nvimgcodec),
+    'simplejpeg': Decoder('simplejpeg', 'simplejpeg', size_by_simplejpeg, by_simplejpeg),
     PIL: None,
 }
-
-
-def region(decoder: str, image: Image.Image, box: Region) -> np.ndarray | None:
-    """A region of an image that `images.decode` gave, uint8 [height, width, 3]. None: Pillow is to decode it."""
-    if image.format != 'JPEG' or not image.fp:  # or it is decoded already
-        return None
-    with contextlib.suppress(ValueError, RuntimeError):
-        return DECODERS[decoder].region(image.fp.getvalue(), box)
-    return None
 
 
 # --------------------------------------------------------------------------

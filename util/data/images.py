@@ -7,7 +7,6 @@ not: it is part of the format. Of 16 bits the upper 8 are kept, in gray as in co
 
 import argparse
 import errno
-import io
 import math
 import os
 import time
@@ -18,10 +17,10 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from util import console, resources
+from util.data import decoders
 from util.data.stores import Store
 from util.errors import StorageError, UserError, printable
 
-JPEG = b'\xff\xd8\xff'  # what it begins with
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 # errors of a file system that may be there again in a moment
@@ -39,23 +38,16 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False  # or Pillow fills up half a file with g
 
 
 def decode(file: BinaryIO, max_pixels: float) -> Image.Image:
-    """The image in RGB. Raises ValueError for other formats and too many pixels; for damage, what Pillow raises.
-
-    A colour JPEG is not decoded yet: Pillow does it at the first use, and may raise then; or `decoders.region` a part.
-    """
-    is_jpeg = file.read(len(JPEG)) == JPEG
-    file.seek(0)
+    """The image in RGB. Raises ValueError for other formats and too many pixels; for damage, what Pillow raises."""
     try:
-        image = Image.open(io.BytesIO(file.read()) if is_jpeg else file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         empty = not file.seek(0, os.SEEK_END)
         raise ValueError('the file is empty' if empty else f'not a file of {", ".join(FORMATS)}') from None
-    width, height = image.size  # from the header: nothing is decoded yet
-    if width * height > max_pixels:
-        raise ValueError(f'{width} x {height} pixels are more than --max_pixels {max_pixels}')
-    if image.format == 'JPEG' and image.mode == 'RGB':
-        return image
     with image:
+        width, height = image.size  # from the header: nothing is decoded yet
+        if width * height > max_pixels:
+            raise ValueError(f'{width} x {height} pixels are more than --max_pixels {max_pixels}')
         image.load()
         return eight_bits(image).convert('RGB')
 
@@ -107,15 +99,18 @@ class Reader(NamedTuple):
             advice='; --bad_images skip skips such images',
         )
 
-    def read(self, images: Store, index: int) -> Image.Image:
-        """An image in RGB. Raises StorageError if the storage stays away, and what `decode` raises."""
+    def read(self, images: Store, index: int, decoder: str = decoders.PIL) -> Image.Image | decoders.Jpeg:
+        """An image in RGB, or what is left to the decoder.
+
+        Raises StorageError if the storage stays away, and what `decode` raises.
+        """
         began = time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
                 with images.open(index) as file:
-                    return decode(file, self.max_pixels)
+                    return decoders.read(decoder, file, self.max_pixels) or decode(file, self.max_pixels)
             except OSError as error:
                 if not self.may_come_back(error):
                     raise
