@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,40 @@ BLANK = torch.zeros(1, 1, 1)  # expanded, an image without memory, of which crop
 
 # --------------------------------------------------------------------------
 # transforms: PIL image -> uint8 tensor
+
+
+class QuickCrop(transforms.RandomResizedCrop):
+    """torchvision's, by the same draws in less than half the time: for a fast decoder, a twentieth of an image's."""
+
+    @staticmethod
+    def get_params(image: Any, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
+        _, height, width = get_dimensions(image)
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(*scale).item()
+            shape = torch.empty(1).uniform_(*logarithms(*ratio)).exp_().item()
+            w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            if 0 < w <= width and 0 < h <= height:
+                return torch.randint(height - h + 1, (1,)).item(), torch.randint(width - w + 1, (1,)).item(), h, w
+        h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))  # the largest, in the middle
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+@cache
+def logarithms(*numbers: float) -> list[float]:
+    """In float32, as tensors have them."""
+    return torch.tensor(numbers).log().tolist()
+
+
+class Flip:
+    """torchvision's horizontal flip, by the same draw, without its module around it."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        if torch.rand(1).item() >= self.share:
+            return image
+        return image.flip(-1) if isinstance(image, Tensor) else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 class DecodedCrop:
@@ -74,8 +109,8 @@ def pretrain_transform(
     decoder: str = decoders.PIL,
 ) -> Callable:
     """MAE's: a random crop of this share of the area, resized, and a flip."""
-    crop = transforms.RandomResizedCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation))
-    return CropFirst([crop, transforms.RandomHorizontalFlip(hflip), MaybePILToTensor()], decoder)
+    crop = QuickCrop(input_size, scale=crop_scale, interpolation=InterpolationMode(interpolation))
+    return CropFirst([crop, Flip(hflip), MaybePILToTensor()], decoder)
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -135,7 +170,7 @@ def probe_transform(
 ) -> Callable:
     """That of MAE's linear probe: a random crop, and a flip."""
     crop = ProbeCrop(input_size, crop_scale, interpolation=InterpolationMode.BICUBIC)
-    return CropFirst([crop, transforms.RandomHorizontalFlip(hflip), MaybePILToTensor()], decoder)
+    return CropFirst([crop, Flip(hflip), MaybePILToTensor()], decoder)
 
 
 def training_transform(args: argparse.Namespace) -> Callable:
