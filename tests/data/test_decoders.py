@@ -197,6 +197,13 @@ def test_a_bad_image_has_the_same_line(kind, decoder, tmp_path):
     assert lines[0].startswith(f'cannot read the image {path}: ')
 
 
+@pytest.mark.parametrize('decoder', FAST)
+def test_a_truncated_image_is_refused_whatever_the_crop(decoder):
+    """Its top could be decoded."""
+    opened = decoders.read(decoder, io.BytesIO(jpeg(scene(0))[:-900]), 1e9)
+    assert opened.region((0, 0, 16, 16)) is None
+
+
 def test_no_faster_decoder_is_asked_for_what_does_not_train(photos):
     reader = Reader()
     assert isinstance(ImageFiles(Files(photos), None, pretrain('simplejpeg'), 0, reader).image(0), decoders.Jpeg)
