@@ -133,6 +133,15 @@ def test_no_rank_is_missed_at_its_end(fault, images, tmp_path):
     assert (done.codes, done.stderr) == ([0, 0] if fault == 'gpu:1:99' else [75, 75], '')
 
 
+def test_gradients_in_bf16(images, whole, tmp_path):
+    """Other numbers than in float32, but near them."""
+    done = run('pretrain', images, tmp_path, *FLAGS, '--bf16_gradients', ranks=2)
+    assert done.returncode == 0, done.stderr
+    losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (load(tmp_path), whole)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 @pytest.mark.promise(13)
 @pytest.mark.fault(16)
 def test_one_writer_per_folder(images, tmp_path, measured):
