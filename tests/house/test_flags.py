@@ -232,9 +232,9 @@ def test_list_of_models(module, capsys):
 FREE = """
     config data_path output_dir log_dir device dist_url dist_timeout world_size local_rank num_workers pin_mem
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
-    batch_size accum_iter effective_batch_size compile compile_mode grad_checkpoint channels_last max_bad_steps dist_on_itp
+    batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
     dist_eval resplit max_bad_images given predictions init init_ema finetune_ema knn_freq knn_data knn_images
-    dry_run check_data
+    dry_run check_data compile_mode
 """
 
 
