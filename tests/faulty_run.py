@@ -17,6 +17,7 @@ import torch
 
 import engine_pretrain
 import main_pretrain
+import util.run
 from util import dist
 from util.errors import run_main
 from util.run import Run
@@ -77,7 +78,7 @@ elif kind == 'stop':
     engine_pretrain.forward = forward_with_request
 elif kind == 'gpu':
     engine_pretrain.forward, dist.init = forward_on_gpu, init_as_on_gpus
-    dist.MEETING_S = dist.TURN_S = 0.2
+    dist.MEETING_S = util.run.TURN_S = 0.2
 else:
     engine_pretrain.forward = forward_with_nan
     Run.after_epoch = after_epoch

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as torch_dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,8 +27,6 @@ HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts decide toget
 # how much longer NCCL waits than the hosts, which can say which rank was lost: its watchdog ends a process silently
 WATCHDOG_S = 30
 MEETING_S = 1  # about how often the hosts meet in training
-TURN_S = 10  # for the main thread to notice a lost rank, before another one ends the process
-LEAVING = threading.Event()  # from here on, ranks that end are not lost
 # words in the plain RuntimeError that torch raises when a collective fails
 LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore|pair closure|[Cc]onnection (closed|reset) by peer')
 
@@ -195,16 +192,8 @@ def barrier() -> None:
         torch_dist.barrier(HOST_GROUP)
 
 
-def leave() -> None:
-    """Wait until every process is here; from here on each may end without being missed."""
-    barrier()
-    LEAVING.set()
-
-
 def cleanup() -> None:
     if active():
-        if HOST_GROUP is not None:  # the others' threads would miss it
-            leave()
         torch_dist.destroy_process_group()
 
 
@@ -255,8 +244,8 @@ class Meetings:
         return number
 
 
-def watch(notice: Callable[[RuntimeError], None]) -> None:
-    """Beside NCCL, have a thread call `notice` when a rank is lost and the main thread has not ended the process.
+def watch(notice: Callable[[Exception], None]) -> None:
+    """Beside NCCL, have a thread call `notice` when a rank has ended or does not answer.
 
     A GPU waits for what a lost rank was to send, and soon its host for room in the GPU's queue: it meets nobody.
     """
@@ -264,17 +253,17 @@ def watch(notice: Callable[[RuntimeError], None]) -> None:
         threading.Thread(target=greet, args=(notice,), daemon=True).start()
 
 
-def greet(notice: Callable[[RuntimeError], None]) -> None:
-    """Greet the next rank and await the greeting of the one before, once a second, until this one leaves."""
+def greet(notice: Callable[[Exception], None]) -> None:
+    """Greet the next rank and await the greeting of the one before, once a second."""
     here, ours, theirs = rank(), torch.zeros(1), torch.zeros(1)
     try:
-        while not LEAVING.wait(MEETING_S):
+        while True:
+            time.sleep(MEETING_S)
             greeting = torch_dist.isend(ours, (here + 1) % world_size(), HOST_GROUP, tag=1)
             torch_dist.recv(theirs, (here - 1) % world_size(), HOST_GROUP, tag=1)
             greeting.wait()
-    except RuntimeError as error:
-        if not LEAVING.wait(TURN_S):
-            notice(error)
+    except (RuntimeError, ValueError) as error:  # the second where the group is no more
+        notice(error)
 
 
 def gather(thing: Any) -> list:
@@ -314,6 +303,8 @@ def parallel(
             **{'forward_sync_buffers' if new_name else 'broadcast_buffers': False},
         )
         if bf16_gradients:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
             model.register_comm_hook(None, bf16_compress_hook)
         if device.type == 'cpu':
             dist_faults.outlive(model)

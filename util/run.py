@@ -35,6 +35,7 @@ from util.training import Epoch, Training
 from util.weights import Origin, check_file, find_origin, load_published, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
+TURN_S = 10  # for the main thread to notice a lost rank, before another one ends the process
 
 
 class Run:
@@ -111,7 +112,14 @@ class Run:
         return error
 
     def end_for_lost(self, error: BaseException) -> None:
-        """Name the lost rank and end this process at once: its main thread waits for it."""
+        """Name a lost rank and end this process, if the main thread gets no further in a step: it waits for a GPU.
+
+        Elsewhere that thread notices for itself, or has something to bring to its end.
+        """
+        before = None
+        while not (self.stepping and before == self.folder.step):
+            before = self.folder.step
+            time.sleep(TURN_S)
         named = self.named(error)
         self.folder.close(named.code, str(named), noticed=True)
         tell(named)
@@ -330,7 +338,7 @@ class Run:
 
         A request to stop ends the process after the step, or else before the epoch, that it falls into.
         """
-        self.meetings = dist.Meetings()
+        self.meetings, self.stepping = dist.Meetings(), False
         dist.watch(self.end_for_lost)
         self.began, self.began_at = time.monotonic(), self.first_epoch + self.first_step / self.sampler.steps
         for number in range(self.first_epoch, self.args.epochs):
@@ -349,10 +357,12 @@ class Run:
             self.first_step, self.sums = 0, None
             self.folder.beat(epoch.number, epoch.first_step)
             self.stop_if_asked(epoch, epoch.first_step)
+            self.stepping = True
             yield epoch
 
     def after_step(self, epoch: Epoch, step: int, lr: float) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
+        self.stepping = False
         done, every = step + 1, self.args.save_freq_steps
         self.folder.beat(epoch.number, done)
         line, save = epoch.meters.due(step), every and done % every == 0 and done < epoch.steps
@@ -368,6 +378,7 @@ class Run:
             self.save(checkpoint.LAST, epoch, done)
         if asked and done < epoch.steps:  # else the epoch is to be closed first: log.txt, numbered checkpoint
             self.stop(asked, epoch, done)
+        self.stepping = done < epoch.steps
 
     def seconds_left(self, epoch: float) -> float:
         """An estimate at this fractional epoch, by what this process has done so far, evaluations included."""
@@ -427,7 +438,7 @@ class Run:
     def stop(self, request: int, epoch: Epoch, step: int) -> None:
         """Save after `step` steps of the epoch, and end as stopped; queued again, where that was the request."""
         self.save(checkpoint.LAST, epoch, step, closed=False)
-        dist.leave()  # no rank says that the state is saved before it is
+        dist.barrier()  # no rank says that the state is saved before it is
         signals.ignore()
         self.folder.close(STOPPED, '')  # before it is queued again: its next process takes the folder over
         where = f'epoch {epoch.number}, step {step} of {epoch.steps}'
