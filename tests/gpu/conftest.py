@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from gpu.ready import lacking
 
 DEVICE = 'cuda:0'
 HERE = Path(__file__).parent
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish(session):
     """Of the tests that are left when the others are deselected."""
     if any(item.path.parent == HERE for item in session.items) and not torch.cuda.is_available():
-        pytest.exit(f'torch {torch.__version__} sees no GPU, which these tests need', returncode=2)
+        pytest.exit('\n'.join(lacking()), returncode=2)
 
 
 @pytest.fixture
