@@ -11,8 +11,6 @@ NEEDED = {  # what is imported: what is installed
 
 def lacking() -> list[str]:
     missing = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
-    if sys.version_info < (3, 11):
-        return [f'needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}']
     if missing:
         return [f'{sys.executable} has no {package}: pip install {package}' for package in missing]
     import torch
