@@ -102,8 +102,12 @@ def made_or_found(file: io.BufferedRandom, path: Path, ranks: int, make: Callabl
     except OSError:  # who made it has ended
         found = None
     if found is None:
-        atexit.register(path.unlink, missing_ok=True)
-        content = COUNT.pack(1) + in_shared_memory(make())
+        atexit.register(path.unlink, missing_ok=True)  # where others never come
+        try:
+            content = COUNT.pack(1) + in_shared_memory(make())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         found = ForkingPickler.loads(content[COUNT.size :])
     file.seek(0)
     file.truncate()

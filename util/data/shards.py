@@ -10,8 +10,6 @@ import json
 import os
 import re
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +29,6 @@ COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')
 MOST_SHARDS = MOST_CLASSES = 2**20  # more cannot be meant
 VERSION = 1  # of the index
 NONE = -1  # no label
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 # --------------------------------------------------------------------------
@@ -145,7 +142,7 @@ class Index(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, tars: list[str]) -> 'Index':
-        """Raises one of `UNREADABLE`. The shards may have been moved together with it."""
+        """The shards may have been moved together with it. Raises exceptions of many kinds at a damaged file."""
         with np.load(path) as file:
             about = json.loads(file['about'].tobytes())
             if about['version'] != VERSION:
@@ -242,14 +239,18 @@ def index_of(tars: list[str]) -> Index:
     for file in filter(os.path.exists, files):
         try:
             index = Index.read(file, tars)
-        except UNREADABLE:
+        except Exception:  # what numpy raises at a damaged file is of every kind
             console.say(f'{file} cannot be read: the index of the shards is made anew')
             continue
         if index.images.tars == now:
             return index
         known |= {tar: index.of_shard(number) for number, tar in enumerate(index.images.tars)}
     ahead = [tar for tar in now if tar not in known]
-    what = f'{len(ahead)} of {len(tars)} shards, which have changed' if known else f'{len(tars)} shards, once'
+    what = (
+        f'{len(ahead)} of {len(tars)} shards, which changed'
+        if known
+        else f'{len(tars)} shard{"s" * (len(tars) > 1)}, once'
+    )
     console.say(f'indexing {what}: {listed([tar.path for tar in ahead], 1)}')
     index = Index.joined([known.get(tar) or scanned(tar) for tar in now])
     keep(index, files)
