@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import tarfile
+import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -190,15 +191,28 @@ def cut(path: Path, size: int) -> None:
     os.truncate(path, size)
 
 
-def spoilt(path: Path) -> None:
+def cut_behind(path: Path, images: int) -> None:
+    """Where the header of the next image would begin: tarfile takes that for the end."""
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[images].offset
+    cut(path, start)
+
+
+def spoil_header(path: Path, image: int) -> None:
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[image].offset
     with open(path, 'r+b') as file:
-        file.seek(2 * 512 + 4096)
-        file.write(b'?' * 1024)
+        file.seek(start)
+        file.write(b'?' * 512)
 
 
 MISTAKES = {
     'cut in an image': (lambda p: cut(p / 'train-001.tar', 3000), r'train-001.tar is (damaged|cut off)'),
-    'cut behind an image': (lambda p: cut(p / 'train-001.tar', 17 * 0 + 512 * 20), 'train-001.tar is '),
+    'cut behind an image': (
+        lambda p: cut_behind(p / 'train-001.tar', 9),
+        'train-001.tar is cut off or damaged: it does',
+    ),
+    'a damaged header': (lambda p: spoil_header(p / 'train-001.tar', 9), 'train-001.tar is cut off or damaged'),
     'empty': (lambda p: cut(p / 'train-001.tar', 0), 'train-001.tar is damaged, or no tar file: empty file'),
     'no tar': (lambda p: (p / 'train-001.tar').write_bytes(b'hello' * 999), 'is damaged, or no tar file: '),
     'gzip': (
@@ -272,6 +286,9 @@ def test_bad_images_and_a_shard_that_is_replaced(packed, tmp_path):
 
 def test_a_read_that_fails_opens_the_shard_again(packed, monkeypatch):
     images, pread, calls = shards.unlabelled(packed).images, os.pread, []
+    images.open(0)
+    opened_again = []
+    monkeypatch.setattr(stores, 'forget', lambda path, forget=stores.forget: opened_again.append(path) or forget(path))
 
     def fail_once(*args):
         calls.append(args)
@@ -283,6 +300,7 @@ def test_a_read_that_fails_opens_the_shard_again(packed, monkeypatch):
     monkeypatch.setattr('util.data.images.PAUSE_S', 0)
     assert Reader(retries=1).read(images, 0).size == (40, 40)
     assert len(calls) == 2
+    assert opened_again == [images.tars[0].path]
 
 
 # --------------------------------------------------------------------------
@@ -314,6 +332,7 @@ def rank(number: int, ranks: int, folder: Path, results, fail: bool) -> None:
 
     def make():
         made.append(number)
+        time.sleep(0.2)
         if fail:
             raise UserError('nothing there')
         return datasets.Split(Files(f'/data/{i}.png' for i in range(10_000)), None, [], ['a note'])
