@@ -61,6 +61,7 @@ def test_pixels_in_memory_are_compared():
 
 
 def test_versions_and_code_are_compared():
+    assert 'simplejpeg' in facts(decoder='simplejpeg')
     assert {'Python', 'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'the code in util/agreement.py'} <= facts().keys()
 
 
