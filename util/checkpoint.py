@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,8 +31,6 @@ SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 DAMAGED, ABANDONED = '.damaged', '.abandoned'  # put behind the names of files that are kept, but not used any more
 
-known_sums: dict[tuple, str] = {}  # SHA-256 of files that this process has seen, by name, size and time; '' if damaged
-
 
 def save(path: Path, state: dict) -> None:
     """Write `state` beside `path`, bring it to the disk, and rename it. Raises StorageError; the old file is intact."""
@@ -43,7 +41,7 @@ def save(path: Path, state: dict) -> None:
                 write(state, hashing)
             if path.name == LAST:
                 keep_previous(path)
-            put(temporary, hashing.sum.hexdigest(), path)
+            digests.put(temporary, hashing.sum.hexdigest(), path)
     except OSError as error:
         why = (error.strerror or error) if path.parent.is_dir() else f'there is no folder {path.parent}'
         raise StorageError(f'cannot write {path}: {why}{what_is_left(path)}') from error
@@ -61,14 +59,9 @@ def what_is_left(path: Path) -> str:
     return f'; {left[0]} of before is intact' if left else ''
 
 
-def put(temporary: Path, digest: str, path: Path) -> None:
-    digests.put(temporary, digest, path)
-    known_sums[fingerprint(path)] = digest
-
-
 def keep_previous(last: Path) -> None:
     """Keep the last checkpoint, under another name, when it is about to be replaced; a damaged one is not worth it."""
-    if last.is_file() and good_sum(last):
+    if last.is_file() and digests.good_sum(last):
         link(last, last.with_name(PREVIOUS))
 
 
@@ -79,20 +72,7 @@ def link(path: Path, other: Path) -> None:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
-        put(temporary, good_sum(path), other)
-
-
-def fingerprint(path: Path) -> tuple:
-    stat = path.stat()
-    return path, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def good_sum(path: Path) -> str:
-    """The SHA-256 of a checkpoint that agrees with it, or has none, else ''. Made once for a file that stays."""
-    mark = fingerprint(path)
-    if mark not in known_sums:
-        known_sums[mark] = digests.sum_of(path) if digests.agrees(path) else ''
-    return known_sums[mark]
+        digests.put(temporary, digests.good_sum(path), other)
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -111,7 +91,7 @@ def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
     kept, protected = 0, {path.resolve() for path in in_use if path}
     for path in numbered(folder):
         if kept < keep:
-            kept += bool(good_sum(path))
+            kept += bool(digests.good_sum(path))
         elif path.resolve() not in protected:
             digests.remove(path)
 
@@ -174,6 +154,18 @@ def find_newest(folder: Path) -> tuple[Path | None, dict | None, dict[Path, str]
         raise NoCheckpointError(f'none of the checkpoints in {folder} can be read, so none can be resumed: {reasons}')
     _, path, state = max(good, key=lambda found: found[0], default=(None, None, None))
     return path, state, damaged
+
+
+def outline(part):
+    """A nested state without its numbers: tensors of its shapes that are zero, and take no memory."""
+    match part:
+        case Tensor():
+            return torch.zeros((), dtype=part.dtype).expand(part.shape)
+        case dict():
+            return {key: outline(value) for key, value in part.items()}
+        case list() | tuple():
+            return type(part)(map(outline, part))
+    return part
 
 
 def any_in(folder: Path) -> list[Path]:
@@ -295,6 +287,10 @@ class Source:
     @classmethod
     def of(cls, path: str | Path, container: dict) -> 'Source':
         return cls(str(path), container, find_origin(container))
+
+    def outline(self) -> 'Source':
+        """What there is to tell of it, without its weights."""
+        return replace(self, container={})
 
     def complete(
         self, args: argparse.Namespace, parser: config.Parser, take: Collection[str] = ()
