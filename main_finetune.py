@@ -428,7 +428,8 @@ def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dic
                 'args': config.plain(run.args),
                 **run.record,
             }
-            checkpoint.save(run.args.output_dir / checkpoint.BEST, state)
+            write = partial(checkpoint.save, run.args.output_dir / checkpoint.BEST)
+            run.writer.start(write, state, run.training.sizes())
     info(f'Max accuracy: {run.record["best_acc1"]:.2f}%')
 
 

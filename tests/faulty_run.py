@@ -19,8 +19,8 @@ from util.run import Run
 kind, first, second = os.environ['FAULT'].split(':')
 
 
-def save_and_exit(self, name, epoch, step, closed=True, save=Run.save):
-    save(self, name, epoch, step, closed)
+def save_and_exit(self, name, epoch, step, closed=True, save=Run.save, **more):
+    save(self, name, epoch, step, closed, **more)
     if (epoch.number, step) == (int(first), int(second)):
         os._exit(9)
 

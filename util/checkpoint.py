@@ -11,18 +11,20 @@ epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, 
 
 import argparse
 import contextlib
+import copy
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from util import config, digests
+from util import config, digests, resources
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
 from util.resources import size
 from util.weights import Origin, check_finite, find_origin, plain_field, read_checkpoint, read_source
@@ -34,14 +36,26 @@ DAMAGED, ABANDONED = '.damaged', '.abandoned'  # put behind the names of files t
 
 def save(path: Path, state: dict) -> None:
     """Write `state` beside `path`, bring it to the disk, and rename it. Raises StorageError; the old file is intact."""
+    with stored(path) as temporary:
+        with digests.flushed(temporary) as file:
+            hashing = digests.Hashing(file)
+            write(state, hashing)
+        put(temporary, hashing.sum.hexdigest(), path)
+
+
+def save_again(path: Path, other: Path) -> None:
+    """As `save`, of what `path` holds: on sectors of its own, which a link would not have."""
+    with stored(other) as temporary:
+        copy_file(path, temporary)
+        put(temporary, digests.good_sum(path), other)
+
+
+@contextlib.contextmanager
+def stored(path: Path) -> Iterator[Path]:
+    """A file to be written in place of another. Raises StorageError; what is there is intact."""
     try:
         with digests.temporary_for(path) as temporary:
-            with digests.flushed(temporary) as file:
-                hashing = digests.Hashing(file)
-                write(state, hashing)
-            if path.name == LAST:
-                keep_previous(path)
-            digests.put(temporary, hashing.sum.hexdigest(), path)
+            yield temporary
     except OSError as error:
         why = (error.strerror or error) if path.parent.is_dir() else f'there is no folder {path.parent}'
         raise StorageError(f'cannot write {path}: {why}{what_is_left(path)}') from error
@@ -52,6 +66,17 @@ def write(state: dict, file: digests.Hashing) -> None:
         torch.save(state, file)
     except RuntimeError as error:  # torch closes its archive after a failed write, fails at that, and says only so
         raise file.error or error from None
+
+
+def put(temporary: Path, digest: str, path: Path) -> None:
+    if path.name == LAST:
+        keep_previous(path)
+    digests.put(temporary, digest, path)
+
+
+def copy_file(path: Path, other: Path) -> None:
+    with open(path, 'rb') as file, digests.flushed(other) as copy_of_it:
+        shutil.copyfileobj(file, copy_of_it, digests.CHUNK)
 
 
 def what_is_left(path: Path) -> str:
@@ -71,7 +96,7 @@ def link(path: Path, other: Path) -> None:
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
+            copy_file(path, temporary)
         digests.put(temporary, digests.good_sum(path), other)
 
 
@@ -126,6 +151,67 @@ def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Pa
     for path in later:
         put_aside(path, ABANDONED)
     return later
+
+
+# --------------------------------------------------------------------------
+# while training goes on
+
+SMALL = 2**27  # bytes of a state that is written in less time than a thread is worth
+
+
+class Writer:
+    """Writes checkpoints one after the other: large ones on a thread, from a copy in memory, if there is room for it.
+
+    What goes wrong there is raised by the next call of any method.
+    """
+
+    def __init__(self):
+        self.pool, self.pending = ThreadPoolExecutor(1, 'checkpoint'), None
+
+    def start(self, write: Callable[[dict], None], state: dict, size: int, wait: bool = False) -> None:
+        """Have `write` write a state of `size` bytes; with `wait`, it is written when this returns."""
+        self.wait()
+        if not wait and in_background(size):
+            with contextlib.suppress(MemoryError, RuntimeError):  # if there is no room after all
+                self.pending = self.pool.submit(write, on_host(state, {}))
+                return
+        write(state)
+
+    def check(self) -> None:
+        """Raise what has gone wrong, if it is known already."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def in_background(size: int) -> bool:
+    """Whether a state of so many bytes is large enough for a thread, and memory for twice as much."""
+    return size >= SMALL and resources.free_memory() >= 2 * size
+
+
+def on_host(part, copies: dict[int, Tensor]):
+    """A copy of a nested state in the host's memory. Tensors that share their storage still do: it is written once."""
+    match part:
+        case Tensor():
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in copies:
+                flat = torch.empty(0, dtype=torch.uint8, device=part.device).set_(storage)
+                copies[storage.data_ptr()] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+                copies[storage.data_ptr()].copy_(flat)
+            own = copies[storage.data_ptr()].untyped_storage()
+            return torch.empty(0, dtype=part.dtype).set_(own, part.storage_offset(), part.shape, part.stride())
+        case dict():
+            whole = copy.copy(part)  # with what torch keeps in a state dict besides tensors
+            whole.update({key: on_host(value, copies) for key, value in part.items()})
+            return whole
+        case list() | tuple():
+            return type(part)(on_host(value, copies) for value in part)
+    return part
 
 
 # --------------------------------------------------------------------------
@@ -189,6 +275,7 @@ def check_space(folder: Path, needed: int, count: int) -> str:
     told = (
         f'a checkpoint takes {size(needed)}, the run keeps up to {count}: {size(count * needed)} of {size(free)} free'
     )
+    told += f'; written while training goes on, from a copy of {size(needed)} in memory' * in_background(needed)
     return f'WARNING: {told}; --keep_last N keeps fewer' if count * needed > free else told
 
 

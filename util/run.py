@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ class Run:
         self.weights = f'weights: random, from seed {args.seed}'  # where a new run's come from
         self.loaded = False  # whether rank 0 has weights from a file, to be shared
         self.agreed = False  # whether the ranks are known to have been started alike
+        self.writer = checkpoint.Writer()
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
 
     def __enter__(self) -> 'Run':
@@ -91,14 +93,21 @@ class Run:
             raise
         return self
 
-    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+    def __exit__(self, kind, raised: BaseException | None, traceback) -> None:
         """Record the end. Raises a clearer error where storage or another process caused the fault."""
+        error = raised
+        try:
+            self.writer.wait()
+        except Exception as of_writer:
+            if raised:  # the fault that ends the run; this one is told before it
+                info(str(of_writer))
+            error = raised or of_writer
         named = self.named(error)
         message = str(named) if isinstance(named, RunError) else f'{type(named).__name__}: {named}'
         self.folder.close(exit_code(named), message, noticed=named is not error and isinstance(named, LostError))
         signals.restore()
-        if named is not error:
-            raise named from error
+        if named is not raised:
+            raise named from (error if named is not error else error.__cause__)
 
     def named(self, error: BaseException | None) -> BaseException | None:
         """What storage or another process has caused, with the position of the run; other faults as they are."""
@@ -363,6 +372,7 @@ class Run:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
         done = step + 1
         self.folder.beat(epoch.number, done)
+        self.writer.check()
         asked = dist.largest(signals.requested())  # before any wait for a GPU: here hosts notice that a rank is lost
         if epoch.meters.due(step):
             bad_steps = self.bad_steps(epoch, done)
@@ -396,12 +406,10 @@ class Run:
         if self.stage == 'pretrain' and number == max(0, math.ceil(args.warmup_epochs) - 1):
             skipped = counts['bad_steps'] / ((number + 1) * epoch.steps)
             info(f'after the warm-up: {health({**epoch.meters.latest, **values, **timing, "skipped": skipped})}')
-        if (number + 1) % args.save_freq == 0 or number + 1 == args.epochs:
-            self.save(f'checkpoint-{number}.pth', epoch, epoch.steps)
-            if args.keep_last and dist.is_main():
-                checkpoint.prune(args.output_dir, args.keep_last, in_use=[self.resumed_from])
+        at_end = number + 1 == args.epochs
+        numbered = f'checkpoint-{number}.pth' if (number + 1) % args.save_freq == 0 or at_end else ''
         # the last thing: a run that is killed before this does all of the above again
-        self.save(checkpoint.LAST, epoch, epoch.steps)
+        self.save(checkpoint.LAST, epoch, epoch.steps, numbered=numbered, wait=at_end)
 
     def add_picture(self, epoch: Epoch, picture: np.ndarray) -> None:
         """Keep a [height, width, 3] uint8 picture as PNG and in TensorBoard."""
@@ -432,7 +440,7 @@ class Run:
 
     def stop(self, request: int, epoch: Epoch, step: int) -> None:
         """Save after `step` steps of the epoch, and end as stopped; queued again, where that was the request."""
-        self.save(checkpoint.LAST, epoch, step, closed=False)
+        self.save(checkpoint.LAST, epoch, step, closed=False, wait=True)
         dist.barrier()  # no rank says that the state is saved before it is
         signals.ignore()
         self.folder.close(STOPPED, '')  # before it is queued again: its next process takes the folder over
@@ -452,11 +460,15 @@ class Run:
             dist.cleanup()
         raise SystemExit(STOPPED)
 
-    def save(self, name: str, epoch: Epoch, step: int, closed: bool = True) -> None:
+    def save(
+        self, name: str, epoch: Epoch, step: int, closed: bool = True, numbered: str = '', wait: bool = False
+    ) -> None:
         """Write the state after `step` optimiser steps of the epoch; every rank must call it, rank 0 writes.
 
-        `closed` is False after the last step of an epoch whose evaluation is still to come. After too many bad steps in
-        a row nothing is written: they end the run, and what was written before stays.
+        `closed` is False after the last step of an epoch whose evaluation is still to come. A `numbered` file gets the
+        same state, before that. With `wait`, all is written when this returns; else it may be written while training
+        goes on. After too many bad steps in a row nothing is written: they end the run, and what was written before
+        stays.
         """
         self.folder.check_lock()
         self.bad_steps(epoch, step)
@@ -474,9 +486,18 @@ class Run:
                 'args': config.plain(self.args),
                 **({'classes': self.classes} if self.classes else {}),
             }
-            checkpoint.save(self.args.output_dir / name, state)
+            self.writer.start(partial(self.write, name, numbered), state, self.training.sizes(), wait)
             if not self.folder.has_failed():
                 self.folder.write_status('running')
+
+    def write(self, name: str, numbered: str, state: dict) -> None:
+        """Write a state to one file, or to two of the same bytes; then what --keep_last does not keep is removed."""
+        folder, keep = self.args.output_dir, self.args.keep_last
+        checkpoint.save(folder / (numbered or name), state)
+        if numbered and keep:
+            checkpoint.prune(folder, keep, in_use=[self.resumed_from])
+        if numbered:
+            checkpoint.save_again(folder / numbered, folder / name)
 
 
 def position(saved: dict) -> tuple[int, int]:

@@ -157,11 +157,11 @@ def test_a_passing_fault_is_no_damage(images, trained, tmp_path, monkeypatch):
     """A file system that does not answer for a moment: nothing is put aside."""
     run = shutil.copytree(trained / 'run', tmp_path / 'run')
 
-    def stale(path):
+    def stale(file, buffer):
         raise OSError(errno.ESTALE, 'Stale file handle')
 
     with monkeypatch.context() as patch:
-        patch.setattr(digests, 'sum_of', stale)
+        patch.setattr(digests.SummedBytes, 'readinto', stale)
         with pytest.raises(CheckpointError, match=r'checkpoint-last\.pth cannot be read: Stale file handle'):
             train('pretrain', images, run, *FLAGS, '--resume', 'auto')
     assert not list(run.glob('*.damaged'))

@@ -43,8 +43,8 @@ def test_resumed_equals_uninterrupted(stage, flags, images, tmp_path, monkeypatc
     flags = [*flags, '--epochs', '3', '--save_freq_steps', '1', '--save_freq', '1']
     moments = {}
 
-    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save):
-        save(self, name, epoch, step, closed)
+    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save, **more):
+        save(self, name, epoch, step, closed, **more)
         if name == checkpoint.LAST and tmp_path / 'whole' == self.args.output_dir:
             moments[epoch.number, step, closed] = tmp_path / f'{epoch.number}-{step}-{closed}.pth'
             shutil.copy(self.args.output_dir / name, moments[epoch.number, step, closed])
