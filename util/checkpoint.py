@@ -167,13 +167,14 @@ class Writer:
 
     def __init__(self):
         self.pool, self.pending = ThreadPoolExecutor(1, 'checkpoint'), None
+        self.copies: dict[int, Tensor] = {}  # of storages, by their address: new memory costs more than a copy
 
     def start(self, write: Callable[[dict], None], state: dict, size: int, wait: bool = False) -> None:
         """Have `write` write a state of `size` bytes; with `wait`, it is written when this returns."""
         self.wait()
-        if not wait and in_background(size):
+        if not wait and in_background(size, sum(own.nbytes for own in self.copies.values())):
             with contextlib.suppress(MemoryError, RuntimeError):  # if there is no room after all
-                self.pending = self.pool.submit(write, on_host(state, {}))
+                self.pending = self.pool.submit(write, on_host(state, self.copies, set()))
                 return
         write(state)
 
@@ -189,28 +190,33 @@ class Writer:
             pending.result()
 
 
-def in_background(size: int) -> bool:
-    """Whether a state of so many bytes is large enough for a thread, and memory for twice as much."""
-    return size >= SMALL and resources.free_memory() >= 2 * size
+def in_background(size: int, taken: int = 0) -> bool:
+    """Whether a state of so many bytes is large enough for a thread, and memory for two copies, of which some is taken."""
+    return size >= SMALL and resources.free_memory() + taken >= 2 * size
 
 
-def on_host(part, copies: dict[int, Tensor]):
-    """A copy of a nested state in the host's memory. Tensors that share their storage still do: it is written once."""
+def on_host(part, copies: dict[int, Tensor], made: set[int]):
+    """A copy of a nested state in the host's memory. Tensors that share their storage still do: it is written once.
+
+    `copies` of storages are used again, by the addresses of these; `made` collects those that this copy has filled.
+    """
     match part:
         case Tensor():
             storage = part.untyped_storage()
-            if storage.data_ptr() not in copies:
-                flat = torch.empty(0, dtype=torch.uint8, device=part.device).set_(storage)
-                copies[storage.data_ptr()] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
-                copies[storage.data_ptr()].copy_(flat)
-            own = copies[storage.data_ptr()].untyped_storage()
+            address, flat = storage.data_ptr(), torch.empty(0, dtype=torch.uint8, device=part.device).set_(storage)
+            if address not in made:
+                if address not in copies or copies[address].shape != flat.shape:
+                    copies[address] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+                copies[address].copy_(flat)
+                made.add(address)
+            own = copies[address].untyped_storage()
             return torch.empty(0, dtype=part.dtype).set_(own, part.storage_offset(), part.shape, part.stride())
         case dict():
             whole = copy.copy(part)  # with what torch keeps in a state dict besides tensors
-            whole.update({key: on_host(value, copies) for key, value in part.items()})
+            whole.update({key: on_host(value, copies, made) for key, value in part.items()})
             return whole
         case list() | tuple():
-            return type(part)(on_host(value, copies) for value in part)
+            return type(part)(on_host(value, copies, made) for value in part)
     return part
 
 

@@ -306,13 +306,19 @@ def test_a_copy_of_a_state():
     """It has the same sharing, order and metadata, and does not follow the training."""
     core = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).to(torch.float64)
     whole = {'model': core.state_dict(), 'encoder': {'weight': core[0].weight.detach()[:2].t()}, 'groups': [(0.9, {})]}
-    copied, before = checkpoint.on_host(whole, {}), copy.deepcopy(whole)
+    copies = {}
+    copied, before = checkpoint.on_host(whole, copies, set()), copy.deepcopy(whole)
     core[0].weight.data.zero_()
     whole['groups'][0][1]['lr'] = 1
     assert same(copied, before)
     assert copied['model']._metadata == whole['model']._metadata
     assert copied['encoder']['weight'].data_ptr() == copied['model']['0.weight'].data_ptr()
     assert copied['encoder']['weight'].stride() == (1, 4)
+    again = checkpoint.on_host(whole, copies, set())  # in the same memory
+    assert same(again, whole)
+    assert {address: value.data_ptr() for address, value in copies.items()}[core[0].weight.data_ptr()] == (
+        copied['model']['0.weight'].data_ptr()
+    )
 
 
 def test_one_writing_at_a_time(monkeypatch):
@@ -342,7 +348,7 @@ def test_one_writing_at_a_time(monkeypatch):
         time.sleep(0.01)
     with pytest.raises(StorageError):
         writer.check()
-    for wait, room in ((True, 100), (False, 1)):
+    for wait, room in ((True, 10**6), (False, -(10**6))):
         monkeypatch.setattr(resources, 'free_memory', lambda room=room: room)
         writer.start(lambda state: written.append(threading.current_thread()), state(5), 1, wait=wait)
         assert written[-1] is threading.main_thread()
