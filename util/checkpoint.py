@@ -191,7 +191,7 @@ class Writer:
 
 
 def in_background(size: int, taken: int = 0) -> bool:
-    """Whether a state of so many bytes is large enough for a thread, and memory for two copies, of which some is taken."""
+    """Whether a state of so many bytes is large enough for a thread, and memory, less what is taken, for two copies."""
     return size >= SMALL and resources.free_memory() + taken >= 2 * size
 
 
