@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from util import agreement, checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
+from util import agreement, checkpoint, config, console, diagnosis, digests, dist, optim, resources, rng, signals
 from util.checkpoint import Source
 from util.data import named
 from util.data.datasets import EpochBatches, ImageFiles, Split
-from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
+from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code, tell
 from util.log import MetricLogger, RunLog, counted, health, info
 from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
@@ -36,6 +36,7 @@ from util.training import Epoch, Training
 from util.weights import Origin, check_file, find_origin, load_published, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
+TURN_S = 10  # for the main thread to notice a lost rank, before another one ends the process
 
 
 class Run:
@@ -122,6 +123,21 @@ class Run:
         if isinstance(error, RunError) and dist.active() and alone and not error.common:
             error.rank = dist.rank()
         return error
+
+    def end_for_lost(self, error: BaseException) -> None:
+        """Name a lost rank and end this process, if the main thread gets no further in a step: it waits for a GPU.
+
+        Elsewhere that thread notices for itself, or has something to bring to its end.
+        """
+        before = None
+        while not (self.stepping and before == self.folder.step):
+            before = self.folder.step
+            time.sleep(TURN_S)
+        named = self.named(error)
+        self.folder.close(named.code, str(named), noticed=True)
+        tell(named)
+        console.flush()
+        os._exit(named.code)
 
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
@@ -349,6 +365,8 @@ class Run:
 
         A request to stop ends the process after the step, or else before the epoch, that it falls into.
         """
+        self.meetings, self.stepping = dist.Meetings(), False
+        dist.watch(self.end_for_lost)
         self.began, self.began_at = time.monotonic(), self.first_epoch + self.first_step / self.sampler.steps
         for number in range(self.first_epoch, self.args.epochs):
             sampler = self.sampler
@@ -366,24 +384,29 @@ class Run:
             self.first_step, self.sums = 0, None
             self.folder.beat(epoch.number, epoch.first_step)
             self.stop_if_asked(epoch, epoch.first_step)
+            self.stepping = True
             yield epoch
 
     def after_step(self, epoch: Epoch, step: int, lr: float) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
-        done = step + 1
+        self.stepping = False
+        done, every = step + 1, self.args.save_freq_steps
         self.folder.beat(epoch.number, done)
         self.writer.check()
-        asked = dist.largest(signals.requested())  # before any wait for a GPU: here hosts notice that a rank is lost
-        if epoch.meters.due(step):
+        line, save = epoch.meters.due(step), every and done % every == 0 and done < epoch.steps
+        # also before any wait for a GPU: here hosts notice that a rank is lost
+        meet = self.meetings.due() or line or save
+        asked = self.meetings.largest(signals.requested()) if meet else 0
+        if line:
             bad_steps = self.bad_steps(epoch, done)
             counts = {'bad_steps': bad_steps, **self.images.reader.counted()}
             values = epoch.meters.line(step, lr, self.seconds_left(epoch.at(done)), **counts)
             self.log.scalars(self.axis(epoch.number, done), lr=lr, **values)
-        every = self.args.save_freq_steps
-        if every and done % every == 0 and done < epoch.steps:
+        if save:
             self.save(checkpoint.LAST, epoch, done)
         if asked and done < epoch.steps:  # else the epoch is to be closed first: log.txt, numbered checkpoint
             self.stop(asked, epoch, done)
+        self.stepping = done < epoch.steps
 
     def seconds_left(self, epoch: float) -> float:
         """An estimate at this fractional epoch, by what this process has done so far, evaluations included."""

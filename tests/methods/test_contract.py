@@ -10,6 +10,7 @@ import torch
 from timm.layers import DropPath
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training import draw_plan
 
 import main_pretrain
@@ -383,6 +384,49 @@ def test_a_step_never_waits(module, name):
     with HostReads() as reads:  # it would notice
         assert math.isfinite(norm.item())
     assert reads.found
+
+
+class Crossings(TorchDispatchMode):
+    """Records operations on a GPU's tensors that also have one of the host: most make it wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if len({x.device.type for x in tensors}) > 1:
+            self.found.append(func.name())
+        return result
+
+
+FIRST = ('mirl_vit_tiny', 'a2mim_resnet_tiny')  # without those that take seconds
+
+
+@pytest.mark.parametrize(
+    ('module', 'name'),
+    [pytest.param(*model, id=model[1], marks=() if model[1] in FIRST else pytest.mark.faults) for model in TINY],
+)
+def test_a_forward_stays_on_its_gpu(module, name):
+    """In shapes alone, which needs no GPU."""
+    model, gpu = make(module, name), torch.device('cuda', 0)
+    imgs, plan = batch(model, name)
+    with FakeTensorMode() as mode:
+        for part in model.modules():
+            for key, param in part._parameters.items():
+                if param is not None:
+                    part._parameters[key] = torch.nn.Parameter(torch.empty(param.shape, device=gpu))
+            for key, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=gpu)
+        there = [torch.empty(tensor.shape, dtype=tensor.dtype, device=gpu) for tensor in (imgs, *plan)]
+        with Crossings() as crossings:
+            model(there[0], type(plan)(*there[1:]))
+    assert crossings.found == []
+    with mode, Crossings() as crossings:  # it would notice
+        there[0][0, 0, 0, 0] = 1.0
+    assert crossings.found
 
 
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))

@@ -13,9 +13,9 @@ def half_spectrum(maps: Tensor) -> tuple[Tensor, Tensor]:
     width = maps.shape[-1]
     spectrum = torch.fft.rfft2(maps, norm='ortho')
     counts = torch.full((spectrum.shape[-1],), 2.0, device=maps.device)
-    counts[0] = 1.0
+    counts[0].fill_(1.0)  # an assignment would copy the number from the host, which waits for the GPU
     if width % 2 == 0:
-        counts[-1] = 1.0
+        counts[-1].fill_(1.0)
     return spectrum, counts / width * spectrum.shape[-1]
 
 
