@@ -21,7 +21,7 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
-from util import rng
+from util import checkpoint, rng
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', '--num_workers', '0', '--print_freq', '1']
@@ -149,9 +149,10 @@ class Forked:
         return self.stdout.read(), self.stderr.read()
 
 
-def begin(argv: list[str], env: dict[str, str], streams: list[str | Path]) -> None:
-    """In a process of the server: run a program as the command line would."""
+def begin(argv: list[str], env: dict[str, str], streams: list[str | Path], small: int = checkpoint.SMALL) -> None:
+    """In a process of the server: run a program as the command line would, but for which checkpoints are small."""
     torch.set_num_threads(1)
+    checkpoint.SMALL = small
     for number, name in enumerate(streams, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.setsid()
