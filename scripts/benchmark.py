@@ -143,8 +143,9 @@ def timed(device: torch.device, work: Callable[[], Any]) -> float:
 def interleaved(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each arm measures in each round; in random order. An arm that needs too much memory ends."""
     measured: dict[str, list[float]] = {name: [] for name in arms}
+    order = random.Random(0)  # a step seeds the global one
     for number in range(rounds):
-        for name in random.sample(sorted(measured), len(measured)):
+        for name in order.sample(sorted(measured), len(measured)):
             value = unless_out_of_memory(arms[name])
             measured[name].append(value) if value is not None else measured.pop(name)
         told = ', '.join(f'{name} {figure(values[-1])}' for name, values in measured.items())
@@ -309,7 +310,8 @@ class Plain:
         for group in self.optimizer.param_groups:
             group['lr'] = self.schedule(epoch) * group['lr_scale']
         noise = rng.mask_noise(self.model, args.seed, number, 0, 0, len(imgs), 1)
-        plan = datasets.to_device(self.model.plan_from_noise(noise), self.device)
+        plan = self.model.plan_from_noise(noise)
+        plan = type(plan)(*(tensor.to(self.device) for tensor in plan))
         imgs = imgs.to(self.device, non_blocking=True)
         with (
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
@@ -459,12 +461,12 @@ def our_images(args: argparse.Namespace, split: datasets.Split) -> dict[str, dat
 
 def data(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Decoding and augmenting, by each decoder, beside MAE's path; without loader processes, or with some."""
-    own = {name: pretraining_args(args, f'{ANY_MODEL},decoder={name}') for name in args.decoders or installed()}
+    own = {name: pretraining_args(args, ANY_MODEL) for name in args.decoders or installed()}
     first = next(iter(own.values()))
     split = named.training_images(first)
     ours = {f'ours, {name}': our_images(args, split) for name, args in own.items()}
     count = min(args.images, len(split.images))
-    exact = our_images(pretraining_args(args, f'{ANY_MODEL},decoder=pil'), split)['pretrain']
+    exact = our_images(first, split)['pretrain']
     files = [exact.name(i) for i in range(count)]
     rows = []
     for (stage, transform), workers in itertools.product(plain_transforms(first).items(), args.workers):
@@ -748,7 +750,11 @@ def models_table(records: list[dict]) -> str:
         row |= {'floor, us an image': 1e6 / most, 'most images/s': most, '8 GPUs at 40 %, images/s': 3.2 * most}
         row |= {f'cores for them: {path}': math.ceil(3.2 * most / rate) for path, rate in rates.items()}
         for kind in ('GPU', 'CPU'):
-            found = [r for r in steps if r['model'] == model and r['machine']['gpu'] == (kind == 'GPU')]
+            found = [
+                r
+                for r in steps
+                if r['model'].split(',')[0] == model.split(',')[0] and r['machine']['gpu'] == (kind == 'GPU')
+            ]
             row[f'measured, {kind}'] = '; '.join(map(measured, found)) or 'not measured'
         rows.append(row)
     return table(rows)
@@ -804,7 +810,9 @@ def main(args: argparse.Namespace) -> None:
     if what.of_model and not args.model:
         raise UserError(f'{args.what} needs --model NAME ...; main_pretrain.py --model list shows them')
     device = dist.own_device(args.device)
-    if device.type == 'cpu':
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(1)
     rng.settle_kernels(False)
     for model in args.model:
