@@ -218,7 +218,8 @@ def knn(args: argparse.Namespace) -> dict:
                 save_features(args.output_dir, network, dict(train=train, val=val), splits)
         extracted = time.perf_counter()
         labels = [
-            torch.tensor(split.labels)[kept.read].to(device) for split, kept in zip(splits, (train, val), strict=True)
+            torch.from_numpy(split.labels)[kept.read].to(device)
+            for split, kept in zip(splits, (train, val), strict=True)
         ]
         layers = []
         for number, (layer, gram) in enumerate(train.grams.items()):
@@ -306,8 +307,8 @@ def save_features(folder: Path, network: Network, kept: dict[str, features.Kept]
     arrays = {'classes': np.array(splits[0].classes)}
     for (name, of_split), split in zip(kept.items(), splits, strict=True):
         read = of_split.read.numpy()
-        files = np.arange(len(read)) if isinstance(split.images, np.ndarray) else np.array(split.images)
-        arrays |= {f'{name}/labels': np.array(split.labels)[read], f'{name}/files': files[read]}
+        files = np.array(list(split.images))
+        arrays |= {f'{name}/labels': split.labels[read], f'{name}/files': files[read]}
         arrays |= {f'{name}/{layer}': vectors.numpy()[read] for layer, vectors in of_split.features.items()}
     path = folder / f'features-{network.name.replace("/", "-")}.npz'
     with digests.temporary_for(path) as temporary:

@@ -6,6 +6,8 @@ Examples:
 """
 
 import argparse
+import functools
+import operator
 import sys
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     device = dist.own_device(args.device)
     if not args.output.parent.is_dir():
         raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
-    files = [file for path in args.images for file in datasets.images_at(path)]
+    files = functools.reduce(operator.add, map(datasets.images_at, args.images))
     source = checkpoint.Source.read(args.checkpoint)
     source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
     args = source.complete(args, get_args_parser())

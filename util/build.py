@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import get_args, get_type_hints
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from util import dist, optim, resources, training
 from util.data import augment, datasets
 from util.data.images import Reader
+from util.data.stores import Store
 from util.errors import UserError, closest
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
@@ -149,8 +151,8 @@ def loader(
 
 def val_loader(
     args: argparse.Namespace,
-    images: datasets.Images,
-    labels: list[int],
+    images: Store,
+    labels: np.ndarray,
     device: torch.device,
     listing: str = 'bad_images_val.txt',
 ) -> datasets.Loader:

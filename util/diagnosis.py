@@ -8,7 +8,6 @@ import copy
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 
 from util import checkpoint, config, digests, dist
@@ -84,16 +83,11 @@ def observed(training: Training, images: ImageFiles, epoch: Epoch, step: int, va
         {
             'loss': losses[micro],
             'terms': {name: seen[micro] for name, seen in values.items()},
-            'samples': [{'item': list(item), 'path': path(images.images, item[1])} for item in items],
+            'samples': [{'item': list(item), 'path': images.name(item[1])} for item in items],
         }
         for micro, items in enumerate(itertools.islice(sampler, sampler.accum_iter))
     ]
     return {'grad_norm': norm, 'micro_steps': micro_steps}
-
-
-def path(images, index: int) -> str | None:
-    """The file of an image; None for one that is in memory."""
-    return os.fsdecode(images[index]) if images.ndim == 1 else None
 
 
 def bad_micro_steps(seen: dict) -> list[int]:

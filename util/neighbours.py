@@ -59,12 +59,11 @@ class Neighbours:
         train, val = images['knn_train'], images['knn_val']
         self.network, self.device, self.side = network.to(device), device, args.input_size
         self.classes = len(train.classes)
-        self.labels = torch.tensor([*train.labels, *val.labels])
+        labels = np.concatenate([train.labels, val.labels])
+        self.labels = torch.from_numpy(labels)
         self.train = torch.arange(len(self.labels)) < len(train.images)
-        both = [*train.images, *val.images]
         options = argparse.Namespace(**vars(args) | {'eval_size': None, 'crop_pct': CROP_PCT})
-        pixels = isinstance(train.images, np.ndarray)
-        self.batches = build.val_loader(options, np.stack(both) if pixels else both, self.labels.tolist(), device)
+        self.batches = build.val_loader(options, train.images + val.images, labels, device)
         self.normalise = Normalisation.of(args.mean, args.std, device)
         self.began, self.seconds = time.perf_counter(), 0.0
 

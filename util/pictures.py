@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from util import rng
 from util.data import augment, datasets
 from util.data.images import Reader
+from util.data.stores import Store
 
 MARGIN, LINE = 6, 18  # pixels
 NARROWEST = 360  # pixels, so that the notes can be read below a single small panel
@@ -34,9 +35,7 @@ class Pictures:
     At most `count` images are taken, evenly from all; the reader says what becomes of bad ones.
     """
 
-    def __init__(
-        self, core: nn.Module, images: datasets.Images, args: argparse.Namespace, reader: Reader, count: int = 6
-    ):
+    def __init__(self, core: nn.Module, images: Store, args: argparse.Namespace, reader: Reader, count: int = 6):
         count, total = min(count, len(images)), len(images)
         transform = augment.eval_transform(args.input_size, 1.0, args.max_pixels)
         images = datasets.ImageFiles(images, None, transform, args.seed, reader)

@@ -27,8 +27,9 @@ from scripts import visualize
 from util import run_folder, signals
 from util.data import augment, datasets, images
 from util.data.datasets import ImageFiles
-from util.data.images import Reader, decode
+from util.data.images import Reader
 from util.data.loader import deadline
+from util.data.stores import Files
 from util.errors import LostError, StorageError, UserError, run_main
 
 RNG = np.random.default_rng(0)
@@ -94,10 +95,14 @@ def said(tmp_path, capsys, workers):
     return end
 
 
+def decode_at(path: str, max_pixels: int) -> Image.Image:
+    return Reader(max_pixels).read(Files([path]), 0)
+
+
 def message(path: str, reader: Reader | None = None, **limit: int) -> str:
     """What a data set of this one file says of it."""
     with pytest.raises(UserError) as error:
-        ImageFiles([path], None, augment.eval_transform(32, 1.0, **limit), 0, reader)[0, 0]
+        ImageFiles(Files([path]), None, augment.eval_transform(32, 1.0, **limit), 0, reader)[0, 0]
     assert error.value.__cause__ is None
     assert '\n' not in str(error.value)
     return str(error.value)
@@ -147,11 +152,11 @@ def test_whatever_pillow_or_a_transform_raises_is_named(error, write, monkeypatc
 
     path = write(encoded(PICTURE, 'PNG'))
     with pytest.raises(UserError, match=r'cannot read the image .*: .') as raised:
-        ImageFiles([path], None, fail, 0)[0, 0]
+        ImageFiles(Files([path]), None, fail, 0)[0, 0]
     assert '\n' not in str(raised.value)
     monkeypatch.setattr(Image, 'open', fail)
     with pytest.raises(UserError, match=r'cannot read the image .*: .'):
-        ImageFiles([path], None, None, 0)[0, 0]
+        ImageFiles(Files([path]), None, None, 0)[0, 0]
 
 
 def frames(kind: str) -> bytes:
@@ -189,7 +194,7 @@ KINDS = {  # name: (content, what is to be seen in it)
 def test_kinds_of_images(case, write):
     content, expected = KINDS[case]
     path = write(content, 'image.jpg')
-    decoded = decode(path, 50_000_000)
+    decoded = decode_at(path, 50_000_000)
     assert decoded.mode == 'RGB'
     assert np.array_equal(np.asarray(decoded), np.asarray(expected))
     aa = 'rand-m9-mstd0.5-inc1'
@@ -198,14 +203,14 @@ def test_kinds_of_images(case, write):
         augment.finetune_transform(32, (0.08, 1.0), 0.5, None, aa, (0.5, 0.5, 0.5)),
         augment.eval_transform(32, 0.875),
     ):
-        sample, _ = ImageFiles([path], None, transform, 0)[0, 0]
+        sample, _ = ImageFiles(Files([path]), None, transform, 0)[0, 0]
         assert (sample.shape, sample.dtype) == ((3, 32, 32), torch.uint8)
 
 
 def test_cmyk_jpegs_as_in_imagenet(write):
     """The inverted ones that Photoshop writes; near, for JPEG."""
     smooth = Image.radial_gradient('L').resize((64, 64)).convert('RGB').convert('CMYK')
-    found = decode(write(encoded(smooth, 'JPEG', quality=95)), 10**6)
+    found = decode_at(write(encoded(smooth, 'JPEG', quality=95)), 10**6)
     assert np.abs(np.asarray(found).astype(int) - np.asarray(smooth.convert('RGB'))).mean() < 3
 
 
@@ -228,9 +233,9 @@ def test_an_extreme_shape_in_evaluation(write):
     """224 pixels of 4000x2 would be cut out of 512000x256, which is not made."""
     path = write(KINDS['4000x2'][0])
     with pytest.raises(UserError, match='4000 x 2 pixels, its shorter side resized to 256, are more than'):
-        ImageFiles([path], None, augment.eval_transform(224, 0.875, 50_000_000), 0)[0, 0]
+        ImageFiles(Files([path]), None, augment.eval_transform(224, 0.875, 50_000_000), 0)[0, 0]
     just = augment.eval_transform(32, 1.0, 64000 * 32)
-    assert ImageFiles([path], None, just, 0)[0, 0][0].shape == (3, 32, 32)
+    assert ImageFiles(Files([path]), None, just, 0)[0, 0][0].shape == (3, 32, 32)
     assert 'more than --max_pixels 2047999' in message(path, max_pixels=64000 * 32 - 1)
 
 
@@ -263,7 +268,7 @@ def test_sixteen_bits_are_not_clipped(case, content, write):
     path = write(content)
     if 'transparent' in case:
         assert Image.open(path).info['transparency'] == 7
-    means = np.asarray(decode(path, 10**6), dtype=float).mean((0, 1))
+    means = np.asarray(decode_at(path, 10**6), dtype=float).mean((0, 1))
     assert means == pytest.approx([GRADIENT.mean() / 257] * 3, abs=0.6)
 
 
@@ -274,7 +279,7 @@ def test_twelve_bits(write):
     data = triples.astype(np.uint8).tobytes()
     path = write(tiff('<', 12, data))
     assert Image.open(path).mode == 'I;16'
-    assert np.asarray(decode(path, 10**6), dtype=float).mean() == pytest.approx(127, abs=0.6)
+    assert np.asarray(decode_at(path, 10**6), dtype=float).mean() == pytest.approx(127, abs=0.6)
 
 
 @pytest.mark.fault(30)
@@ -293,11 +298,11 @@ def test_exif(write):
     exif[0x0112] = 6
     rotated = write(encoded(PICTURE, 'PNG', exif=exif), 'rotated.png')
     assert Image.open(rotated).getexif()[0x0112] == 6
-    assert np.array_equal(np.asarray(decode(rotated, 10**6)), np.asarray(PICTURE))
-    plain = np.asarray(decode(write(NOISE, 'a.jpg'), 10**6))
+    assert np.array_equal(np.asarray(decode_at(rotated, 10**6)), np.asarray(PICTURE))
+    plain = np.asarray(decode_at(write(NOISE, 'a.jpg'), 10**6))
     for broken in (b'Exif\0\0' + RNG.bytes(60), b'Exif\0\0MM\0*\xff\xff\xff\xff', b'Exif\0\0'):
         path = write(encoded(PICTURE, 'JPEG', quality=95, exif=broken), 'b.jpg')
-        assert np.array_equal(np.asarray(decode(path, 10**6)), plain)
+        assert np.array_equal(np.asarray(decode_at(path, 10**6)), plain)
 
 
 @pytest.mark.fault(32)
@@ -310,7 +315,7 @@ def test_bombs(write, recwarn):
     seconds = time.perf_counter() - began
     assert '10000 x 10000 pixels are more than --max_pixels 50000000' in line
     assert seconds < 0.2  # decoding takes seconds
-    assert decode(bomb, side**2).size == (side, side)
+    assert decode_at(bomb, side**2).size == (side, side)
     assert not recwarn.list  # no limit but ours
 
 
@@ -353,7 +358,7 @@ def test_links_in_a_circle(tmp_path):
     (data / 'train/class0/up').symlink_to(data)
     (data / 'train/class1/self').symlink_to('self')
     (data / 'train/class1/across').symlink_to(data / 'train/class0')
-    assert datasets.list_images(data) == before
+    assert list(datasets.list_images(data)) == list(before)
     elsewhere = make_images(tmp_path / 'elsewhere', 1, 1, 1)
     (data / 'more').symlink_to(elsewhere)
     assert len(datasets.list_images(data)) == len(before) + 2
@@ -375,7 +380,7 @@ def test_strange_names(case, tmp_path):
     with open(path, 'wb') as file:
         file.write(encoded(PICTURE, 'PNG'))
     [found] = datasets.list_images(tmp_path)
-    assert ImageFiles([found], None, np.asarray, 0)[0, 0][0].shape == (30, 40, 3)
+    assert ImageFiles(Files([found]), None, np.asarray, 0)[0, 0][0].shape == (30, 40, 3)
     os.truncate(path, 9)
     line = message(found)
     assert line.isprintable()
@@ -601,10 +606,10 @@ def test_storage_that_comes_back(data, tmp_path, monkeypatch, capsys):
             (tmp_path / 'away').rename(data)
 
     path = str(data / 'train/class0/0.png')
-    before = np.asarray(decode(path, 10**6))
+    before = np.asarray(decode_at(path, 10**6))
     data.rename(tmp_path / 'away')
     monkeypatch.setattr(images, 'time', SimpleNamespace(sleep=pause, monotonic=time.monotonic))
-    assert np.array_equal(np.asarray(Reader(root=data).read(path)), before)
+    assert np.array_equal(np.asarray(Reader(root=data).read(Files([path]), 0)), before)
     assert pauses == [1, 2, 4]
     assert capsys.readouterr().err == f'waiting for {path}: No such file or directory\n'
 
@@ -620,7 +625,7 @@ def test_errors_that_may_pass_are_tried_again(number, data, monkeypatch, capsys)
     monkeypatch.setattr(Image, 'open', fail)
     path = str(data / 'train/class0/0.png')
     with pytest.raises(StorageError, match=rf'{path} is gone: 4 attempts over 0\.\d s; {os.strerror(number)}'):
-        ImageFiles([path], None, None, 0, Reader(retries=3, listing=data / 'list.txt', max_share=0.9))[0, 0]
+        ImageFiles(Files([path]), None, None, 0, Reader(retries=3, listing=data / 'list.txt', max_share=0.9))[0, 0]
     assert len(calls) == 4
     assert not (data / 'list.txt').exists()
 
@@ -635,7 +640,7 @@ def test_a_file_alone_is_not_waited_for(data, monkeypatch):
 
 def test_an_empty_mount_point_is_gone(tmp_path):
     with pytest.raises(StorageError, match='is gone: 1 attempts'):
-        Reader(root=tmp_path, retries=0).read(str(tmp_path / 'a.png'))
+        Reader(root=tmp_path, retries=0).read(Files([str(tmp_path / 'a.png')]), 0)
 
 
 def started(stage: str, data, output, *flags) -> subprocess.Popen:
@@ -736,7 +741,7 @@ def test_loader_processes_that_end_or_hang(data, workers):
         line = str(error.value)
         count = len(received)
         assert count <= 3  # what a process has sent may be lost with it
-        expected = ', '.join(files[4 * count : 4 * count + 3])
+        expected = ', '.join(map(files.name, range(4 * count, 4 * count + 3)))
         worker = f'loader worker {count % 2} was to bring the next 4 images: {expected}, ...'
         assert re.match(f'{words}; {worker}', line), line
 

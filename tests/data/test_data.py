@@ -10,6 +10,7 @@ import models_mirl
 from util import rng
 from util.data import augment, datasets
 from util.data.datasets import EpochBatches, eval_batches
+from util.data.stores import Files
 from util.errors import UserError
 
 
@@ -164,6 +165,6 @@ def test_a_flat_folder_serves_pretraining(tmp_path):
 
 def test_a_broken_image_is_named(tmp_path):
     (tmp_path / 'bad.png').write_bytes(b'not an image')
-    dataset = datasets.ImageFiles([str(tmp_path / 'bad.png')], None, None, 0)
+    dataset = datasets.ImageFiles(Files([str(tmp_path / 'bad.png')]), None, None, 0)
     with pytest.raises(UserError, match=r'bad\.png'):
         dataset[0, 0]

@@ -19,6 +19,7 @@ from training import arguments, train
 import main_finetune
 from util import dist
 from util.data import augment, datasets, named
+from util.data.stores import Files
 from util.errors import UserError, run_main
 
 SPLITS = {'train': 6, 'val': 4}  # images
@@ -197,16 +198,16 @@ def test_images_labels_and_classes(make, name, split):
 def test_pixels_in_memory_are_augmented_as_files_are(make, tmp_path, num_workers):
     """The same bytes from an array and from PNGs of it, whichever worker makes them, for seed, epoch and index."""
     images, labels, *_ = named.labelled_images('cifar10', make('cifar10'), 'train')
-    assert isinstance(images, np.ndarray)
-    assert (images.shape, images.dtype) == ((6, 32, 32, 3), np.uint8)
+    pixels = images.images
+    assert (pixels.shape, pixels.dtype) == ((6, 32, 32, 3), np.uint8)
     files = [str(tmp_path / f'{i}.png') for i in range(len(images))]
-    for file, image in zip(files, images, strict=True):
+    for file, image in zip(files, pixels, strict=True):
         Image.fromarray(image).save(file)
     transform = augment.finetune_transform(48, (0.08, 1.0), 0.5, None, 'rand-m9-mstd0.5-inc1', (0.5, 0.5, 0.5))
     batches = [[(3, 4), (3, 0)], [(3, 2), (3, 5)], [(4, 4), (3, 4)]]
     loaded = [
         list(datasets.loader(datasets.ImageFiles(source, labels, transform, 1), batches, workers, False))
-        for source, workers in ((images, num_workers), (files, 0))
+        for source, workers in ((images, num_workers), (Files(files), 0))
     ]
     for (ours, our_labels), (theirs, their_labels) in zip(*loaded, strict=True):
         assert ours.shape == (2, 3, 48, 48)

@@ -11,6 +11,7 @@ from training import SHORT, train
 
 from util import agreement
 from util.data.datasets import Split
+from util.data.stores import Files
 from util.errors import DisagreementError, StorageError
 
 CPU = torch.device('cpu')
@@ -20,7 +21,9 @@ FILES, LABELS = [f'/a/data/train/x/{i}.png' for i in range(3)], [0, 0, 1]
 
 
 def facts(files=FILES, labels=LABELS, classes=(), **args) -> dict[str, str]:
-    return agreement.facts(argparse.Namespace(**ARGS | args), CPU, images=Split(files, labels, classes, []))
+    return agreement.facts(
+        argparse.Namespace(**ARGS | args), CPU, images=Split(Files(files), np.array(labels), classes, [])
+    )
 
 
 def meet(monkeypatch, change) -> None:
@@ -85,7 +88,7 @@ def test_the_checkpoint_alone(monkeypatch):
     meet(monkeypatch, {agreement.CHECKPOINT: 'none'})
     args = argparse.Namespace(**ARGS)
     with pytest.raises(StorageError, match=r'checkpoint to resume is epoch 3 on ranks 0-6, none on rank 7$'):
-        agreement.check(args, CPU, 'epoch 3', images=Split(FILES, LABELS, [], []))
+        agreement.check(args, CPU, 'epoch 3', images=Split(Files(FILES), np.array(LABELS), [], []))
 
 
 def test_a_long_list_is_cut(monkeypatch):

@@ -88,7 +88,7 @@ def test_evaluate_is_the_plain_average(images):
     core.eval()
     with torch.no_grad():
         logits = core(normalise(torch.stack([dataset[0, i][0] for i in range(15)])))
-    target = torch.tensor(labels)
+    target = torch.from_numpy(labels)
     assert stats['images'] == 15
     assert stats['acc1'] == pytest.approx(100 * (logits.argmax(1) == target).float().mean().item())
     assert stats['acc5'] == pytest.approx(

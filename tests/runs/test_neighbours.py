@@ -19,6 +19,7 @@ from util.analysis.probes import knn_scores
 from util.analysis.similarity import rankme
 from util.data import named
 from util.data.datasets import Normalisation, Split
+from util.data.stores import Files, Pixels
 from util.errors import UserError
 from util.log import health
 from util.weights import load_published
@@ -101,17 +102,18 @@ def test_it_is_the_classifier_that_is_measured(images, tmp_path, capsys):
 
 def test_evenly_from_all_classes():
     labels = np.random.default_rng(0).permutation([0] * 50 + [1] * 3 + [2] * 40)
-    split = Split([f'{i}.png' for i in range(93)], labels.tolist(), list('abc'), [])
+    split = Split(Files(f'{i}.png' for i in range(93)), labels, list('abc'), [])
     chosen = named.some(split, 0, 23)
     assert np.bincount(chosen.labels).tolist() == [10, 3, 10]
-    assert chosen.images == sorted(chosen.images, key=lambda name: int(name[:-4]))
-    assert [labels[int(name[:-4])] for name in chosen.images] == chosen.labels
-    assert named.some(split, 0, 23) == chosen != named.some(split, 1, 23)
-    assert named.some(split, 0, 1000).images == split.images
+    names = list(chosen.images)
+    assert names == sorted(names, key=lambda name: int(name[:-4]))
+    assert [labels[int(name[:-4])] for name in names] == chosen.labels.tolist()
+    assert list(named.some(split, 0, 23).images) == names != list(named.some(split, 1, 23).images)
+    assert list(named.some(split, 0, 1000).images) == list(split.images)
     assert np.bincount(named.some(split, 0, per_class=5).labels).tolist() == [5, 3, 5]
     assert np.bincount(named.some(split, 0, 9, per_class=5).labels).tolist() == [3, 3, 3]
-    pixels = Split(np.arange(93).reshape(93, 1, 1, 1), labels.tolist(), list('abc'), [])
-    assert [f'{i}.png' for i in named.some(pixels, 0, 23).images.ravel()] == chosen.images
+    pixels = Split(Pixels(np.arange(93).reshape(93, 1, 1, 1)), labels, list('abc'), [])
+    assert [f'{i}.png' for i in named.some(pixels, 0, 23).images.images.ravel()] == names
 
 
 def folder_of(root, *places):

@@ -22,9 +22,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util import resources, rng, signals
 from util.data.images import Reader, reason
 from util.data.loader import Loader
+from util.data.stores import Files, Store
 from util.errors import RunError, UserError, listed, printable
 
-Images = list[str] | np.ndarray  # files, or pixels in memory: uint8 [N, H, W, 3]
 SKIPPED = -1  # the label of the blank that stands for a bad image in evaluation
 PATIENCE_SHARE = 0.9  # of what a silent rank is given: a stuck loader is to be named before its rank is
 
@@ -39,17 +39,14 @@ class ImageFiles(Dataset):
 
     def __init__(
         self,
-        images: Images,
-        labels: list[int] | None,
+        images: Store,
+        labels: np.ndarray | None,
         transform: Callable,
         seed: int,
         reader: Reader | None = None,
         replace: bool = True,
     ):
-        # one block of bytes: a Python list of a million strings would be copied, page by page, into every worker
-        in_memory = isinstance(images, np.ndarray)
-        self.images = images if in_memory else np.array([os.fsencode(file) for file in images])
-        self.labels = np.zeros(len(images), np.int64) if labels is None else np.array(labels, np.int64)
+        self.images, self.labels = images, labels
         self.transform, self.seed = transform, seed
         self.reader, self.replace = reader or Reader(), replace
 
@@ -57,12 +54,12 @@ class ImageFiles(Dataset):
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """The file, or the number of an image in memory."""
-        return f'image {index}' if self.images.ndim == 4 else os.fsdecode(self.images[index])
+        return self.images.name(index)
 
     def image(self, index: int) -> Image.Image:
         """In RGB, not augmented."""
-        return Image.fromarray(self.images[index]) if self.images.ndim == 4 else self.reader.read(self.name(index))
+        pixels = self.images.pixels(index)
+        return self.reader.read(self.images, index) if pixels is None else Image.fromarray(pixels)
 
     def augmented(self, index: int, item: tuple[int, ...]) -> Tensor:
         """An image, augmented as this item."""
@@ -75,7 +72,7 @@ class ImageFiles(Dataset):
         epoch, index, *_ = item
         for attempt in itertools.count():
             try:
-                return self.augmented(index, item), int(self.labels[index])
+                return self.augmented(index, item), 0 if self.labels is None else int(self.labels[index])
             except RunError:
                 raise
             except Exception as error:  # Pillow raises of every kind
@@ -223,8 +220,8 @@ CLASS_FOLDERS = 'train/ and val/, one folder per class in each'
 class Split(NamedTuple):
     """A split of a data set, and what to say of it."""
 
-    images: Images
-    labels: list[int] | None  # places in `classes`; None in pretraining
+    images: Store
+    labels: np.ndarray | None  # int64 [N], places in `classes`; None in pretraining
     classes: list[str]
     notes: list[str]
 
@@ -295,9 +292,9 @@ def kind_of(entry: os.DirEntry) -> str:
     return 'broken links' if entry.is_symlink() else 'special files'
 
 
-def images_below(folder: str | Path, left: LeftOut) -> list[str]:
+def images_below(folder: str | Path, left: LeftOut) -> Iterator[str]:
     """All image files below a folder, sorted; those of a folder that several links lead to once."""
-    files, seen, ahead = [], set(), [folder]
+    inside, seen, ahead = {}, set(), [str(folder)]  # what is in each folder, as one string
     while ahead:
         where = ahead.pop()
         try:
@@ -309,11 +306,17 @@ def images_below(folder: str | Path, left: LeftOut) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         folders, images = scan(where, left)
         ahead += reversed(folders)  # so that all machines enter a folder of several names by the same one
-        files += images
-    return sorted(files)
+        inside[f'{where}/'] = '\0'.join(sorted([*images, *(f'{path}/' for path in folders)], reverse=True))
+    ahead = [f'{folder}/']
+    while ahead:
+        path = ahead.pop()
+        if path.endswith('/'):  # a folder, which may have been entered by another name
+            ahead += filter(None, inside.pop(path, '').split('\0'))
+        else:
+            yield path
 
 
-def list_images(folder: Path, left: LeftOut | None = None) -> list[str]:
+def list_images(folder: Path, left: LeftOut | None = None) -> Files:
     """All image files below `folder`, sorted; class folders or a flat one; what is passed over is counted in `left`.
 
     Raises UserError if there are none, or for a folder that cannot be listed.
@@ -321,7 +324,7 @@ def list_images(folder: Path, left: LeftOut | None = None) -> list[str]:
     if not os.path.isdir(folder):
         raise UserError(f'{folder} is a file, not a folder' if os.path.isfile(folder) else f'no such folder: {folder}')
     left = left or LeftOut()
-    if files := images_below(folder, left):
+    if files := Files(images_below(folder, left)):
         return files
     raise UserError(no_images(str(folder), left))
 
@@ -330,11 +333,11 @@ def no_images(where: str, left: LeftOut) -> str:
     return '; '.join([f'no images in {where} (looked for {", ".join(IMG_EXTENSIONS)})', *left.notes()])
 
 
-def images_at(path: Path) -> list[str]:
+def images_at(path: Path) -> Files:
     """An image file, or those below a folder. Raises UserError if there is neither."""
     if not os.path.exists(path):
         raise UserError(f'no such file or folder: {path}')
-    return list_images(path) if os.path.isdir(path) else [str(path)]
+    return list_images(path) if os.path.isdir(path) else Files([str(path)])
 
 
 def pretraining_folder(data_path: Path) -> Path:
@@ -389,13 +392,21 @@ def labelled_files(data_path: Path, split: str, download: bool = False) -> Split
             f'{folder} has {found} in it: each image must be in a folder of its class, such as {folder}/cat/1.jpg'
             + ('; or move val/ away, and --val_share 0.1 takes a tenth of train/' if split == 'val' else '')
         )
-    of_class = [images_below(path, left) for path in folders]
-    empty = [path for path, files in zip(folders, of_class, strict=True) if not files]
+    counts = []
+    files = Files(path for folder in folders for path in counted(images_below(folder, left), counts))
+    empty = [path for path, count in zip(folders, counts, strict=True) if not count]
     if empty and (split != 'val' or len(empty) == len(folders)):
         hint = '' if split == 'val' else '; a class without images cannot be learnt: fill its folder, or remove it'
         raise UserError(no_images(listed(empty), left) + hint)
     notes = left.notes()
     if loose:
         notes.append(f'not used, as they lie beside the class folders: {len(loose)} ({listed(loose, 1)})')
-    labels = [label for label, files in enumerate(of_class) for _ in files]
-    return Split([file for files in of_class for file in files], labels, list(map(os.path.basename, folders)), notes)
+    return Split(files, np.repeat(np.arange(len(counts)), counts), list(map(os.path.basename, folders)), notes)
+
+
+def counted(paths: Iterable[str], counts: list[int]) -> Iterator[str]:
+    """The paths; then how many they were is put on the list."""
+    number = 0
+    for number, path in enumerate(paths, 1):  # noqa: B007
+        yield path
+    counts.append(number)

@@ -11,12 +11,13 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from util import console, resources
+from util.data.stores import Store
 from util.errors import StorageError, UserError, printable
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
@@ -35,12 +36,12 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at it, and refuses at twice a
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # or Pillow fills up half a file with gray, and says nothing
 
 
-def decode(path: str, max_pixels: float) -> Image.Image:
+def decode(file: BinaryIO, max_pixels: float) -> Image.Image:
     """The image in RGB. Raises ValueError for other formats and too many pixels; for damage, what Pillow raises."""
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        empty = not os.path.getsize(path)
+        empty = not file.seek(0, os.SEEK_END)
         raise ValueError('the file is empty' if empty else f'not a file of {", ".join(FORMATS)}') from None
     with image:
         width, height = image.size  # from the header: nothing is decoded yet
@@ -97,24 +98,25 @@ class Reader(NamedTuple):
             advice='; --bad_images skip skips such images',
         )
 
-    def read(self, path: str) -> Image.Image:
-        """The image in RGB. Raises StorageError if the storage stays away, and what `decode` raises."""
+    def read(self, images: Store, index: int) -> Image.Image:
+        """An image in RGB. Raises StorageError if the storage stays away, and what `decode` raises."""
         began = time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
-                return decode(path, self.max_pixels)
+                with images.open(index) as file:
+                    return decode(file, self.max_pixels)
             except OSError as error:
                 if not self.may_come_back(error):
                     raise
-                last, why = error, reason(error)
+                last, why, name = error, reason(error), printable(images.name(index))
             if not attempt:
-                console.say(f'waiting for {printable(path)}: {why}', error=True)
+                console.say(f'waiting for {name}: {why}', error=True)
         if resources.starved(last):
             raise last
         waited = time.monotonic() - began
-        raise StorageError(f'{printable(path)} is gone: {self.retries + 1} attempts over {waited:.1f} s; {why}')
+        raise StorageError(f'{name} is gone: {self.retries + 1} attempts over {waited:.1f} s; {why}')
 
     def may_come_back(self, error: OSError) -> bool:
         """Whether an error is the fault of the storage, not of the file."""

@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, INaturalist, Places365
 from util import digests, rng
 from util.data import datasets
 from util.data.datasets import CLASS_FOLDERS, Split, labelled_files
+from util.data.stores import Files, Pixels
 from util.errors import UserError, listed, printable
 
 
@@ -33,7 +34,7 @@ class Misfit(Exception):
 def cifar(folder: Path, split: str, download: bool, dataset: type[CIFAR10]) -> Split:
     """The pickled batches, which torchvision opens only if their checksums are right; the test images are `val`."""
     data = dataset(folder, train=split == 'train', download=download)
-    return Split(data.data, data.targets, data.classes, [])
+    return Split(Pixels(data.data), np.array(data.targets), data.classes, [])
 
 
 def inaturalist(folder: Path, split: str, download: bool, year: int) -> Split:
@@ -57,7 +58,8 @@ def inaturalist(folder: Path, split: str, download: bool, year: int) -> Split:
         INaturalist(folder, renamed, download=True)
     if (folder / renamed).is_dir():
         names = [name.replace(f'{archive}/', f'{renamed}/', 1) for name in names]
-    return Split(files_below(folder, names, listing), labels, names_of(content['categories'], classes), [])
+    files = files_below(folder, names, listing)
+    return Split(files, np.array(labels), names_of(content['categories'], classes), [])
 
 
 def names_of(categories: list[dict], numbers: list[int]) -> list[str]:
@@ -84,7 +86,7 @@ def places205(folder: Path, split: str, download: bool) -> Split:
         raise Misfit(f'{listing} is damaged: its labels are {len(classes)} numbers from {classes[0]} to {classes[-1]}')
     inside = ('images256', 'data/vision/torralba/deeplearning/images256')  # the second: as the archive unpacks
     images = next((folder / name for name in inside if (folder / name).is_dir()), folder)
-    return Split(files_below(images, names, listing), labels, [str(label) for label in classes], [])
+    return Split(files_below(images, names, listing), np.array(labels), [str(label) for label in classes], [])
 
 
 def places365(folder: Path, split: str, download: bool) -> Split:
@@ -94,10 +96,10 @@ def places365(folder: Path, split: str, download: bool) -> Split:
     data = Places365(folder, split, small, download)
     names = [file.removeprefix(f'{folder}/') for file, _ in data.imgs]
     files = files_below(folder, names, folder / f'places365_{split.replace("-", "_")}.txt')
-    return Split(files, data.targets, sorted(data.class_to_idx, key=data.class_to_idx.get), [])
+    return Split(files, np.array(data.targets), sorted(data.class_to_idx, key=data.class_to_idx.get), [])
 
 
-def files_below(folder: Path, names: list[str], listing: Path) -> list[str]:
+def files_below(folder: Path, names: list[str], listing: Path) -> Files:
     """The files of these names, relative to the folder, of which the first and the last are known to be there.
 
     Raises Misfit if they are not, or for a name that leads out of the folder.
@@ -107,8 +109,8 @@ def files_below(folder: Path, names: list[str], listing: Path) -> list[str]:
     for name in names:
         if name.startswith('/') or '..' in name.split('/') or not name.isprintable():
             raise Misfit(f'{listing} is damaged: {name[:200]!r} is no name of a file below {folder}')
-    files = [f'{folder}/{name}' for name in names]
-    for file in (files[0], files[-1]):  # to look at all of them takes minutes on a network disk
+    files = Files(f'{folder}/{name}' for name in names)
+    for file in (files.name(0), files.name(len(files) - 1)):  # to look at all of them takes minutes on a network disk
         if not os.path.isfile(file):
             raise Misfit(f'no such file: {file}, listed in {listing}')
     return files
@@ -235,15 +237,14 @@ def shared_out(args: argparse.Namespace) -> dict[str, Split]:
     if os.path.isdir(path / 'val'):
         raise UserError(f'--val_share {share:g}, but {path / "val"} is there to validate on; drop the flag')
     whole = labelled_images(args.dataset, path, 'train' if os.path.isdir(path / 'train') else '', args.download)
-    labels, for_val = np.array(whole.labels), np.zeros(len(whole.labels), bool)
+    labels, for_val = whole.labels, np.zeros(len(whole.labels), bool)
     of_classes = np.split(np.arange(len(labels)), np.flatnonzero(np.diff(labels)) + 1)
     for label, places in enumerate(of_classes):
         count = min(max(1, round(share * len(places))), len(places) - 1)
         for_val[rng.generator(args.seed, rng.VAL_SHARE, label).permutation(places)[:count]] = True
 
     def part(chosen: np.ndarray, notes: list[str]) -> Split:
-        images = [whole.images[i] for i in np.flatnonzero(chosen)]
-        return Split(images, labels[chosen].tolist(), whole.classes, notes)
+        return Split(whole.images.take(np.flatnonzero(chosen)), labels[chosen], whole.classes, notes)
 
     note = f'taken from the training images by --val_share {share:g} and --seed {args.seed}'
     return {'train': part(~for_val, whole.notes), 'val': part(for_val, [note])}
@@ -287,19 +288,18 @@ def hint_on_levels(args: argparse.Namespace, split: str, classes: list[str]) -> 
 
 def settled(args: argparse.Namespace, name: str, split: Split, classes: list[str], owner: str) -> Split:
     """A split whose labels are places in `classes`, those of `owner`; the line of notes tells what it has and lacks."""
-    if not split.labels:
+    if not len(split.labels):
         raise UserError(f'no images for {name}/ in {args.data_path}')
     place = {of_owner: number for number, of_owner in enumerate(classes)}
     if not place.keys() >= set(split.classes):
         differing = difference(split.classes, classes, f'{name}/', owner) + hint_on_levels(args, name, split.classes)
         raise UserError(f'the classes of {name}/ in {args.data_path} and of {owner} differ: {differing}')
-    places = [place[of_split] for of_split in split.classes]
-    labels = [places[label] for label in split.labels]
+    labels = np.array([place[of_split] for of_split in split.classes])[split.labels]
     first = owner in (f'{name}/', 'the checkpoint')  # to speak of the classes
-    lacking = sorted(set(range(len(classes))) - set(labels))
+    lacking = np.setdiff1d(np.arange(len(classes)), labels)
     present, outputs = len(classes) - len(lacking), args.nb_classes or len(classes)
     held = f'{len(classes)} classes'
-    if lacking:
+    if len(lacking):
         held = f'{present} of {held}, none of {listed([classes[label] for label in lacking])}'
     parts = [f'{name}: {len(split.images)} images, {held}']
     if name == 'val' and (present < outputs or args.eval_logits == 'present'):
@@ -351,11 +351,10 @@ def some(split: Split, seed: int, most: int | None = None, per_class: int | None
 
     Drawn from the seed; in the order of the split.
     """
-    labels = np.array(split.labels)
+    labels = split.labels
     order = rng.generator(seed, rng.CHOICE).permutation(len(labels))
     order = order[labels[order].argsort(kind='stable')]  # class by class
     number = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])  # of each image within its class
     turns = number.argsort(kind='stable')[: (number < (per_class or len(order))).sum()]  # one of each class in turn
     chosen = np.sort(order[turns[:most]])
-    images = split.images[chosen] if isinstance(split.images, np.ndarray) else [split.images[i] for i in chosen]
-    return split._replace(images=images, labels=labels[chosen].tolist())
+    return split._replace(images=split.images.take(chosen), labels=labels[chosen])
