@@ -206,8 +206,7 @@ class Costs(NamedTuple):
     """Of a model: its parameters, and FLOPs of an image (a multiply-add is 2) as in `util.dry_run.Costs`."""
 
     params: int
-    forward: float
-    step: float
+    step: float  # forward and backward
 
 
 def costs(args: argparse.Namespace) -> Costs:
@@ -226,9 +225,8 @@ def costs(args: argparse.Namespace) -> Costs:
             for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
         }
         loss, _ = functional_call(model, state, (torch.empty(n, 3, args.input_size, args.input_size), plan))
-        forward = counter.get_total_flops()
         loss.backward()
-    return Costs(sum(p.numel() for p in model.parameters()), forward / n, counter.get_total_flops() / n)
+    return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / n)
 
 
 # --------------------------------------------------------------------------
@@ -351,23 +349,19 @@ def synthetic(args: argparse.Namespace, device: torch.device) -> dict[str, Batch
 def pretraining_args(args: argparse.Namespace, model: str) -> argparse.Namespace:
     """What `main_pretrain.py` would be given for `NAME[,FLAG=VALUE ...]`."""
     name, *options = model.split(',')
-    given = {key: getattr(args, key) for key in TAKEN if key in args.given}
-    words = itertools.chain(*(f'--{key} {value}'.split(' ', 1) for key, _, value in map(partition, options)))
-    return main_pretrain.get_args_parser().parse(
-        ['--model', name, *config.as_words(given), *words, '--device', args.device], stage='pretrain'
-    )
-
-
-def partition(option: str) -> tuple[str, str, str]:
-    parts = option.partition('=')
-    if not all(parts):
-        raise UserError(f'--model: behind a comma, FLAG=VALUE is expected, got {option!r}')
-    return parts
+    words = ['--model', name, *config.as_words({key: getattr(args, key) for key in TAKEN if key in args.given})]
+    for option in options:
+        flag, equals, value = option.partition('=')
+        if not equals:
+            raise UserError(f'--model: behind a comma, FLAG=VALUE is expected, got {option!r}')
+        words += [f'--{flag}', value]
+    return main_pretrain.get_args_parser().parse(words, stage='pretrain')
 
 
 def step(args: argparse.Namespace, device: torch.device, model: str) -> list[Row]:
     """Training steps of a model on a synthetic batch."""
     own = pretraining_args(args, model)
+    torch.compiler.reset()  # what was compiled for the model before would count as a change of shapes
     cost, steps = costs(own), args.steps or (20 if device.type == 'cuda' else 1)
     data, arms, rows = synthetic(own, device), {}, {}
     for name in ARMS:

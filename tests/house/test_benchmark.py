@@ -89,7 +89,7 @@ def test_an_arm_without_memory_is_a_row(tmp_path, monkeypatch):
         raise RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB')
 
     monkeypatch.setattr(benchmark.Plain, 'run', run_out)
-    monkeypatch.setattr(benchmark, 'costs', lambda _: benchmark.Costs(1, 1, 1))
+    monkeypatch.setattr(benchmark, 'costs', lambda _: benchmark.Costs(1, 1))
     ours, plain = run(tmp_path / 'results.json', 'step', '--model', TINY)[0]['rows']
     assert plain['images/s'] == 'out of memory'
     assert ours['images/s'] > 0
@@ -116,9 +116,8 @@ def test_mistakes(words, line):
         benchmark.main(parse(*words, '--device', 'cpu'))
 
 
-@pytest.mark.parametrize(
-    'model', [pytest.param(m, marks=[pytest.mark.faults] * (m != 'localmim_vit_base')) for m in benchmark.MODELS]
-)
+@pytest.mark.faults  # seconds each
+@pytest.mark.parametrize('model', benchmark.MODELS)
 def test_nothing_is_computed_in_vain(model):
     """Parameters and FLOPs of an image are those of the page, which others have counted too."""
     params, gflops = benchmark.MODELS[model]

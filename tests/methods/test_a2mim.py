@@ -77,13 +77,12 @@ def test_one_transform_is_enough(measured):
     times = []
     for _ in range(5):
         slow, fast = step(lambda pred: two_transforms(pred, imgs)), step(lambda pred: focal_frequency_loss(pred - imgs))
-        times.append(slow[0] / fast[0])
+        times.append((slow[0], fast[0]))
         assert fast[1] == pytest.approx(slow[1], rel=1e-6)
         assert (fast[2] - slow[2]).norm() < 1e-5 * slow[2].norm()
-    assert np.median(times) > 8
-    measured(
-        f'a2mim: Fourier loss at batch 32, two transforms of the batch / one of its mean: {np.median(times):.0f} x'
-    )
+    slow_s, fast_s = np.min(times, axis=0)  # what noise has added least to
+    assert slow_s / fast_s > 8
+    measured(f'a2mim: Fourier loss at batch 32, two transforms of the batch / one of its mean: {slow_s / fast_s:.0f} x')
 
 
 def test_options_of_the_fourier_loss_reach_it():

