@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import resources, rng, signals
+from util.data import decoders
 from util.data.images import Reader, reason
 from util.data.loader import Loader
 from util.data.stores import Files, Store
@@ -48,6 +49,7 @@ class ImageFiles(Dataset):
     ):
         self.images, self.labels = images, labels
         self.transform, self.seed = transform, seed
+        self.decoder = getattr(transform, 'decoder', decoders.PIL)  # a transform that has one takes JPEGs of it
         self.reader, self.replace = reader or Reader(), replace
 
     def __len__(self) -> int:
@@ -56,10 +58,10 @@ class ImageFiles(Dataset):
     def name(self, index: int) -> str:
         return self.images.name(index)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image | decoders.Jpeg:
         """In RGB, not augmented."""
         pixels = self.images.pixels(index)
-        return self.reader.read(self.images, index) if pixels is None else Image.fromarray(pixels)
+        return self.reader.read(self.images, index, self.decoder) if pixels is None else Image.fromarray(pixels)
 
     def augmented(self, index: int, item: tuple[int, ...]) -> Tensor:
         """An image, augmented as this item."""

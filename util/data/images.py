@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from util import console, resources
+from util.data import decoders
 from util.data.stores import Store
 from util.errors import StorageError, UserError, printable
 
@@ -98,15 +99,18 @@ class Reader(NamedTuple):
             advice='; --bad_images skip skips such images',
         )
 
-    def read(self, images: Store, index: int) -> Image.Image:
-        """An image in RGB. Raises StorageError if the storage stays away, and what `decode` raises."""
+    def read(self, images: Store, index: int, decoder: str = decoders.PIL) -> Image.Image | decoders.Jpeg:
+        """An image in RGB, or what is left to the decoder.
+
+        Raises StorageError if the storage stays away, and what `decode` raises.
+        """
         began = time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
                 with images.open(index) as file:
-                    return decode(file, self.max_pixels)
+                    return decoders.read(decoder, file, self.max_pixels) or decode(file, self.max_pixels)
             except OSError as error:
                 if not self.may_come_back(error):
                     raise
