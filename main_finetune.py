@@ -373,7 +373,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         device = run.join(core, ema, train=train, val=val)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
-        model = dist.parallel(core, device, args.compile)
+        model = build.in_parallel(core, args, device)
         training = Training(args, core, model, optimizer, sampler, device, ema)
 
         images = datasets.ImageFiles(train.images, train.labels, crop, args.seed, Reader.of(args))

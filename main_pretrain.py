@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         device = run.join(core, train=train, **labelled)
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
-        model = dist.parallel(core, device, args.compile)
+        model = build.in_parallel(core, args, device)
         training = Training(args, core, model, optimizer, sampler, device)
 
         how = args.interpolation, args.decoder

@@ -23,6 +23,8 @@ from util.nn.grad_checkpoint import checkpoint_blocks
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
 from util.recipes import of_recipe
 
+COMPILE_MODES = {'default': 'default', 'max-autotune': 'max-autotune-no-cudagraphs'}  # torch's names of ours
+
 # --------------------------------------------------------------------------
 # networks
 
@@ -98,6 +100,11 @@ def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -
     """The network on the device, in its memory format, with SyncBatchNorm where several GPUs train it."""
     core = core.to(device, memory_format=training.memory_format(args, core))
     return dist.sync_batchnorm(core, device) if synchronises(core, args) else core
+
+
+def in_parallel(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """What is called for the loss: the network compiled and distributed, as the arguments say."""
+    return dist.parallel(core, device, args.compile, COMPILE_MODES[args.compile_mode], args.bf16_gradients)
 
 
 def synchronises(core: nn.Module, args: argparse.Namespace) -> bool:

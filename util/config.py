@@ -587,10 +587,22 @@ def add_hardware_args(parser: Parser) -> None:
     add('--channels_last', action=Switch, default=None, help='NHWC in memory; default: on for networks that convolve')
     add('--grad_checkpoint', action=Switch, help='save memory: recompute activations in the backward pass')
     add('--compile', action=Switch, help='torch.compile the model')
+    add(
+        '--compile_mode',
+        choices=('default', 'max-autotune'),
+        default='default',
+        help='max-autotune tries kernels first, for minutes; without CUDA graphs',
+    )
 
     add = partial(parser.add_argument, heading='Distributed', at_resume='free')
     add('--dist_url', default='env://', help='rendezvous of the processes')
     add('--dist_timeout', type=number(float, above=0, most=1e9), default=600, help='seconds to wait for a lost rank')
+    add(
+        '--bf16_gradients',
+        action=Switch,
+        at_resume='warn',
+        help='ranks exchange gradients in bfloat16: half the bytes, other numbers',
+    )
     add('--world_size', type=AT_LEAST_1, help='number of processes, checked against those launched')
     # old launch scripts pass these; ranks come from the environment
     add('--local_rank', type=number(int, -1), help=argparse.SUPPRESS)
@@ -610,8 +622,12 @@ def check_common_args(args: argparse.Namespace) -> None:
         if (folder := getattr(args, name)) and not getattr(args, 'eval', False):
             check_apart(name, folder, args.data_path, getattr(args, 'dataset', 'folder'))
     optim.check_decay(args.opt, args.weight_decay)
+    if args.compile_mode != 'default' and not args.compile:
+        raise UserError(f'--compile_mode {args.compile_mode} belongs to --compile: give both')
     dist.own_device(args.device)
     world_size = dist.place().world_size
+    if args.bf16_gradients and world_size == 1 and not getattr(args, 'eval', False):
+        raise UserError('--bf16_gradients: one process exchanges no gradients; leave it out, or launch several')
     if args.world_size not in (None, world_size):
         raise UserError(
             f'--world_size {args.world_size}, but {world_size} process(es) were launched (by torchrun or srun)'

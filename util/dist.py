@@ -7,6 +7,9 @@ import contextlib
 import inspect
 import os
 import re
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +27,9 @@ from util.errors import LostError, RunError, UserError, printable
 HOST_GROUP = None  # a gloo group beside NCCL's, for what the hosts decide together; None: the default group
 # how much longer NCCL waits than the hosts, which can say which rank was lost: its watchdog ends a process silently
 WATCHDOG_S = 30
+MEETING_S = 1  # about how often the hosts meet in training
+TURN_S = 10  # for the main thread to notice a lost rank, before another one ends the process
+LEAVING = threading.Event()  # from here on, ranks that end are not lost
 # words in the plain RuntimeError that torch raises when a collective fails
 LOST = re.compile('gloo/|Gloo|NCCL|ProcessGroup|TCPStore|pair closure|[Cc]onnection (closed|reset) by peer')
 
@@ -188,8 +195,16 @@ def barrier() -> None:
         torch_dist.barrier(HOST_GROUP)
 
 
+def leave() -> None:
+    """Wait until every process is here; from here on each may end without being missed."""
+    barrier()
+    LEAVING.set()
+
+
 def cleanup() -> None:
     if active():
+        if HOST_GROUP is not None:  # the others' threads would miss it
+            leave()
         torch_dist.destroy_process_group()
 
 
@@ -202,11 +217,64 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def largest(number: int) -> int:
     """The largest over the ranks of a number on the host. No GPU is waited for, so hosts stay ahead of them."""
+    return largest_each(number)[0]
+
+
+def largest_each(*numbers: int) -> list[int]:
+    """`largest` of several numbers at once."""
     if not active():
-        return number
-    tensor = torch.tensor(number)
+        return [*numbers]
+    tensor = torch.tensor(numbers)
     torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, HOST_GROUP)
-    return int(tensor)
+    return tensor.tolist()
+
+
+class Meetings:
+    """After which steps the hosts exchange something: about once a second, and after every step that takes longer.
+
+    All must come to the same ones, so steps are counted: at each meeting the ranks agree on how many there are to the
+    next, by the slowest one's time for a step. That is twice as many as before at most, whatever a step seemed to take.
+    One process meets itself after every step.
+    """
+
+    def __init__(self):
+        self.every = self.left = 1
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether there is one now; to be called once after each step. Ranks may meet earlier."""
+        self.left -= 1
+        return self.left <= 0
+
+    def largest(self, number: int) -> int:
+        """Meet: the largest over the ranks of a number on the host."""
+        seconds = (time.monotonic() - self.last) / (self.every - self.left)
+        number, step_us = largest_each(number, int(1e6 * seconds) + 1)
+        self.every = self.left = max(1, min(2 * self.every, int(1e6 * MEETING_S / step_us))) if active() else 1
+        self.last = time.monotonic()
+        return number
+
+
+def watch(notice: Callable[[RuntimeError], None]) -> None:
+    """Beside NCCL, have a thread call `notice` when a rank is lost and the main thread has not ended the process.
+
+    A GPU waits for what a lost rank was to send, and soon its host for room in the GPU's queue: it meets nobody.
+    """
+    if HOST_GROUP is not None:
+        threading.Thread(target=greet, args=(notice,), daemon=True).start()
+
+
+def greet(notice: Callable[[RuntimeError], None]) -> None:
+    """Greet the next rank and await the greeting of the one before, once a second, until this one leaves."""
+    here, ours, theirs = rank(), torch.zeros(1), torch.zeros(1)
+    try:
+        while not LEAVING.wait(MEETING_S):
+            greeting = torch_dist.isend(ours, (here + 1) % world_size(), HOST_GROUP, tag=1)
+            torch_dist.recv(theirs, (here - 1) % world_size(), HOST_GROUP, tag=1)
+            greeting.wait()
+    except RuntimeError as error:
+        if not LEAVING.wait(TURN_S):
+            notice(error)
 
 
 def gather(thing: Any) -> list:
@@ -224,9 +292,14 @@ def wait_for_main_to_end() -> None:
         barrier()
 
 
-def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
-    """`core`, compiled if asked, in DistributedDataParallel if there are several processes."""
-    model = torch.compile(core, fullgraph=True) if compiled else core
+def parallel(
+    core: nn.Module, device: torch.device, compiled: bool = False, mode: str = 'default', bf16_gradients: bool = False
+) -> nn.Module:
+    """`core`, compiled if asked, in DistributedDataParallel if there are several processes.
+
+    `mode` is torch.compile's. `bf16_gradients`: what processes exchange of them is rounded to bfloat16, sums included.
+    """
+    model = torch.compile(core, fullgraph=True, mode=mode) if compiled else core
     if active():
         # training uses a batch's own statistics; `share_running_statistics` shares the others when they are used
         new_name = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
@@ -240,6 +313,8 @@ def parallel(core: nn.Module, device: torch.device, compiled: bool = False) -> n
             find_unused_parameters=to_the_bit and world_size() > 2,
             **{'forward_sync_buffers' if new_name else 'broadcast_buffers': False},
         )
+        if bf16_gradients:
+            model.register_comm_hook(None, bf16_compress_hook)
         if device.type == 'cpu':
             dist_faults.outlive(model)
     return model

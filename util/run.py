@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from util import agreement, checkpoint, config, diagnosis, digests, dist, optim, resources, rng, signals
+from util import agreement, checkpoint, config, console, diagnosis, digests, dist, optim, resources, rng, signals
 from util.checkpoint import Source
 from util.data import decoders, named
 from util.data.datasets import EpochBatches, ImageFiles, Split
-from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code
+from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code, tell
 from util.log import MetricLogger, RunLog, counted, health, info
 from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
@@ -110,6 +110,14 @@ class Run:
         if isinstance(error, RunError) and dist.active() and not error.common:
             error.rank = dist.rank()
         return error
+
+    def end_for_lost(self, error: BaseException) -> None:
+        """Name the lost rank and end this process at once: its main thread waits for it."""
+        named = self.named(error)
+        self.folder.close(named.code, str(named), noticed=True)
+        tell(named)
+        console.flush()
+        os._exit(named.code)
 
     def identity(self) -> dict:
         """What decides which sample and which mask comes when, and the optimiser: what a resumed run must share."""
@@ -340,6 +348,8 @@ class Run:
 
         A request to stop ends the process after the step, or else before the epoch, that it falls into.
         """
+        self.meetings = dist.Meetings()
+        dist.watch(self.end_for_lost)
         self.began, self.began_at = time.monotonic(), self.first_epoch + self.first_step / self.sampler.steps
         for number in range(self.first_epoch, self.args.epochs):
             sampler = self.sampler
@@ -361,16 +371,18 @@ class Run:
 
     def after_step(self, epoch: Epoch, step: int, lr: float) -> None:
         """After optimiser step `step` (from 0): when due, a line with the check for bad steps, and a checkpoint."""
-        done = step + 1
+        done, every = step + 1, self.args.save_freq_steps
         self.folder.beat(epoch.number, done)
-        asked = dist.largest(signals.requested())  # before any wait for a GPU: here hosts notice that a rank is lost
-        if epoch.meters.due(step):
+        line, save = epoch.meters.due(step), every and done % every == 0 and done < epoch.steps
+        # also before any wait for a GPU: here hosts notice that a rank is lost
+        meet = self.meetings.due() or line or save
+        asked = self.meetings.largest(signals.requested()) if meet else 0
+        if line:
             bad_steps = self.bad_steps(epoch, done)
             counts = {'bad_steps': bad_steps, **self.images.reader.counted()}
             values = epoch.meters.line(step, lr, self.seconds_left(epoch.at(done)), **counts)
             self.log.scalars(self.axis(epoch.number, done), lr=lr, **values)
-        every = self.args.save_freq_steps
-        if every and done % every == 0 and done < epoch.steps:
+        if save:
             self.save(checkpoint.LAST, epoch, done)
         if asked and done < epoch.steps:  # else the epoch is to be closed first: log.txt, numbered checkpoint
             self.stop(asked, epoch, done)
@@ -433,7 +445,7 @@ class Run:
     def stop(self, request: int, epoch: Epoch, step: int) -> None:
         """Save after `step` steps of the epoch, and end as stopped; queued again, where that was the request."""
         self.save(checkpoint.LAST, epoch, step, closed=False)
-        dist.barrier()  # no rank says that the state is saved before it is
+        dist.leave()  # no rank says that the state is saved before it is
         signals.ignore()
         self.folder.close(STOPPED, '')  # before it is queued again: its next process takes the folder over
         where = f'epoch {epoch.number}, step {step} of {epoch.steps}'

@@ -2,13 +2,14 @@
 
 `.lock` is held by rank 0 until the run ends, whatever ends it. `console.txt` has what was printed. `status.json` says
 how the run goes or ended, since launchers such as torchrun replace exit codes. `.ranks/<rank>.json` is the position of
-a rank: when a rank is lost, the others read there which one, and at which step. They name it and end; to end a rank
-that hangs is the launcher's work.
+a rank, a second old at most or from before its latest step: when a rank is lost, the others read there which one, and
+where it was. They name it and end; to end a rank that hangs is the launcher's work.
 """
 
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shlex
 import socket
@@ -24,6 +25,7 @@ from util.dist import Place
 from util.errors import MEANING, STOPPED, StorageError, UserError, printable
 from util.log import info
 
+BEAT_S = 1  # from one sign of life to the next, in training: the folder may be on a network
 SIGN_BYTES = 1024  # a sign of life is written in place, so all of them have one length
 BUSY = ('starting', 'running')
 PATIENCE_S = 5  # for other ranks to write that they have noticed a lost one
@@ -47,6 +49,7 @@ class RunFolder:
     def __init__(self, folder: Path, place: Place):
         self.folder, self.place = folder, place
         self.epoch = self.step = 0
+        self.beaten = -math.inf  # when it last wrote so in training
         # which run this is: rank 0, which has the lock, tells the others when they meet. They write nothing before
         self.run = f'{time.time_ns():x}' if place.rank == 0 else ''
         self.identity = {'host': socket.gethostname(), 'pid': os.getpid()}
@@ -161,9 +164,16 @@ class RunFolder:
     def beat(
         self, epoch: int | None = None, step: int | None = None, state: str = 'running', message: str = ''
     ) -> None:
-        """Write that this rank has done `step` steps of `epoch`. A short write; if it fails, nothing else does."""
+        """Write that this rank has done `step` steps of `epoch`, in training once a second.
+
+        A short write; if it fails, nothing else does.
+        """
         if epoch is not None:
             self.epoch, self.step = epoch, step
+        if state == 'running':
+            if (moment := time.monotonic()) - self.beaten < BEAT_S:
+                return
+            self.beaten = moment
         sign = {'state': state, 'epoch': self.epoch, 'step': self.step, **self.identity, 'message': message[:150]}
         with contextlib.suppress(OSError):
             content = json.dumps(sign, ensure_ascii=False).encode(errors='backslashreplace')

@@ -5,10 +5,12 @@ import pickle
 import re
 
 import pytest
+import torch
+from torch import _inductor
 from training import MAINS
 
 from scripts import replay_step, run_with_submitit, visualize
-from util import config
+from util import build, config
 from util.errors import UserError
 
 # What command lines were written with before: MAE's flags, and those that this project added; `=` has the value.
@@ -232,7 +234,7 @@ FREE = """
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
     dist_eval resplit max_bad_images given predictions init init_ema finetune_ema knn_freq knn_data knn_images
-    dry_run check_data
+    dry_run check_data compile_mode
 """
 
 
@@ -289,3 +291,13 @@ def test_help(module):
     assert 'SUPPRESS' not in text
     assert '[]' not in text
     assert '{}' not in text
+
+
+def test_compile_mode_reaches_torch(monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch, 'compile', lambda core, **options: given.update(options) or core)
+    parser, core = MAINS['pretrain'].get_args_parser(), torch.nn.Linear(2, 2)
+    for flags, mode in ([], 'default'), (['--compile_mode', 'max-autotune'], 'max-autotune-no-cudagraphs'):
+        build.in_parallel(core, parser.parse(['--compile', *flags]), torch.device('cpu'))
+        assert given == {'fullgraph': True, 'mode': mode}
+        assert mode in _inductor.list_mode_options()

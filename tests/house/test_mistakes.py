@@ -92,6 +92,15 @@ STEPS = ['--epochs', '9', '--warmup_epochs', '1', '--lr_sched', 'step', '--lr_de
         (['--model', 'a2mim_resnet_tiny', '--model_kwargs', 'pretrained=True'], r'pretrained is set by this program'),
         (['--model', 'a2mim_resnet_tiny', '--model_kwargs', 'output_stride=7'], r'with --model_kwargs output_stride=7'),
         (['--device', 'gpu'], r'--device gpu: not a device'),
+        (['--compile_mode', 'max-autotune'], r'--compile_mode max-autotune belongs to --compile: give both'),
+        (
+            ['--compile_mode', 'fast'],
+            r"--compile_mode: invalid choice: 'fast' \(choose from '?default'?, '?max-autotune",
+        ),
+        (
+            ['--bf16_gradients'],
+            r'--bf16_gradients: one process exchanges no gradients; leave it out, or launch several',
+        ),
         (['--world_size', '8'], r'--world_size 8, but 1 process\(es\) were launched'),
         (['--seed', '-1'], r'--seed must be at least 0, got -1'),
         (['--model_kwargs', 'depth'], r'expects key=value, got .depth.'),

@@ -112,6 +112,36 @@ def test_an_exception_on_one_rank(images, tmp_path):
     assert load(tmp_path)['step'] == 4
 
 
+@pytest.mark.promise(9)
+@pytest.mark.fault(17)
+def test_a_rank_that_is_lost_while_hosts_wait_for_gpus(images, tmp_path):
+    """A thread of each rank notices, and ends it."""
+    done = run('pretrain', images, tmp_path, *FLAGS, '--dist_timeout', '300', ranks=2, fault='gpu:1:3')
+    assert done.codes == [6, 9]
+    [line] = [line for line in done.stderr.splitlines() if ': error: ' in line]
+    assert re.search(
+        r'rank 0: epoch 0, after 3 of 8 steps: rank 1 \(host \S+, process \d+\) has died; its last sign', line
+    )
+    assert json.loads((tmp_path / 'status.json').read_text())['exit_code'] == 6
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('fault', ['gpu:1:99', 'stop:1:3'])
+def test_no_rank_is_missed_at_its_end(fault, images, tmp_path):
+    """Ranks end one after the other, with threads that watch for lost ones."""
+    done = run('pretrain', images, tmp_path, *FLAGS, ranks=2, fault=fault)
+    assert (done.codes, done.stderr) == ([0, 0] if fault == 'gpu:1:99' else [75, 75], '')
+
+
+def test_gradients_in_bf16(images, whole, tmp_path):
+    """Other numbers than in float32, but near them."""
+    done = run('pretrain', images, tmp_path, *FLAGS, '--bf16_gradients', ranks=2)
+    assert done.returncode == 0, done.stderr
+    losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (load(tmp_path), whole)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 @pytest.mark.promise(13)
 @pytest.mark.fault(16)
 def test_one_writer_per_folder(images, tmp_path, measured):

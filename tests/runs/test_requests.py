@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from training import ROOT, SHORT, command, equal_states, free_port, load, read_until, start, train
+from training import ROOT, SHORT, command, equal_states, free_port, load, read_until, run, start, train
 
 import engine_finetune
 import main_finetune
-from util import checkpoint, signals
+from util import checkpoint, dist, signals
 from util.data import datasets
 from util.errors import StorageError
 from util.optim import GuardedOptimizer
@@ -284,6 +284,39 @@ def test_sigterm_to_torchrun(images, undisturbed, tmp_path):
     resumed = train('pretrain', images, tmp_path, *flags, '--accum_iter', '2', '--resume', 'auto')
     losses = [state['logger']['loss'][0] / state['logger']['loss'][1] for state in (resumed, undisturbed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_ranks_stop_at_one_step_where_they_do_not_meet_after_each(images, tmp_path):
+    """One rank of two is asked in the fourth step; they meet after the first, the third, and then the seventh."""
+    flags = [*SHORT, '--batch_size', '4', '--print_freq', '100']
+    done = run('pretrain', images, tmp_path, *flags, ranks=2, fault='stop:1:3')
+    assert done.codes == [75, 75]
+    step = load(tmp_path)['step']
+    assert done.stdout.splitlines()[-1].startswith(f'stopped on request at epoch 0, step {step} of 8')
+    assert 4 <= step <= 7  # earlier, where a step takes a quarter of a second
+
+
+@pytest.mark.parametrize(
+    ('slowest', 'expected'),
+    [
+        (0.01, [1, 3, 7, 15, 31, 63, 127, 227]),
+        (0.3, [1, 3, 6, 9, 12]),
+        (2.5, [1, 2, 3, 4]),
+    ],
+)
+def test_how_often_ranks_meet(slowest, expected, monkeypatch):
+    """About once a second by the slowest one's steps; here the other rank's are quicker."""
+    clock = [0.0]
+    monkeypatch.setattr(dist.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setattr(dist, 'active', lambda: True)
+    monkeypatch.setattr(dist, 'largest_each', lambda number, us: [number, max(us, int(1e6 * slowest))])
+    meetings, met = dist.Meetings(), []
+    for step in range(1, expected[-1] + 1):
+        clock[0] += slowest / 3
+        if meetings.due():
+            met.append(step)
+            assert meetings.largest(signals.STOP) == signals.STOP
+    assert met == expected
 
 
 def test_no_rank_outlives_its_torchrun(images, tmp_path):

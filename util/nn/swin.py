@@ -11,6 +11,7 @@ so every shape, does not.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed
@@ -63,18 +64,22 @@ def group_slots(coords: Tensor, window: int, shift: int) -> Tensor:
     groups, size = group_shape(len(coords), window)
     if groups == 1:
         return torch.arange(len(coords))
-    row, col = window_ids(coords, window, shift).unbind(-1)
-    _, members, counts = (row * len(coords) + col).unique(return_inverse=True, return_counts=True)
-    sizes, filled, starts = counts.tolist(), [0] * groups, [0] * len(counts)
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        group = next(g for g, used in enumerate(filled) if used + sizes[i] <= size)
+    row, col = window_ids(coords, window, shift).numpy().T
+    members = row * (col.max() + 1) + col
+    counts = np.bincount(members)
+    filled, starts, before, group = [0] * groups, np.zeros_like(counts), 0, 0
+    for i in (-counts).argsort(kind='stable')[: np.count_nonzero(counts)].tolist():
+        count = int(counts[i])
+        group = group if count == before else 0  # where a window of this size found no room, the next finds none
+        while filled[group] + count > size:
+            group += 1
         starts[i] = group * size + filled[group]
-        filled[group] += sizes[i]
-    order = members.argsort(stable=True)  # tokens, window after window
-    firsts = counts.cumsum(0) - counts
-    slots = torch.empty_like(order)
-    slots[order] = torch.arange(len(order)) + (torch.tensor(starts) - firsts)[members[order]]
-    return slots
+        filled[group] += count
+        before = count
+    order = members.argsort(kind='stable')  # tokens, window after window
+    slots = np.empty_like(order)
+    slots[order] = np.arange(len(order)) + (starts - (counts.cumsum() - counts))[members[order]]
+    return torch.from_numpy(slots)
 
 
 def make_windows(coords: Tensor, slots: Tensor, groups: int, size: int, window: int, shift: int) -> Windows:
