@@ -56,7 +56,7 @@ import main_finetune
 import main_pretrain
 from engine_pretrain import train_one_epoch
 from util import build, checkpoint, config, digests, dist, optim, resources, rng, training
-from util.data import augment, datasets, named
+from util.data import augment, datasets, decoders, named
 from util.data.images import Reader
 from util.dry_run import figure
 from util.errors import UserError, printable, run_main
@@ -70,7 +70,17 @@ PAGE = Path(__file__).resolve().parent.parent / 'docs' / 'performance.md'
 Row = dict[str, Any]  # of a table
 Batches = Iterable[list[Tensor]]
 FEWEST = 5  # rounds from which on a ratio is told
-TAKEN = ('data_path', 'device', 'amp_dtype', 'channels_last', 'grad_checkpoint', 'compile', 'batch_size', 'num_workers')
+TAKEN = (
+    'data_path',
+    'device',
+    'amp_dtype',
+    'channels_last',
+    'grad_checkpoint',
+    'compile',
+    'compile_mode',
+    'batch_size',
+    'num_workers',
+)
 PLACES = {'what', 'model', 'output', 'from_json', 'data_path'}  # what a result is not of
 STATUS, CLEAR = Path('/proc/self/status'), Path('/proc/self/clear_refs')  # Linux
 MODELS = {  # of the page: millions of parameters, and GFLOPs of forward and backward of an image; tests count them anew
@@ -251,7 +261,7 @@ class Ours:
         core = build.on_device(core, args, device)
         optimizer = build.guarded_optimizer(core, rules, args, device)
         sampler = datasets.EpochBatches(images, args.batch_size, 1, 0, 1, args.seed)
-        self.training = Training(args, core, dist.parallel(core, device, args.compile), optimizer, sampler, device)
+        self.training = Training(args, core, build.in_parallel(core, args, device), optimizer, sampler, device)
         self.number, self.waited, self.host_s = itertools.count(), 0.0, math.nan
 
     def run(self, batches: Batches, steps: int) -> float:
@@ -436,16 +446,13 @@ def plain_transforms(args: argparse.Namespace) -> dict[str, Callable]:
     return {'pretrain': transforms.Compose([crop, *end]), 'finetune': finetune}
 
 
-def installed() -> list[str]:
-    return ['pil']
-
-
 def our_images(args: argparse.Namespace, split: datasets.Split) -> dict[str, datasets.ImageFiles]:
     """The images of a run with these arguments, of pretraining and of fine-tuning."""
-    finetune = main_finetune.get_args_parser().parse(['--model', args.model], stage='finetune')
+    words = ['--model', args.model, '--input_size', str(args.input_size), '--decoder', args.decoder]
+    crop = (args.input_size, args.crop_scale, args.hflip, args.interpolation, args.decoder)
     transform = {
-        'pretrain': augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation),
-        'finetune': augment.training_transform(finetune),
+        'pretrain': augment.pretrain_transform(*crop),
+        'finetune': augment.training_transform(main_finetune.get_args_parser().parse(words, stage='finetune')),
     }
     return {
         stage: datasets.ImageFiles(split.images, None, transform[stage], args.seed, Reader.of(args))
@@ -455,16 +462,18 @@ def our_images(args: argparse.Namespace, split: datasets.Split) -> dict[str, dat
 
 def data(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Decoding and augmenting, by each decoder, beside MAE's path; without loader processes, or with some."""
-    own = {name: pretraining_args(args, ANY_MODEL) for name in args.decoders or installed()}
+    own = {
+        name: pretraining_args(args, f'{ANY_MODEL},decoder={name}') for name in args.decoders or decoders.installed()
+    }
     first = next(iter(own.values()))
     split = named.training_images(first)
     ours = {f'ours, {name}': our_images(args, split) for name, args in own.items()}
     count = min(args.images, len(split.images))
-    exact = our_images(first, split)['pretrain']
+    exact = our_images(pretraining_args(args, f'{ANY_MODEL},decoder={decoders.PIL}'), split)['pretrain']
     files = [exact.name(i) for i in range(count)]
     rows = []
     for (stage, transform), workers in itertools.product(plain_transforms(first).items(), args.workers):
-        info(f'{stage}, {counted(workers, "loader process")}es: {", ".join(ours)}, plain')
+        info(f'{stage}, {workers} loader processes: {", ".join(ours)}, plain')
         arms = {name: images[stage] for name, images in ours.items()} | {'plain': PlainImages(files, transform)}
         walls: dict[str, list[float]] = {name: [] for name in arms}
         read = {name: partial(read_all, images, count, workers, first) for name, images in arms.items()}
