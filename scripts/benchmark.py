@@ -464,7 +464,7 @@ def data(args: argparse.Namespace, device: torch.device) -> list[Row]:
     files = [exact.name(i) for i in range(count)]
     rows = []
     for (stage, transform), workers in itertools.product(plain_transforms(first).items(), args.workers):
-        info(f'{stage}, {counted(workers, "loader process")}es: {", ".join(ours)}, plain')
+        info(f'{stage}, {workers} loader processes: {", ".join(ours)}, plain')
         arms = {name: images[stage] for name, images in ours.items()} | {'plain': PlainImages(files, transform)}
         walls: dict[str, list[float]] = {name: [] for name in arms}
         read = {name: partial(read_all, images, count, workers, first) for name, images in arms.items()}
