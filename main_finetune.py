@@ -195,14 +195,19 @@ def check_probe(args: argparse.Namespace) -> None:
     )
 
 
-def checked_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """`create_classifier`. Raises UserError for one that would fail in its first step, or in its evaluation."""
-    core = create_classifier(args, num_classes)
+def check_classifier(core: nn.Module, args: argparse.Namespace) -> None:
+    """Raise UserError for a classifier that would fail in its first step, or in its evaluation."""
     if not args.eval:
         build.check_forward(core, args, args.input_size)
     if args.eval or args.eval_size not in (None, args.input_size):
         build.check_forward(core.eval(), args, args.eval_size or args.input_size)
         core.train()
+
+
+def checked_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """`create_classifier`, and `check_classifier`."""
+    core = create_classifier(args, num_classes)
+    check_classifier(core, args)
     return core
 
 
@@ -249,8 +254,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     if args.finetune:
         raise UserError(f'--eval does not use --finetune {args.finetune}; to evaluate that file, give it to --resume')
     config.check_common_args(args)
-    args, core, val, told = evaluated_network(args)
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    args, core, val, told = evaluated_network(args)
     agreement.check(args, device, val=val)
     batches = build.val_loader(args, val.images, val.labels, device)
     for line in told:
@@ -258,6 +263,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     layout = memory_format(args, core)
     normalise = datasets.Normalisation.of(args.mean, args.std, device, layout)
     core = core.to(device, memory_format=layout)
+    dist.share(core.state_dict().values())
     absent = absent_classes(args, val)
     outputs = (args.nb_classes or len(val.classes)) - len(absent)
     answers = predictions.Answers(batches, outputs, independent=args.criterion == 'bce')
@@ -270,8 +276,11 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
 
 
 def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Module, named.Split, list[str]]:
-    """The arguments, completed by the checkpoint of --resume, its network, the images, and lines that tell of them."""
-    source = checkpoint.Source.read(args.resume)
+    """The arguments, completed by the checkpoint of --resume, its network, the images, and lines that tell of them.
+
+    Rank 0 alone reads the file, and has its weights.
+    """
+    source = dist.from_main(lambda: checkpoint.Source.read(args.resume), checkpoint.Source.outline)
     source.expect('finetune', f'has no classifier to evaluate: fine-tune it, with --finetune {args.resume}')
     args = source.complete(args, get_args_parser())
     named.check_same_share(args, source.origin.args if source.origin else {})
@@ -280,8 +289,9 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
     if not num_classes:
         raise UserError(f'{source.path} does not say how many classes it knows: --nb_classes is needed')
     with source.expected(args):
-        core = checked_classifier(args, num_classes)
-        loaded = load_published(core, source.container, ema=args.use_ema, label=source.path)
+        with rng.Undrawn():
+            core = checked_classifier(args, num_classes)
+        loaded = dist.from_main(lambda: load_published(core, source.container, ema=args.use_ema, label=source.path))
     if loaded.missing:
         origin = f'; it was written by {loaded.origin}' if loaded.origin else ''
         raise UserError(
@@ -361,9 +371,8 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         if run.nothing_left():
             return
         run.notices += [*train.notes, *val.notes]
-        args, core = run.first_network(
-            partial(checked_classifier, num_classes=num_classes), get_args_parser(), 'finetune'
-        )
+        make = lambda args: create_classifier(args, num_classes)  # noqa: E731
+        args, core = run.first_network(make, check_classifier, get_args_parser(), 'finetune')
         crop = augment.training_transform(args)
         rules = build.param_rules(method, core, args.rule_kwargs)
         ema_steps = args.ema_warmup_epochs * sampler.steps
@@ -419,7 +428,8 @@ def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dic
                 'args': config.plain(run.args),
                 **run.record,
             }
-            checkpoint.save(run.args.output_dir / checkpoint.BEST, state)
+            write = partial(checkpoint.save, run.args.output_dir / checkpoint.BEST)
+            run.writer.start(write, state, run.training.sizes())
     info(f'Max accuracy: {run.record["best_acc1"]:.2f}%')
 
 

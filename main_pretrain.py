@@ -62,12 +62,17 @@ def create_classifier(args: argparse.Namespace) -> nn.Module:
     return build.construct(make, args.model, num_classes=2, img_size=args.input_size, model_kwargs=options)
 
 
-def checked_model(args: argparse.Namespace) -> nn.Module:
-    """`create_model`. Raises UserError for one that would fail in its first step."""
-    core = create_model(args)
+def check_model(core: nn.Module, args: argparse.Namespace) -> None:
+    """Raise UserError for a model that would fail in its first step."""
     build.check_forward(
         core, args, args.input_size, lambda n: (core.plan_from_noise(rng.picture_noise(core, args.seed, n)),)
     )
+
+
+def checked_model(args: argparse.Namespace) -> nn.Module:
+    """`create_model`, and `check_model`."""
+    core = create_model(args)
+    check_model(core, args)
     return core
 
 
@@ -132,7 +137,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         if run.nothing_left():
             return
         run.notices += itertools.chain(*(split.notes for split in (train, *labelled.values())))
-        args, core = run.first_network(checked_model, get_args_parser(), 'init', new_decoder=True)
+        args, core = run.first_network(create_model, check_model, get_args_parser(), 'init', new_decoder=True)
         rules = build.param_rules(method, core, args.rule_kwargs)
         build.apply_options(core, args)
 

@@ -2,7 +2,8 @@
 step 2; `FAULT=nan:1:3-5` makes the loss of rank 1 not a number in optimiser steps 3 to 5 of the run, counted from 0.
 Ranks that go on after that print what they have for weights at the end of each epoch. `FAULT=raise:1:3` is a bug on
 rank 1 in step 3, `FAULT=stop:1:3` a request to it to stop. `FAULT=gpu:1:3` ends rank 1 in step 3, where the others wait
-without end, as hosts do whose GPUs wait for a lost rank."""
+without end, as hosts do whose GPUs wait for a lost rank. Whatever the fault, ranks but the first cannot read a
+checkpoint."""
 
 import hashlib
 import os
@@ -18,15 +19,15 @@ import torch
 import engine_pretrain
 import main_pretrain
 import util.run
-from util import dist
+from util import digests, dist
 from util.errors import run_main
 from util.run import Run
 
 kind, first, second = os.environ['FAULT'].split(':')
 
 
-def save_and_exit(self, name, epoch, step, closed=True, save=Run.save):
-    save(self, name, epoch, step, closed)
+def save_and_exit(self, name, epoch, step, closed=True, save=Run.save, **more):
+    save(self, name, epoch, step, closed, **more)
     if (epoch.number, step) == (int(first), int(second)):
         os._exit(9)
 
@@ -70,6 +71,8 @@ def after_epoch(self, *args, after_epoch=Run.after_epoch, **values):
     print(f'rank {dist.rank()}: weights {hashlib.sha256(weights).hexdigest()}', flush=True)
 
 
+if dist.place().rank:
+    digests.Summed = digests.sum_of = None
 if kind == 'exit':
     Run.save = save_and_exit
 elif kind == 'raise':

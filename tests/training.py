@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_finetune
 import main_pretrain
-from util import rng
+from util import checkpoint, rng
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', '--num_workers', '0', '--print_freq', '1']
@@ -149,9 +150,10 @@ class Forked:
         return self.stdout.read(), self.stderr.read()
 
 
-def begin(argv: list[str], env: dict[str, str], streams: list[str | Path]) -> None:
-    """In a process of the server: run a program as the command line would."""
+def begin(argv: list[str], env: dict[str, str], streams: list[str | Path], small: int = checkpoint.SMALL) -> None:
+    """In a process of the server: run a program as the command line would, but for which checkpoints are small."""
     torch.set_num_threads(1)
+    checkpoint.SMALL = small
     for number, name in enumerate(streams, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.setsid()
@@ -194,6 +196,21 @@ def read_until(process: subprocess.Popen | Forked, text: str) -> None:
 def draw_plan(model, n: int, seed: int = 0):
     """A plan for n samples, a function of the seed."""
     return model.plan_from_noise(rng.uniform(np.random.default_rng(seed), model.noise_shape(n)))
+
+
+class HostReads(TorchDispatchMode):
+    """Records every operation that would make the host wait for a GPU."""
+
+    WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero', '_unique2')
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITING:
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def processes_of(folder: Path) -> list[int]:

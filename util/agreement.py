@@ -20,7 +20,7 @@ import torchvision
 from util import digests, dist
 from util.data import decoders
 from util.data.datasets import Split
-from util.errors import DisagreementError, StorageError, printable
+from util.errors import DisagreementError, printable
 from util.training import amp_dtype
 
 MAY_DIFFER = {  # arguments, and why
@@ -36,17 +36,16 @@ MAY_DIFFER = {  # arguments, and why
     'dist_url': 'one meeting place can have several names',
 }
 SHOWN = 5  # differences in the line
-CHECKPOINT = 'the checkpoint to resume'
 
 
-def check(args: argparse.Namespace, device: torch.device, checkpoint: str = '', **data: Split) -> None:
-    """Raise DisagreementError on all ranks if they differ, StorageError if it is in the checkpoint alone.
+def check(args: argparse.Namespace, device: torch.device, **data: Split) -> None:
+    """Raise DisagreementError on all ranks if they differ.
 
     `data` are the splits by name. Every rank must call it.
     """
     if not dist.active():
         return
-    mine = facts(args, device, **data) | {CHECKPOINT: checkpoint}
+    mine = facts(args, device, **data)
     found = dist.gather(mine)
     names = dict.fromkeys(name for facts in found for name in facts)
     differing = [name for name in names if any(facts.get(name) != mine.get(name) for facts in found)]
@@ -55,8 +54,7 @@ def check(args: argparse.Namespace, device: torch.device, checkpoint: str = '', 
             dist.barrier()
         listed = [f'{name} is {on_which([facts.get(name) for facts in found])}' for name in differing]
         more = f'; and {len(listed) - SHOWN} more' if len(listed) > SHOWN else ''
-        line = f'the ranks do not agree: {"; ".join(listed[:SHOWN])}{more}'
-        raise StorageError(line) if differing == [CHECKPOINT] else DisagreementError(line)
+        raise DisagreementError(f'the ranks do not agree: {"; ".join(listed[:SHOWN])}{more}')
 
 
 def facts(args: argparse.Namespace, device: torch.device, **data: Split) -> dict[str, str]:

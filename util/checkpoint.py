@@ -11,18 +11,20 @@ epochs; and `checkpoint-best.pth`, weights alone. Beside each lies its SHA-256, 
 
 import argparse
 import contextlib
+import copy
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from util import config, digests
+from util import config, digests, resources
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
 from util.resources import size
 from util.weights import Origin, check_finite, find_origin, plain_field, read_checkpoint, read_source
@@ -31,19 +33,29 @@ SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 DAMAGED, ABANDONED = '.damaged', '.abandoned'  # put behind the names of files that are kept, but not used any more
 
-known_sums: dict[tuple, str] = {}  # SHA-256 of files that this process has seen, by name, size and time; '' if damaged
-
 
 def save(path: Path, state: dict) -> None:
     """Write `state` beside `path`, bring it to the disk, and rename it. Raises StorageError; the old file is intact."""
+    with stored(path) as temporary:
+        with digests.flushed(temporary) as file:
+            hashing = digests.Hashing(file)
+            write(state, hashing)
+        put(temporary, hashing.sum.hexdigest(), path)
+
+
+def save_again(path: Path, other: Path) -> None:
+    """As `save`, of what `path` holds: on sectors of its own, which a link would not have."""
+    with stored(other) as temporary:
+        copy_file(path, temporary)
+        put(temporary, digests.good_sum(path), other)
+
+
+@contextlib.contextmanager
+def stored(path: Path) -> Iterator[Path]:
+    """A file to be written in place of another. Raises StorageError; what is there is intact."""
     try:
         with digests.temporary_for(path) as temporary:
-            with digests.flushed(temporary) as file:
-                hashing = digests.Hashing(file)
-                write(state, hashing)
-            if path.name == LAST:
-                keep_previous(path)
-            put(temporary, hashing.sum.hexdigest(), path)
+            yield temporary
     except OSError as error:
         why = (error.strerror or error) if path.parent.is_dir() else f'there is no folder {path.parent}'
         raise StorageError(f'cannot write {path}: {why}{what_is_left(path)}') from error
@@ -56,19 +68,25 @@ def write(state: dict, file: digests.Hashing) -> None:
         raise file.error or error from None
 
 
+def put(temporary: Path, digest: str, path: Path) -> None:
+    if path.name == LAST:
+        keep_previous(path)
+    digests.put(temporary, digest, path)
+
+
+def copy_file(path: Path, other: Path) -> None:
+    with open(path, 'rb') as file, digests.flushed(other) as copy_of_it:
+        shutil.copyfileobj(file, copy_of_it, digests.CHUNK)
+
+
 def what_is_left(path: Path) -> str:
     left = [name for name in (path.name, LAST) if (path.parent / name).is_file()]
     return f'; {left[0]} of before is intact' if left else ''
 
 
-def put(temporary: Path, digest: str, path: Path) -> None:
-    digests.put(temporary, digest, path)
-    known_sums[fingerprint(path)] = digest
-
-
 def keep_previous(last: Path) -> None:
     """Keep the last checkpoint, under another name, when it is about to be replaced; a damaged one is not worth it."""
-    if last.is_file() and good_sum(last):
+    if last.is_file() and digests.good_sum(last):
         link(last, last.with_name(PREVIOUS))
 
 
@@ -78,21 +96,8 @@ def link(path: Path, other: Path) -> None:
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        put(temporary, good_sum(path), other)
-
-
-def fingerprint(path: Path) -> tuple:
-    stat = path.stat()
-    return path, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def good_sum(path: Path) -> str:
-    """The SHA-256 of a checkpoint that agrees with it, or has none, else ''. Made once for a file that stays."""
-    mark = fingerprint(path)
-    if mark not in known_sums:
-        known_sums[mark] = digests.sum_of(path) if digests.agrees(path) else ''
-    return known_sums[mark]
+            copy_file(path, temporary)
+        digests.put(temporary, digests.good_sum(path), other)
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -111,7 +116,7 @@ def prune(folder: Path, keep: int, in_use: Collection[Path | None]) -> None:
     kept, protected = 0, {path.resolve() for path in in_use if path}
     for path in numbered(folder):
         if kept < keep:
-            kept += bool(good_sum(path))
+            kept += bool(digests.good_sum(path))
         elif path.resolve() not in protected:
             digests.remove(path)
 
@@ -149,6 +154,73 @@ def abandon_later(folder: Path, first_epoch: int, resumed_from: Path) -> list[Pa
 
 
 # --------------------------------------------------------------------------
+# while training goes on
+
+SMALL = 2**27  # bytes of a state that is written in less time than a thread is worth
+
+
+class Writer:
+    """Writes checkpoints one after the other: large ones on a thread, from a copy in memory, if there is room for it.
+
+    What goes wrong there is raised by the next call of any method.
+    """
+
+    def __init__(self):
+        self.pool, self.pending = ThreadPoolExecutor(1, 'checkpoint'), None
+        self.copies: dict[int, Tensor] = {}  # of storages, by their address: new memory costs more than a copy
+
+    def start(self, write: Callable[[dict], None], state: dict, size: int, wait: bool = False) -> None:
+        """Have `write` write a state of `size` bytes; with `wait`, it is written when this returns."""
+        self.wait()
+        if not wait and in_background(size, sum(own.nbytes for own in self.copies.values())):
+            with contextlib.suppress(MemoryError, RuntimeError):  # if there is no room after all
+                self.pending = self.pool.submit(write, on_host(state, self.copies, set()))
+                return
+        write(state)
+
+    def check(self) -> None:
+        """Raise what has gone wrong, if it is known already."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def in_background(size: int, taken: int = 0) -> bool:
+    """Whether a state of so many bytes is large enough for a thread, and memory, less what is taken, for two copies."""
+    return size >= SMALL and resources.free_memory() + taken >= 2 * size
+
+
+def on_host(part, copies: dict[int, Tensor], made: set[int]):
+    """A copy of a nested state in the host's memory. Tensors that share their storage still do: it is written once.
+
+    `copies` of storages are used again, by the addresses of these; `made` collects those that this copy has filled.
+    """
+    match part:
+        case Tensor():
+            storage = part.untyped_storage()
+            address, flat = storage.data_ptr(), torch.empty(0, dtype=torch.uint8, device=part.device).set_(storage)
+            if address not in made:
+                if address not in copies or copies[address].shape != flat.shape:
+                    copies[address] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+                copies[address].copy_(flat)
+                made.add(address)
+            own = copies[address].untyped_storage()
+            return torch.empty(0, dtype=part.dtype).set_(own, part.storage_offset(), part.shape, part.stride())
+        case dict():
+            whole = copy.copy(part)  # with what torch keeps in a state dict besides tensors
+            whole.update({key: on_host(value, copies, made) for key, value in part.items()})
+            return whole
+        case list() | tuple():
+            return type(part)(on_host(value, copies, made) for value in part)
+    return part
+
+
+# --------------------------------------------------------------------------
 # what to resume
 
 
@@ -176,6 +248,18 @@ def find_newest(folder: Path) -> tuple[Path | None, dict | None, dict[Path, str]
     return path, state, damaged
 
 
+def outline(part):
+    """A nested state without its numbers: tensors of its shapes that are zero, and take no memory."""
+    match part:
+        case Tensor():
+            return torch.zeros((), dtype=part.dtype).expand(part.shape)
+        case dict():
+            return {key: outline(value) for key, value in part.items()}
+        case list() | tuple():
+            return type(part)(map(outline, part))
+    return part
+
+
 def any_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, of whatever kind."""
     return sorted(folder.glob('checkpoint-*.pth'))
@@ -197,6 +281,7 @@ def check_space(folder: Path, needed: int, count: int) -> str:
     told = (
         f'a checkpoint takes {size(needed)}, the run keeps up to {count}: {size(count * needed)} of {size(free)} free'
     )
+    told += f'; written while training goes on, from a copy of {size(needed)} in memory' * in_background(needed)
     return f'WARNING: {told}; --keep_last N keeps fewer' if count * needed > free else told
 
 
@@ -295,6 +380,10 @@ class Source:
     @classmethod
     def of(cls, path: str | Path, container: dict) -> 'Source':
         return cls(str(path), container, find_origin(container))
+
+    def outline(self) -> 'Source':
+        """What there is to tell of it, without its weights."""
+        return replace(self, container={})
 
     def complete(
         self, args: argparse.Namespace, parser: config.Parser, take: Collection[str] = ()

@@ -518,7 +518,7 @@ def add_data_args(parser: Parser) -> None:
         type=path,
         default=Path('data'),
         at_resume='free',
-        help='train/ and val/ with a folder per class; for pretraining any folder of images',
+        help='train/ and val/ with a folder per class; for pretraining any folder of images; or tar shards',
     )
     add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
     add('--download', action=Switch, at_resume='free', help='get what is missing in --data_path, where torchvision can')

@@ -7,10 +7,15 @@ the checkpoint is being replaced, the other one holds two sums, of the old conte
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 from collections.abc import Iterator
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
+
+CHUNK = 2**20  # bytes that are read at once
+known_sums: dict[tuple, str] = {}  # SHA-256 of files that this process has seen, by name, size and time; '' if damaged
 
 
 class Hashing:
@@ -109,6 +114,63 @@ def sum_of(path: Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+class Summed(BufferedReader):
+    """A file to read from its beginning to its end, without a seek, that sums up what it reads, if there is a sum.
+
+    It allocates no more for a read than it has bytes, whatever is asked of it. Not a memory map: there, storage that
+    fails ends the process by SIGBUS, where a read is an error in one line.
+    """
+
+    def __init__(self, path: Path):
+        raw = SummedBytes(path)
+        super().__init__(raw, CHUNK)
+        self.path, self.sum = path, raw.sum
+        self.mark = fingerprint(path, os.fstat(self.fileno()))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, count: int) -> bytes:
+        return super().read(min(count, self.size))
+
+    def skip(self, count: float = math.inf) -> None:
+        """Read on, so many bytes or to the end."""
+        while count > 0 and (chunk := self.read(min(count, CHUNK))):
+            count -= len(chunk)
+
+    def agrees(self) -> bool:
+        """Whether the whole file is what its sum says; so is one that has none. To be asked at its end."""
+        if self.sum:
+            digest = self.sum.hexdigest()
+            known_sums[self.mark] = digest if digest in read_sums(self.path) else ''
+        return not self.sum or bool(known_sums[self.mark])
+
+
+class SummedBytes(FileIO):
+    """What `Summed` reads from."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.sum = hashlib.sha256() if beside(path).exists() else None
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        if self.sum:
+            self.sum.update(memoryview(buffer)[:count])
+        return count
+
+
+def fingerprint(path: Path, stat: os.stat_result | None = None) -> tuple:
+    stat = stat or path.stat()
+    return path, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def good_sum(path: Path) -> str:
+    """The SHA-256 of a file that agrees with it, or has none, else ''. Made once for a file that stays."""
+    mark = fingerprint(path)
+    if mark not in known_sums:
+        known_sums[mark] = sum_of(path) if agrees(path) else ''
+    return known_sums[mark]
+
+
 def put(temporary: Path, digest: str, path: Path) -> None:
     """Move a file of this sum to its place; at any instant, what lies there agrees with the sum beside it."""
     if before := read_sums(path):
@@ -116,6 +178,7 @@ def put(temporary: Path, digest: str, path: Path) -> None:
     os.replace(temporary, path)
     write_sums(path, [digest])
     flush_folder(path.parent)
+    known_sums[fingerprint(path)] = digest
 
 
 def remove(path: Path) -> None:

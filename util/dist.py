@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -273,6 +273,34 @@ def gather(thing: Any) -> list:
     things = [None] * world_size()
     torch_dist.all_gather_object(things, thing, HOST_GROUP)
     return things
+
+
+def from_main(make: Callable[[], Any], told: Callable[[Any], Any] = lambda made: made) -> Any:
+    """What `make` gives, which rank 0 alone calls; on the others what `told` makes of it, small plain data.
+
+    A RunError that rank 0 raises is raised on all ranks. Every rank must call it.
+    """
+    made = error = None
+    if is_main():
+        try:
+            made = make()
+        except RunError as raised:
+            error = raised
+            error.common = True
+    if active():
+        said = gather(error or told(made) if is_main() else None)[0]
+        error = error or (said if isinstance(said, RunError) else None)
+        made = made if is_main() else said
+    if error:
+        raise error
+    return made
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give every rank what these tensors of rank 0 hold, in place."""
+    if active():
+        for tensor in tensors:
+            torch_dist.broadcast(tensor, 0, HOST_GROUP if tensor.device.type == 'cpu' else None)
 
 
 def wait_for_main_to_end() -> None:

@@ -136,7 +136,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({'state': state, 'param_groups': own['param_groups']})
     for param, values in optimizer.state.items():
         for key, value in values.items():
-            if value.shape == param.shape:
+            if value.shape == param.shape and value.stride() != param.stride():
                 values[key] = torch.empty_like(param).copy_(value)
 
 

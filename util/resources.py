@@ -175,6 +175,16 @@ def memory_limit() -> tuple[int, str]:
     return min(limits), limits[min(limits)]
 
 
+def free_memory() -> int:
+    """About how many bytes of memory this process could still take; 0 if the system does not say."""
+    try:
+        available = re.search(r'MemAvailable: *(\d+) kB', Path('/proc/meminfo').read_text())
+    except OSError:
+        return 0
+    of_ours = dist.local_ranks() * peak_memory()
+    return min(int(available[1]) * 1024 if available else 0, memory_limit()[0] - of_ours)
+
+
 def peak_memory() -> int:
     """The most bytes of memory that this process has had at once."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

@@ -11,6 +11,8 @@ import random
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT, VAL_SHARE, CHOICE = range(9)
 
@@ -31,6 +33,21 @@ def seed_all(seed: int, stream: int, *position: int) -> None:
         torch.cuda.manual_seed_all((a << 32) | b)
     np.random.seed(a)
     random.seed(b)
+
+
+class Undrawn(TorchFunctionMode):
+    """Networks that are made in a `with` block of it draw no initial weights: what these hold is to be replaced.
+
+    What is computed (positions, constants) is made as ever.
+    """
+
+    DRAWS = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, init.kaiming_uniform_, init.uniform_, init.normal_)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.DRAWS:
+            return args[0] if args else kwargs['tensor']
+        return function(*args, **kwargs)
 
 
 def uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """The life of a run: its output folder, what it resumes from, what it saves, how it stops, what it tells.
 
-A `Run` is made from the arguments, and finds the user's mistakes first. `join` meets the other processes, `resume`
-takes a training to the position of the checkpoint, `epochs` leads it to its end. What a step needs is in
-`util/training.py`.
+A `Run` is made from the arguments, and finds the user's mistakes first. Then the processes meet, and one of them reads
+checkpoints for all. `join` compares them, `resume` takes a training to the position of the checkpoint, `epochs` leads
+it to its end. What a step needs is in `util/training.py`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,9 @@ class Run:
         self.resumed_from: Path | None = None
         self.saved: dict | None = None  # what it holds, until it is restored
         self.weights = f'weights: random, from seed {args.seed}'  # where a new run's come from
+        self.loaded = False  # whether rank 0 has weights from a file, to be shared
+        self.agreed = False  # whether the ranks are known to have been started alike
+        self.writer = checkpoint.Writer()
         self.record: dict[str, float] = {}  # what a stage wants kept across resumes (best accuracy)
 
     def __enter__(self) -> 'Run':
@@ -79,7 +83,8 @@ class Run:
         try:
             if self.folder.place.rank == 0:
                 self.folder.write_status('running')
-            self.resumed_from, self.saved = self.find_saved()
+            self.device = self.meet()
+            self.resumed_from, self.saved = dist.from_main(self.find_saved, checkpoint.outline)
             self.keep_decoder()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
@@ -90,14 +95,21 @@ class Run:
             raise
         return self
 
-    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+    def __exit__(self, kind, raised: BaseException | None, traceback) -> None:
         """Record the end. Raises a clearer error where storage or another process caused the fault."""
+        error = raised
+        try:
+            self.writer.wait()
+        except Exception as of_writer:
+            if raised:  # the fault that ends the run; this one is told before it
+                info(str(of_writer))
+            error = raised or of_writer
         named = self.named(error)
         message = str(named) if isinstance(named, RunError) else f'{type(named).__name__}: {named}'
         self.folder.close(exit_code(named), message, noticed=named is not error and isinstance(named, LostError))
         signals.restore()
-        if named is not error:
-            raise named from error
+        if named is not raised:
+            raise named from (error if named is not error else error.__cause__)
 
     def named(self, error: BaseException | None) -> BaseException | None:
         """What storage or another process has caused, with the position of the run; other faults as they are."""
@@ -108,7 +120,8 @@ class Run:
             error = LostError(f'{position}: {self.folder.lost(error)}')
         elif isinstance(error, OSError) and (error.errno in STORAGE or not self.args.output_dir.is_dir()):
             error = StorageError(f'{position}: {error}')
-        if isinstance(error, RunError) and dist.active() and not error.common:
+        alone = self.agreed or isinstance(error, LostError)  # before, a mistake may be every rank's
+        if isinstance(error, RunError) and dist.active() and alone and not error.common:
             error.rank = dist.rank()
         return error
 
@@ -183,23 +196,38 @@ class Run:
         return named.difference(then, now, theirs, ours) if then and now and then != now else ''
 
     def first_network(
-        self, make: Callable[[argparse.Namespace], nn.Module], parser: config.Parser, name: str, **options
+        self,
+        make: Callable[[argparse.Namespace], nn.Module],
+        check: Callable[[nn.Module, argparse.Namespace], None],
+        parser: config.Parser,
+        name: str,
+        **options,
     ) -> tuple[argparse.Namespace, nn.Module]:
-        """The arguments, and the network, with the weights of the flag `name` unless the run is resumed.
+        """The arguments, and the network, on rank 0 with the weights of the flag `name` unless the run is resumed.
 
-        Images are normalised as in the file, unless flag or recipe says how.
+        Images are normalised as in the file, unless flag or recipe says how. `check` tries the network, unless it has
+        trained already.
         """
         path, ema = getattr(self.args, name), getattr(self.args, f'{name}_ema')
         if ema and not path:
             raise UserError(f'--{name}_ema needs --{name} PATH')
-        source = Source.of(self.resumed_from, self.saved) if self.saved else Source.read(path)
+        if self.saved:
+            source = Source.of(self.resumed_from, self.saved)
+        else:
+            source = dist.from_main(lambda: Source.read(path), Source.outline)
         args = self.args = source.complete(self.args, parser, take=('mean', 'std'))
+        self.loaded = bool(path or self.saved)
+        replaced = self.saved or (path and not dist.is_main())  # by what is saved, or rank 0 shares
         with source.expected(args):
-            core = make(args)
+            with rng.Undrawn() if replaced else contextlib.nullcontext():
+                core = make(args)
+            changed = checkpoint.changed_settings(self.saved, config.plain(args), self.roles) if self.saved else []
+            if not self.saved or changed or args.batch_size == 1:  # which BatchNorm may refuse
+                check(core, args)
             if path and not self.saved:
-                self.load(core, source.container, label=source.path, ema=ema, flag=f'--{name}_ema', **options)
-        if not self.saved:
-            self.notices += source.notices
+                given = {'label': source.path, 'ema': ema, 'flag': f'--{name}_ema', **options}
+                dist.from_main(lambda: self.load(core, source.container, **given))
+        self.notices += changed if self.saved else source.notices
         return args, core
 
     def load(self, core: nn.Module, container: dict, **options) -> None:
@@ -209,33 +237,29 @@ class Run:
         if not report.missing and (differing := self.other_classes(report.origin, report.source, 'train/')):
             self.notices.append(f'the head that was loaded was trained for other classes: {differing}')
 
+    def meet(self) -> torch.device:
+        """Wait for the other processes; returns this process's device."""
+        signals.restore()  # while it waits for them, Python could not obey
+        device = dist.init(self.args.device, self.args.dist_url, self.args.dist_timeout)
+        signals.install_early()
+        self.folder.run = dist.gather(self.folder.run)[0]
+        return device
+
     def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: Split) -> torch.device:
-        """Check the network against the checkpoint, then meet the other processes; returns this process's device.
+        """Check the network against the checkpoint, and that the ranks agree; returns this process's device.
 
         `data` are the splits by name, on which the ranks must agree.
         """
-        args = self.args
         if self.saved:
-            checkpoint.check_same_weights(self.saved['model'], core.state_dict(), self.resumed_from)
-            self.notices += checkpoint.changed_settings(self.saved, config.plain(args), self.roles)
-            checkpoint.check_healthy(self.saved, self.resumed_from)
             if ema and 'ema' not in self.saved:
                 raise UserError(f'{self.resumed_from} has no averaged weights: it cannot be resumed with --use_ema')
-        signals.restore()  # while it waits for other processes, Python could not obey
-        device = dist.init(args.device, args.dist_url, args.dist_timeout)
-        signals.install_early()
-        self.folder.run = dist.gather(self.folder.run)[0]
-        agreement.check(args, device, self.found(), **data)
-        rng.settle_kernels(args.deterministic)
-        return device
-
-    def found(self) -> str:
-        """The checkpoint to resume, in words: a disk can show ranks different ones."""
-        if not self.saved:
-            return 'none'
-        sums = ' or '.join(digest[:12] for digest in digests.read_sums(self.resumed_from))
-        position = ', '.join(f'{key} {self.saved.get(key)}' for key in ('epoch', 'step', 'closed'))
-        return f'{self.resumed_from} ({position}, SHA-256 {sums})'
+            for name in ('model', 'ema') if ema else ('model',):
+                checkpoint.check_same_weights(self.saved[name], core.state_dict(), self.resumed_from)
+            dist.from_main(lambda: checkpoint.check_healthy(self.saved, self.resumed_from))
+        agreement.check(self.args, self.device, **data)
+        self.agreed = True
+        rng.settle_kernels(self.args.deterministic)
+        return self.device
 
     def resume(self, training: Training, images: ImageFiles) -> None:
         """Take the training to the position that was saved, if one was; then open the logs and tell what will run.
@@ -251,6 +275,8 @@ class Run:
             self.first_epoch, self.first_step = position(self.saved)
             self.sums = self.saved['logger'] if self.first_epoch == self.saved['epoch'] else None
             self.saved = None
+        if self.loaded:
+            training.share()
         if args.dry_run:
             info('dry run: nothing is written')
             self.notices.append(self.room_on_disk())
@@ -279,6 +305,7 @@ class Run:
             raise UserError(f'{self.resumed_from} has done {done}, more than --epochs {epochs}')
         if epoch == epochs:
             info(f'nothing is left to train: {self.resumed_from} has done all of --epochs {epochs}')
+            dist.cleanup()
         return epoch == epochs
 
     def tidy_folder(self) -> None:
@@ -383,6 +410,7 @@ class Run:
         self.stepping = False
         done, every = step + 1, self.args.save_freq_steps
         self.folder.beat(epoch.number, done)
+        self.writer.check()
         line, save = epoch.meters.due(step), every and done % every == 0 and done < epoch.steps
         # also before any wait for a GPU: here hosts notice that a rank is lost
         meet = self.meetings.due() or line or save
@@ -419,12 +447,10 @@ class Run:
         if self.stage == 'pretrain' and number == max(0, math.ceil(args.warmup_epochs) - 1):
             skipped = counts['bad_steps'] / ((number + 1) * epoch.steps)
             info(f'after the warm-up: {health({**epoch.meters.latest, **values, **timing, "skipped": skipped})}')
-        if (number + 1) % args.save_freq == 0 or number + 1 == args.epochs:
-            self.save(f'checkpoint-{number}.pth', epoch, epoch.steps)
-            if args.keep_last and dist.is_main():
-                checkpoint.prune(args.output_dir, args.keep_last, in_use=[self.resumed_from])
+        at_end = number + 1 == args.epochs
+        numbered = f'checkpoint-{number}.pth' if (number + 1) % args.save_freq == 0 or at_end else ''
         # the last thing: a run that is killed before this does all of the above again
-        self.save(checkpoint.LAST, epoch, epoch.steps)
+        self.save(checkpoint.LAST, epoch, epoch.steps, numbered=numbered, wait=at_end)
 
     def add_picture(self, epoch: Epoch, picture: np.ndarray) -> None:
         """Keep a [height, width, 3] uint8 picture as PNG and in TensorBoard."""
@@ -455,7 +481,7 @@ class Run:
 
     def stop(self, request: int, epoch: Epoch, step: int) -> None:
         """Save after `step` steps of the epoch, and end as stopped; queued again, where that was the request."""
-        self.save(checkpoint.LAST, epoch, step, closed=False)
+        self.save(checkpoint.LAST, epoch, step, closed=False, wait=True)
         dist.barrier()  # no rank says that the state is saved before it is
         signals.ignore()
         self.folder.close(STOPPED, '')  # before it is queued again: its next process takes the folder over
@@ -475,11 +501,15 @@ class Run:
             dist.cleanup()
         raise SystemExit(STOPPED)
 
-    def save(self, name: str, epoch: Epoch, step: int, closed: bool = True) -> None:
+    def save(
+        self, name: str, epoch: Epoch, step: int, closed: bool = True, numbered: str = '', wait: bool = False
+    ) -> None:
         """Write the state after `step` optimiser steps of the epoch; every rank must call it, rank 0 writes.
 
-        `closed` is False after the last step of an epoch whose evaluation is still to come. After too many bad steps in
-        a row nothing is written: they end the run, and what was written before stays.
+        `closed` is False after the last step of an epoch whose evaluation is still to come. A `numbered` file gets the
+        same state, before that. With `wait`, all is written when this returns; else it may be written while training
+        goes on. After too many bad steps in a row nothing is written: they end the run, and what was written before
+        stays.
         """
         self.folder.check_lock()
         self.bad_steps(epoch, step)
@@ -497,9 +527,18 @@ class Run:
                 'args': config.plain(self.args),
                 **({'classes': self.classes} if self.classes else {}),
             }
-            checkpoint.save(self.args.output_dir / name, state)
+            self.writer.start(partial(self.write, name, numbered), state, self.training.sizes(), wait)
             if not self.folder.has_failed():
                 self.folder.write_status('running')
+
+    def write(self, name: str, numbered: str, state: dict) -> None:
+        """Write a state to one file, or to two of the same bytes; then what --keep_last does not keep is removed."""
+        folder, keep = self.args.output_dir, self.args.keep_last
+        checkpoint.save(folder / (numbered or name), state)
+        if numbered and keep:
+            checkpoint.prune(folder, keep, in_use=[self.resumed_from])
+        if numbered:
+            checkpoint.save_again(folder / numbered, folder / name)
 
 
 def position(saved: dict) -> tuple[int, int]:

@@ -5,12 +5,13 @@ keeps the life of a run around it.
 """
 
 import argparse
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from util import optim, rng
+from util import dist, optim, rng
 from util.data.datasets import EpochBatches, Normalisation
 from util.log import MetricLogger
 from util.nn.linear_probe import set_train_mode
@@ -106,15 +107,34 @@ class Training:
         return sum(tensor.nbytes for tensor in (*core.state_dict().values(), *moments, *average))
 
     def restore(self, saved: dict) -> None:
-        """Take over the `state` in a checkpoint. Learning rates, decay, betas and precision stay this run's own."""
-        self.core.load_state_dict(saved['model'])
-        self.optimizer.restore(saved)
+        """Take over the `state` in a checkpoint. Learning rates, decay, betas and precision stay this run's own.
+
+        `saved` is used up, so that no tensor is there twice.
+        """
+        saved.pop('encoder', None)  # another name for parts of the model
+        move(saved.pop('model'), self.core)
         if self.ema:
-            self.ema.module.load_state_dict(saved['ema'])
+            move(saved.pop('ema'), self.ema.module)
+        self.optimizer.restore(saved)
         if made := saved['epoch'] * saved['steps'] + saved['step']:
             # the rate of the last step: where only an evaluation is left, it is saved again
             epoch, step = divmod(made - 1, saved['steps'])
             self.set_lr(epoch + step / saved['steps'])
+
+    def share(self) -> None:
+        """Give every rank the weights and moments of rank 0, which alone has read a checkpoint."""
+        networks = [self.core, *([self.ema.module] if self.ema else [])]
+        moments = [self.optimizer.inner.state[param] for param in self.optimizer.params]
+        values = itertools.chain(*(part.values() for part in (*(net.state_dict() for net in networks), *moments)))
+        dist.share(value for value in values if isinstance(value, Tensor))
+        self.optimizer.keep_running()
+
+
+@torch.no_grad()
+def move(weights: dict[str, Tensor], network: nn.Module) -> None:
+    """Fill a network with weights, of its own names and shapes, and take each out of the dict."""
+    for name, value in network.state_dict().items():
+        value.copy_(weights.pop(name))
 
 
 def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:

@@ -34,16 +34,16 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(60 + 30 * KILLS)]
 
 
 class Chain:
-    """A run that is begun again and again in one folder."""
+    """A run that is begun again and again in one folder. Checkpoints from `small` bytes on are written on a thread."""
 
-    def __init__(self, stage: str, images: Path, folder: Path, flags: list[str]):
-        self.folder = folder
+    def __init__(self, stage: str, images: Path, folder: Path, flags: list[str], small: int = checkpoint.SMALL):
+        self.folder, self.small = folder, small
         self.argv = command(stage, images, folder, *flags, '--resume', 'auto')[1:]
         self.log = folder.with_suffix('.log')
 
     def go(self, seconds: float | None) -> int | None:
         """Begin or go on, and kill it with its loader processes after so long. Its exit code, or None."""
-        process = server().Process(target=begin, args=(self.argv, environment(), [self.log, self.log]))
+        process = server().Process(target=begin, args=(self.argv, environment(), [self.log, self.log], self.small))
         process.start()
         process.join(seconds)
         if process.exitcode is None:
@@ -83,7 +83,8 @@ def test_random_kills(images, tmp_path, measured):
             break
         runs += 1
         stage, flags = CASES[name]
-        chain, code = Chain(stage, images, tmp_path / f'run {runs}', [*COMMON, *flags]), None
+        small = checkpoint.SMALL * (runs % 2)  # every second run writes while it trains
+        chain, code = Chain(stage, images, tmp_path / f'run {runs}', [*COMMON, *flags], small), None
         while code is None:
             code = chain.go(rng.uniform(0, seconds[name]) if kills < KILLS else 100)
             if code is None:

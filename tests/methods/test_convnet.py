@@ -99,8 +99,8 @@ def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch):
     flags = [*FLAGS, '--opt', 'lamb', '--clip_grad', '1', '--use_ema', '--ema_warmup_epochs', '1', '--criterion', 'bce']
     flags += ['--mixup', '0.1', '--cutmix', '1', '--drop_path', '0.05', '--save_freq_steps', '1']
 
-    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save):
-        save(self, name, epoch, step, closed)
+    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save, **more):
+        save(self, name, epoch, step, closed, **more)
         if (epoch.number, step) == (0, 3):
             shutil.copy(self.args.output_dir / name, tmp_path / 'middle.pth')
 

@@ -11,8 +11,8 @@ from training import SHORT, train
 
 from util import agreement
 from util.data.datasets import Split
-from util.data.stores import Files
-from util.errors import DisagreementError, StorageError
+from util.data.stores import Files, Pixels
+from util.errors import DisagreementError
 
 CPU = torch.device('cpu')
 DATA = 'what --data_path holds (images)'
@@ -21,9 +21,9 @@ FILES, LABELS = [f'/a/data/train/x/{i}.png' for i in range(3)], [0, 0, 1]
 
 
 def facts(files=FILES, labels=LABELS, classes=(), **args) -> dict[str, str]:
-    return agreement.facts(
-        argparse.Namespace(**ARGS | args), CPU, images=Split(Files(files), np.array(labels), classes, [])
-    )
+    images = Pixels(files) if isinstance(files, np.ndarray) else Files(files)
+    split = Split(images, np.array(labels), classes, [])
+    return agreement.facts(argparse.Namespace(**ARGS | args), CPU, images=split)
 
 
 def meet(monkeypatch, change) -> None:
@@ -82,14 +82,6 @@ def test_nothing_is_overwritten(stage, images, tmp_path, monkeypatch):
         with pytest.raises(DisagreementError, match=line):
             train(stage, images, tmp_path, '--lr', '1e-3', '--eval', '--resume', tmp_path / 'checkpoint-best.pth')
     assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
-
-
-def test_the_checkpoint_alone(monkeypatch):
-    """A disk shows ranks different ones."""
-    meet(monkeypatch, {agreement.CHECKPOINT: 'none'})
-    args = argparse.Namespace(**ARGS)
-    with pytest.raises(StorageError, match=r'checkpoint to resume is epoch 3 on ranks 0-6, none on rank 7$'):
-        agreement.check(args, CPU, 'epoch 3', images=Split(Files(FILES), np.array(LABELS), [], []))
 
 
 def test_a_long_list_is_cut(monkeypatch):

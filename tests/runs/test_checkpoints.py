@@ -1,6 +1,7 @@
 """Checkpoint files under kills, full disks and damage: what is found again is whole, and the newest that there is."""
 
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -9,12 +10,15 @@ import random
 import resource
 import shutil
 import subprocess
+import threading
+import time
+import zlib
 
 import pytest
 import torch
-from training import load, same, train
+from training import equal_states, load, same, train
 
-from util import checkpoint, digests
+from util import build, checkpoint, digests, resources
 from util.errors import CheckpointError, NoCheckpointError, StorageError, UserError
 from util.weights import read_checkpoint
 
@@ -85,9 +89,34 @@ DAMAGES = {
 }
 
 
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    """Its sum is made of the bytes that become tensors; the checksums in it are for files without a sum."""
+    checkpoint.save(tmp_path / 'a.pth', state(1, size=10**6))
+    sizes, checksums, readinto, crc32 = [], [], digests.SummedBytes.readinto, zlib.crc32
+
+    def counted(file, buffer):
+        sizes.append(readinto(file, buffer))
+        return sizes[-1]
+
+    monkeypatch.setattr(digests.SummedBytes, 'readinto', counted)
+    monkeypatch.setattr(digests, 'sum_of', None)
+    monkeypatch.setattr(zlib, 'crc32', lambda data, *before: checksums.append(len(data)) or crc32(data, *before))
+    digests.known_sums.clear()
+    for with_sum in (True, False):
+        read = read_checkpoint(tmp_path / 'a.pth')
+        assert same(read, state(1, size=10**6))
+        assert sum(sizes) == (tmp_path / 'a.pth').stat().st_size
+        assert (sum(checksums) >= 4 * 10**6) != with_sum
+        sizes.clear()
+        if with_sum:  # what is known already is not made again
+            assert digests.good_sum(tmp_path / 'a.pth') == sum_of(tmp_path / 'a.pth')
+            digests.beside(tmp_path / 'a.pth').unlink()
+
+
 @pytest.mark.fault(1, 2, 3)
 @pytest.mark.parametrize('damage', DAMAGES.values(), ids=DAMAGES)
-def test_falls_back_to_the_newest_good_one(damage, images, trained, tmp_path, capfd):
+def test_falls_back_to_the_newest_good_one(damage, images, trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(build, 'check_forward', None)  # what has trained is not tried again
     run = shutil.copytree(trained / 'run', tmp_path / 'run')
     whole = load(run)
     for name in (checkpoint.LAST, 'checkpoint-1.pth'):  # the previous one, of epoch 1, step 2, is newer than number 0
@@ -157,11 +186,11 @@ def test_a_passing_fault_is_no_damage(images, trained, tmp_path, monkeypatch):
     """A file system that does not answer for a moment: nothing is put aside."""
     run = shutil.copytree(trained / 'run', tmp_path / 'run')
 
-    def stale(path):
+    def stale(file, buffer):
         raise OSError(errno.ESTALE, 'Stale file handle')
 
     with monkeypatch.context() as patch:
-        patch.setattr(digests, 'sum_of', stale)
+        patch.setattr(digests.SummedBytes, 'readinto', stale)
         with pytest.raises(CheckpointError, match=r'checkpoint-last\.pth cannot be read: Stale file handle'):
             train('pretrain', images, run, *FLAGS, '--resume', 'auto')
     assert not list(run.glob('*.damaged'))
@@ -179,11 +208,14 @@ def test_only_leftovers(images, trained, tmp_path, capfd):
 
 
 @pytest.mark.fault(12)
-def test_other_settings_are_told(images, trained, tmp_path, capfd):
+def test_other_settings_are_told(images, trained, tmp_path, capfd, monkeypatch):
     run = shutil.copytree(trained / 'run', tmp_path / 'run')
     (run / checkpoint.LAST).unlink()
     (run / 'checkpoint-1.pth').unlink()
+    tried, check = [], build.check_forward
+    monkeypatch.setattr(build, 'check_forward', lambda *args: tried.append(check(*args)))
     train('pretrain', images, run, *FLAGS, '--resume', 'auto', '--lr', '2e-3', '--hflip', '0', '--epochs', '3')
+    assert tried == [None]
     [line] = [line for line in capfd.readouterr().out.splitlines() if 'other settings' in line]
     assert line.endswith('from here on: --epochs 2 then, 3 now; --hflip 0.5 then, 0.0 now; --lr None then, 0.002 now')
     with pytest.raises(CheckpointError, match='effective_batch: 16 then, 8 now'):
@@ -264,6 +296,111 @@ def test_a_kill_between_any_two_system_calls(tmp_path, monkeypatch):
         if not killed:
             break
     assert last > 10
+
+
+# --------------------------------------------------------------------------
+# while training goes on
+
+
+def test_a_copy_of_a_state():
+    """It has the same sharing, order and metadata, and does not follow the training."""
+    core = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).to(torch.float64)
+    whole = {'model': core.state_dict(), 'encoder': {'weight': core[0].weight.detach()[:2].t()}, 'groups': [(0.9, {})]}
+    copies = {}
+    copied, before = checkpoint.on_host(whole, copies, set()), copy.deepcopy(whole)
+    core[0].weight.data.zero_()
+    whole['groups'][0][1]['lr'] = 1
+    assert same(copied, before)
+    assert copied['model']._metadata == whole['model']._metadata
+    assert copied['encoder']['weight'].data_ptr() == copied['model']['0.weight'].data_ptr()
+    assert copied['encoder']['weight'].stride() == (1, 4)
+    again = checkpoint.on_host(whole, copies, set())  # in the same memory
+    assert same(again, whole)
+    assert {address: value.data_ptr() for address, value in copies.items()}[core[0].weight.data_ptr()] == (
+        copied['model']['0.weight'].data_ptr()
+    )
+
+
+def test_one_writing_at_a_time(monkeypatch):
+    """The next one waits for it, and hears what went wrong; without room for a copy there is no thread."""
+    monkeypatch.setattr(checkpoint, 'SMALL', 0)
+    writer, goes_on, written = checkpoint.Writer(), threading.Event(), []
+
+    def slow(state):
+        assert goes_on.wait(20)
+        written.append(state['epoch'])
+
+    def full(state):
+        raise StorageError('no space')
+
+    writer.start(slow, state(0), 1)
+    writer.check()
+    assert not written  # and yet we are here
+    goes_on.set()
+    writer.start(slow, state(1), 1)
+    assert written[0] == 0
+    writer.start(full, state(2), 1)
+    assert written == [0, 1]
+    with pytest.raises(StorageError):
+        writer.start(slow, state(3), 1)
+    writer.start(full, state(4), 1)
+    while not writer.pending.done():
+        time.sleep(0.01)
+    with pytest.raises(StorageError):
+        writer.check()
+    for wait, room in ((True, 10**6), (False, -(10**6))):
+        monkeypatch.setattr(resources, 'free_memory', lambda room=room: room)
+        writer.start(lambda state: written.append(threading.current_thread()), state(5), 1, wait=wait)
+        assert written[-1] is threading.main_thread()
+
+
+def test_a_run_that_writes_while_it_trains(images, trained, tmp_path, monkeypatch):
+    """The same files. Those of an epoch's end hold the same bytes, on sectors of their own."""
+    monkeypatch.setattr(checkpoint, 'SMALL', 0)
+    threads, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', lambda *args: threads.append(threading.current_thread()) or save(*args))
+    flags = ['--save_freq', '1', '--keep_last', '1']
+    train('pretrain', images, tmp_path, *FLAGS, *flags)
+    assert [thread is threading.main_thread() for thread in threads] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # the end is waited for
+    assert {path.name for path in checkpoint.any_in(tmp_path)} == {
+        'checkpoint-1.pth',
+        checkpoint.LAST,
+        checkpoint.PREVIOUS,
+    }
+    for name in ('checkpoint-1.pth', checkpoint.LAST, checkpoint.PREVIOUS):
+        assert digests.agrees(tmp_path / name)
+        assert equal_states(load(tmp_path, name), load(trained / 'run', name))
+    last, numbered = tmp_path / checkpoint.LAST, tmp_path / 'checkpoint-1.pth'
+    assert last.read_bytes() == numbered.read_bytes()
+    assert not last.samefile(numbered)
+
+
+@pytest.mark.fault(13)
+def test_a_disk_that_is_full_while_it_trains(images, tmp_path, monkeypatch):
+    """Told at one of the next steps; what was written before is intact."""
+    monkeypatch.setattr(checkpoint, 'SMALL', 0)
+    saved, write = [], checkpoint.write
+
+    def full(state, file):
+        saved.append(state['step'])
+        if len(saved) > 1:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        write(state, file)
+
+    monkeypatch.setattr(checkpoint, 'write', full)
+    with pytest.raises(
+        StorageError, match=r'No space left on device; checkpoint-last\.pth of before is intact'
+    ) as caught:
+        train('pretrain', images, tmp_path, *FLAGS, '--save_freq_steps', '1', '--epochs', '9')
+    assert saved == [1, 2]
+    assert load(tmp_path)['step'] == 1
+    status = json.loads((tmp_path / 'status.json').read_text())
+    assert (status['state'], status['exit_code'], status['message']) == ('failed', 5, str(caught.value))
 
 
 # --------------------------------------------------------------------------

@@ -43,8 +43,8 @@ def test_resumed_equals_uninterrupted(stage, flags, images, tmp_path, monkeypatc
     flags = [*flags, '--epochs', '3', '--save_freq_steps', '1', '--save_freq', '1']
     moments = {}
 
-    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save):
-        save(self, name, epoch, step, closed)
+    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save, **more):
+        save(self, name, epoch, step, closed, **more)
         if name == checkpoint.LAST and tmp_path / 'whole' == self.args.output_dir:
             moments[epoch.number, step, closed] = tmp_path / f'{epoch.number}-{step}-{closed}.pth'
             shutil.copy(self.args.output_dir / name, moments[epoch.number, step, closed])
@@ -239,12 +239,19 @@ def untimed(folder) -> list[dict]:
 
 @pytest.mark.promise(3, 14)
 def test_the_number_of_ranks_may_change(images, tmp_path, measured):
-    """2 -> 1 -> 2 -> 1 ranks, each stopped in mid-epoch, against two ranks throughout; and what the logs show of it."""
+    """2 -> 1 -> 2 -> 1 ranks, each stopped in mid-epoch, against two ranks throughout; and what the logs show of it.
+
+    Two ranks begin with a damaged file: both go on from the one before, which the first alone reads.
+    """
     flags = ['--batch_size', '8', '--epochs', '3', '--warmup_epochs', '1', '--blr', '4e-3', '--save_freq_steps', '1']
     flags += ['--effective_batch_size', '16', '--resume', 'auto']
     whole, part = tmp_path / 'whole', tmp_path / 'part'
     assert run('pretrain', images, whole, *flags, ranks=2).returncode == 0
     for fault, ranks in (('exit:0:2', 2), ('exit:1:3', 1), ('exit:2:1', 2)):
+        if fault == 'exit:2:1':
+            with open(part / checkpoint.LAST, 'r+b') as file:
+                file.seek(50000)
+                file.write(b'damage')
         assert run('pretrain', images, part, *flags, ranks=ranks, fault=fault).returncode == 9
         time.sleep(1)  # TensorBoard reads event files by the second in their names, then by process id, as text
     train('pretrain', images, part, *flags)

@@ -8,7 +8,9 @@ from training import load, train
 import models_localmim
 import models_mirl
 from main_pretrain import find_method
+from util import rng
 from util.errors import CheckpointError, UserError
+from util.training import move
 from util.weights import load_published
 
 SIZES = {  # one model of each family, and its image side
@@ -55,6 +57,35 @@ def assert_started(model: torch.nn.Module, before: dict, encoder: dict, report) 
     assert all(torch.equal(value, before[name]) for name, value in kept.items())
     assert 'encoder alone: the decoder is new' in str(report)
     assert len(report.loaded) + len(report.missing) == len(model.state_dict())
+
+
+class Spoiled(rng.Undrawn):
+    """What is not drawn is not a number."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs)
+        return result.fill_(torch.nan) if function in self.DRAWS else result
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_a_network_without_draws_is_filled_whole(name):
+    """Most is not drawn, and once weights are moved in, nothing is left of that."""
+
+    def networks():
+        kwargs = {'img_size': SIZES[name], **OPTIONS.get(name, {})}
+        yield getattr(find_method(name), name)(**kwargs)
+        yield find_method(name).create_classifier(name, num_classes=2, **kwargs)
+
+    whole = list(networks())
+    with Spoiled(), torch.no_grad():
+        undrawn = list(networks())
+    for own, other in zip(whole, undrawn, strict=True):
+        left_out = sum(value.isnan().sum() for value in other.parameters())
+        assert left_out > 0.9 * sum(value.numel() for value in other.parameters())
+        move(dict(own.state_dict()), other)
+        buffers = zip(own.named_buffers(), other.named_buffers(), strict=True)
+        assert all(torch.equal(value, found) for (_, value), (_, found) in buffers)
+        assert all(torch.equal(*pair) for pair in zip(own.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize('name', SIZES)

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from util import console, resources
 from util.data import decoders
-from util.data.stores import Store
+from util.data.stores import Store, folder_of
 from util.errors import StorageError, UserError, printable
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
@@ -93,7 +93,7 @@ class Reader(NamedTuple):
         return cls(
             args.max_pixels,
             args.data_retries,
-            args.data_path,
+            folder_of(args.data_path),
             args.output_dir / listing if skip else None,
             args.max_bad_images,
             advice='; --bad_images skip skips such images',

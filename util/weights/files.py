@@ -1,18 +1,19 @@
 """Checkpoint files of any origin as plain data, read without running anything in them.
 
-What torch.save writes (a zip, every record held against its checksum; or the format before torch 1.6), what paddle.save
-writes (its arrays stay numpy arrays), and safetensors.
+What torch.save writes (a zip, or the format before torch 1.6), what paddle.save writes (its arrays stay numpy arrays),
+and safetensors. A file is held against the SHA-256 beside it while it is read; without one, every record of a zip is
+held against its own checksum.
 """
 
 import errno
 import json
-import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
-from io import BufferedReader, BytesIO, FileIO
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -27,6 +28,7 @@ SAFETENSORS, TORCH, CONFIG, ORIGIN = 'model.safetensors', 'model.pth', 'config.j
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # what a reader may raise for a malformed file
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
+MALFORMED = (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -39,9 +41,11 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         with resources.needed_for(f'reading {path}, of {resources.size(path.stat().st_size)}'):
             kind, read = recognise(path)
-            if not digests.agrees(path):
-                raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
-            state = read(path)
+            try:
+                state = read(path)
+            except (Refused, *MALFORMED):  # what follows from damage is told as that
+                check_sum(path, digests.agrees(path))
+                raise
         if not isinstance(state, dict):
             raise Refused(f'holds a {type(state).__name__}, not a dict of weights')
         return {key: value if bounded(value) else Dropped() for key, value in state.items()}
@@ -50,9 +54,14 @@ def read_checkpoint(path: str | Path) -> dict:
     except OSError as error:  # of these, a bad sector of the disk stays
         kind_of_error = DamagedError if error.errno == errno.EIO else CheckpointError
         raise kind_of_error(f'{path} cannot be read: {error.strerror or error}') from error
-    except (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except MALFORMED as error:
         what = f'is a {kind} file, but cut short or damaged' if kind else 'is not a checkpoint'
         raise DamagedError(f'{path} {what}') from error
+
+
+def check_sum(path: Path, agrees: bool) -> None:
+    if not agrees:
+        raise Refused(f'is damaged: its SHA-256 is not the one in {digests.beside(path).name}')
 
 
 def read_folder(folder: Path) -> dict:
@@ -131,10 +140,16 @@ def recognise(path: Path) -> tuple[str | None, Callable]:
     if re.match(rb'\s*<(!doctype|html|head|\?xml)', head, re.IGNORECASE):
         raise Refused('is a web page, not a checkpoint: the download went wrong')
     if head[8:9] == b'{' or path.suffix == '.safetensors':
-        return 'safetensors', safetensors.torch.load_file
+        return 'safetensors', read_safetensors
     if head.startswith(b'PK'):
         return 'torch', read_zip
     return 'pickle' if head.startswith(b'\x80') else None, read_pickle
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """In two passes: the library maps the file, and does not say what it has read."""
+    check_sum(path, digests.agrees(path))
+    return safetensors.torch.load_file(path)
 
 
 def read_zip(path: Path):
@@ -150,43 +165,51 @@ def read_zip(path: Path):
                 raise Refused(f'holds {printable(record.filename, 80)}, which torch.save never writes')
         if any(r.compress_type for r in records) or sum(r.file_size for r in records) > path.stat().st_size:
             raise Refused('holds compressed or overlapping records, which torch.save never writes')
-        storages: dict[str, Tensor] = {}
+        storages: dict[str, tuple[zipfile.ZipInfo, Tensor]] = {}
 
         def find_storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
             if key not in storages:
                 record = archive.getinfo(f'{roots[0]}/data/{key}')
                 if record.file_size != numel * dtype.itemsize:
                     raise ValueError(f'{record.file_size} bytes for {numel} numbers')
-                storages[key] = torch.empty(record.file_size, dtype=torch.uint8)
-                with archive.open(record) as file:
-                    fill(file, storages[key])
-            return storages[key].view(dtype)
+                storages[key] = record, torch.empty(record.file_size, dtype=torch.uint8)
+            return storages[key][1].view(dtype)
 
-        return run(BytesIO(archive.read(f'{roots[0]}/data.pkl')), find_storage)
+        state = run(BytesIO(archive.read(f'{roots[0]}/data.pkl')), find_storage)
+    with digests.Summed(path) as file:  # in the order of the file, once
+        for record, storage in sorted(storages.values(), key=lambda found: found[0].header_offset):
+            read_record(file, record, storage)
+        file.skip()
+        check_sum(path, file.agrees())
+    return state
+
+
+def read_record(file: digests.Summed, record: zipfile.ZipInfo, storage: Tensor) -> None:
+    """Go on to a record of a zip, and fill a storage with its bytes, which are checked if the file has no sum."""
+    if record.header_offset < file.tell():
+        raise Refused('holds overlapping records, which torch.save never writes')
+    file.skip(record.header_offset - file.tell())
+    header = file.read(30)
+    name_size, extra_size = struct.unpack_from('<2H', header, 26)
+    name, _ = file.read(name_size), file.skip(extra_size)
+    if header[:4] != b'PK\3\4' or name != record.orig_filename.encode():
+        raise zipfile.BadZipFile
+    checksum = fill(file, storage, summing=not file.sum)
+    if not file.sum and checksum != record.CRC:
+        raise zipfile.BadZipFile
 
 
 def read_pickle(path: Path):
     """One pickle, as Paddle writes it, or the series of pickles and storages that torch wrote before 1.6."""
-    with Bounded(path) as file:
+    with digests.Summed(path) as file:
         state = run(file)
-        return read_legacy_torch(file) if state == LEGACY_MAGIC else state
+        state = read_legacy_torch(file) if state == LEGACY_MAGIC else state
+        file.skip()
+        check_sum(path, file.agrees())
+    return state
 
 
-class Bounded(BufferedReader):
-    """A file that allocates no more for a read than it has bytes, whatever is asked of it.
-
-    Not a memory map: there, storage that fails ends the process by SIGBUS, where a read is an error in one line.
-    """
-
-    def __init__(self, path: Path):
-        super().__init__(FileIO(path))
-        self.size = os.fstat(self.fileno()).st_size
-
-    def read(self, count: int) -> bytes:
-        return super().read(min(count, self.size))
-
-
-def read_legacy_torch(file: Bounded):
+def read_legacy_torch(file: digests.Summed):
     """What follows the magic number: version, system, object, the storages' keys, and of each its length and bytes."""
     storages: dict[str, Tensor] = {}
 
@@ -206,11 +229,13 @@ def read_legacy_torch(file: Bounded):
     return state
 
 
-def fill(file: BinaryIO, storage: Tensor, chunk: int = 2**24) -> None:
-    """Read the bytes of a flat tensor."""
-    buffer = memoryview(storage.view(torch.uint8).numpy())
+def fill(file: digests.Summed, storage: Tensor, summing: bool = False) -> int:
+    """Read the bytes of a flat tensor. Returns their CRC-32, if it is wanted."""
+    buffer, checksum = memoryview(storage.view(torch.uint8).numpy()), 0
     while buffer:
-        count = file.readinto(buffer[:chunk])
+        count = file.readinto(buffer[: digests.CHUNK])
         if not count:
             raise EOFError
+        checksum = zlib.crc32(buffer[:count], checksum) if summing else 0
         buffer = buffer[count:]
+    return checksum
