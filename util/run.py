@@ -278,7 +278,7 @@ class Run:
         if self.loaded:
             training.share()
         if args.dry_run:
-            info('dry run: nothing is written')
+            info('dry run: nothing is written to --output_dir')
             self.notices.append(self.room_on_disk())
             self.announce()
             return
