@@ -84,7 +84,7 @@ def of_this_rank(error: RunError) -> RunError:
 
 
 def collate(samples: list | RunError) -> Any:
-    """A batch, its images in memory as they were decoded, [N, H, W, 3]: to turn them here would cost a tenth of a crop."""
+    """A batch. Its images stay in memory as they were decoded, [N, H, W, 3]: turning them here takes long."""
     if isinstance(samples, RunError):
         return samples
     imgs, labels = default_collate([(image.permute(1, 2, 0), label) for image, label in samples])
