@@ -133,6 +133,8 @@ class Run:
         while not (self.stepping and before == self.folder.step):
             before = self.folder.step
             time.sleep(TURN_S)
+        with contextlib.suppress(Exception):  # told is the lost rank
+            self.writer.wait()
         named = self.named(error)
         self.folder.close(named.code, str(named), noticed=True)
         tell(named)
