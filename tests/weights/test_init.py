@@ -77,7 +77,7 @@ def test_a_network_without_draws_is_filled_whole(name, monkeypatch):
         undrawn = list(networks())
     for own, other in zip(whole, undrawn, strict=True):
         left_out = sum(value.isnan().sum() for value in other.parameters())
-        most = 0.2 if name == 'a2mim_timm' else 0.9  # regnets draw in a way of their own
+        most = 0 if name == 'a2mim_timm' else 0.9  # regnets draw in a way of their own
         assert left_out > most * sum(value.numel() for value in other.parameters())
         move(dict(own.state_dict()), other)
         buffers = zip(own.named_buffers(), other.named_buffers(), strict=True)
