@@ -156,7 +156,12 @@ def add_augmentation_args(parser: config.Parser) -> None:
     add('--cutmix_minmax', type=some, nargs=2, help='smallest and largest share of a side; replaces --cutmix')
     add('--mixup_prob', type=SHARE, default=1.0, help='share of batches that are mixed')
     add('--mixup_switch_prob', type=SHARE, default=0.5, help='share of cutmix where both are on')
-    add('--mixup_mode', choices=('batch', 'pair', 'elem'), default='batch', help='unit that shares one mixing ratio')
+    add(
+        '--mixup_mode',
+        choices=('batch', 'pair', 'elem'),
+        default='batch',
+        help='what shares one mixing ratio; pair and elem wait for a GPU',
+    )
 
 
 def create_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:

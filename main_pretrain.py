@@ -147,7 +147,8 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         model = build.in_parallel(core, args, device)
         training = Training(args, core, model, optimizer, sampler, device)
 
-        crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
+        how = args.interpolation, args.decoder
+        crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, *how)
         images = datasets.ImageFiles(train.images, None, crop, args.seed, Reader.of(args))
         run.resume(training, images)
         batches = build.loader(images, sampler, args, device)

@@ -27,7 +27,7 @@ import engine_pretrain
 import main_finetune
 import main_pretrain
 from util import build, checkpoint, config, console, diagnosis, dist, resources
-from util.data import augment, datasets, named
+from util.data import augment, datasets, decoders, named
 from util.errors import UserError, run_main
 from util.training import Training
 
@@ -190,8 +190,9 @@ class Replay:
         self.record = record
         main = {'pretrain': main_pretrain, 'finetune': main_finetune}[record['stage']]
         self.args = args = main.get_args_parser().parse([])
+        record['args'].setdefault('decoder', decoders.PIL)  # that of older versions
         vars(args).update(record['args'] | {'download': False, 'effective_batch_size': None, 'amp_dtype': amp_dtype})
-        args.data_path = Path(args.data_path)
+        args.data_path, args.decoder = Path(args.data_path), decoders.resolved(args.decoder)
         make = self.prepare_pretrain if main is main_pretrain else self.prepare_finetune
         core, self.images, forward_of = make(device)
         checkpoint.check_same_weights(weights, core.state_dict(), diagnosis.WEIGHTS)
@@ -209,7 +210,8 @@ class Replay:
     def prepare_pretrain(self, device: torch.device) -> tuple[nn.Module, datasets.ImageFiles, Callable]:
         """Network, images, and from a `Training` the engine's forward."""
         args = self.args
-        crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, args.interpolation)
+        how = args.interpolation, args.decoder
+        crop = augment.pretrain_transform(args.input_size, args.crop_scale, args.hflip, *how)
         images = datasets.ImageFiles(named.training_images(args).images, None, crop, args.seed)
         return main_pretrain.create_model(args), images, lambda training: partial(engine_pretrain.forward, training)
 

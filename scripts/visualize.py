@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
 from util import checkpoint, config, console, dist, resources
-from util.data import datasets
+from util.data import named
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.pictures import Pictures
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     device = dist.own_device(args.device)
     if not args.output.parent.is_dir():
         raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
-    files = functools.reduce(operator.add, map(datasets.images_at, args.images))
+    files = functools.reduce(operator.add, map(named.images_at, args.images))
     source = checkpoint.Source.read(args.checkpoint)
     source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
     args = source.complete(args, get_args_parser())

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_finetune
 import main_pretrain
@@ -195,6 +196,21 @@ def read_until(process: subprocess.Popen | Forked, text: str) -> None:
 def draw_plan(model, n: int, seed: int = 0):
     """A plan for n samples, a function of the seed."""
     return model.plan_from_noise(rng.uniform(np.random.default_rng(seed), model.noise_shape(n)))
+
+
+class HostReads(TorchDispatchMode):
+    """Records every operation that would make the host wait for a GPU."""
+
+    WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero', '_unique2')
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITING:
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def processes_of(folder: Path) -> list[int]:

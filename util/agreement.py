@@ -18,6 +18,7 @@ import torch
 import torchvision
 
 from util import digests, dist
+from util.data import decoders
 from util.data.datasets import Split
 from util.errors import DisagreementError, printable
 from util.training import amp_dtype
@@ -66,6 +67,7 @@ def facts(args: argparse.Namespace, device: torch.device, **data: Split) -> dict
         **{f'what --data_path holds ({split})': contents(args.data_path, of) for split, of in data.items()},
         'Python': platform.python_version(),
         **{module.__name__: module.__version__ for module in (torch, torchvision, timm, np, PIL)},
+        **decoders.version(vars(args).get('decoder', decoders.PIL)),
         **{f'the code in {name}': digest for name, digest in code()},
     }
 

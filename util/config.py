@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from util import dist, optim
-from util.data import named
+from util.data import decoders, named
 from util.errors import UserError, closest
 from util.log import info
 from util.recipes import find_recipe, of_recipe, read_recipe
@@ -366,6 +366,13 @@ def warm_up(most: int, args: argparse.Namespace, given: bool) -> float:
     return args.warmup_epochs if given or fits else min(most, args.epochs / 10)
 
 
+def decoder(args: argparse.Namespace, given: bool) -> str:
+    """The name of a decoder. `auto` is no name: as if it had not been given, a resumed run keeps its own."""
+    if args.decoder == decoders.AUTO:
+        args.given = [name for name in args.given if name != 'decoder']
+    return decoders.resolved(args.decoder)
+
+
 def default_workers(cores: int) -> int:
     """Loader processes of a rank with so many cores."""
     return max(1, min(MOST_WORKERS, cores))
@@ -511,7 +518,7 @@ def add_data_args(parser: Parser) -> None:
         type=path,
         default=Path('data'),
         at_resume='free',
-        help='train/ and val/ with a folder per class; for pretraining any folder of images',
+        help='train/ and val/ with a folder per class; for pretraining any folder of images; or tar shards',
     )
     add('--dataset', choices=named.SOURCES, default='folder', at_resume='same', help='layout of --data_path')
     add('--download', action=Switch, at_resume='free', help='get what is missing in --data_path, where torchvision can')
@@ -523,6 +530,14 @@ def add_data_args(parser: Parser) -> None:
             default_workers(dist.share_of_cores(usable_cores())) if args.num_workers is None else args.num_workers
         ),
         help=f"loader processes per rank; default: the rank's share of the cores, at most {MOST_WORKERS}",
+    )
+    add(
+        '--decoder',
+        choices=(decoders.AUTO, *decoders.DECODERS),
+        default=decoders.AUTO,
+        at_resume='same',
+        settle=decoder,
+        help='what decodes the JPEGs that train; default: auto, the fastest that is installed',
     )
     add('--pin_mem', action=Switch, default=True, at_resume='free', help='pinned batches, for faster copies to a GPU')
     add('--bad_images', choices=('raise', 'skip'), default='raise', help='what to do with an image that cannot be read')

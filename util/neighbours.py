@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import time
 
 import numpy as np
@@ -32,7 +31,7 @@ def labelled_images(args: argparse.Namespace) -> dict[str, Split]:
             raise UserError(f'--knn_data {args.knn_data} is for --knn_freq N, which is not given')
         return {}
     path, sizes = args.knn_data or args.data_path, args.knn_images
-    no_val = args.dataset in named.FOLDERS and not os.path.isdir(path / 'val')
+    no_val = args.dataset in named.FOLDERS and not named.has_val(path)
     share = sizes[1] / sum(sizes) if no_val else None
     options = dict(dataset=args.dataset, data_path=path, download=False, seed=args.seed, val_share=share)
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from util import digests, dist
-from util.data import datasets, named
+from util.data import named
 from util.data.datasets import SKIPPED, Split
 from util.data.loader import Loader
 from util.errors import StorageError, UserError
@@ -40,13 +40,13 @@ def images_to_answer(args: argparse.Namespace, classes: list[str] | None) -> Spl
     `classes` are the network's, if their names are known.
     """
     path = args.data_path
-    laid_out = (path / 'val').is_dir() or args.val_share
+    laid_out = named.has_val(path) or args.val_share
     if not args.predictions or args.dataset not in named.FOLDERS or laid_out:
         return named.labelled_splits(args, ('val',), classes)[0]
     if args.eval_logits == 'present':
         raise UserError(f'--eval_logits present, but the images in {path} have no labels')
-    files = datasets.images_at(path)
-    why = f'there is no folder {path / "val"}' if path.is_dir() else 'it is a file'
+    files = named.images_at(path)
+    why = 'it is a file' if path.is_file() else f'there is no folder {path / "val"}'
     return Split(files, None, classes or [], [f'{path}: {len(files)} images, taken without labels, as {why}'])
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from util import agreement, checkpoint, config, console, diagnosis, digests, dist, optim, resources, rng, signals
 from util.checkpoint import Source
-from util.data import named
+from util.data import decoders, named
 from util.data.datasets import EpochBatches, ImageFiles, Split
 from util.errors import STOPPED, LostError, ResourceError, RunError, StorageError, UserError, exit_code, tell
 from util.log import MetricLogger, RunLog, counted, health, info
@@ -33,7 +33,7 @@ from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
 from util.run_folder import NoFolder, RunFolder, prepare
 from util.training import Epoch, Training
-from util.weights import Origin, check_file, find_origin, load_published, read_checkpoint
+from util.weights import Origin, check_file, find_origin, load_published, plain_field, read_checkpoint
 
 STORAGE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN')}
 TURN_S = 10  # for the main thread to notice a lost rank, before another one ends the process
@@ -85,6 +85,7 @@ class Run:
                 self.folder.write_status('running')
             self.device = self.meet()
             self.resumed_from, self.saved = dist.from_main(self.find_saved, checkpoint.outline)
+            self.keep_decoder()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
                 if differing := self.other_classes(find_origin(self.saved), 'it', str(self.args.data_path)):
@@ -174,6 +175,23 @@ class Run:
             self.notices.append(f'{path} has no SHA-256 beside it; only the checksums within it were checked')
         return path, saved
 
+    def keep_decoder(self) -> None:
+        """Let a resumed run decode as it did, where no flag says how. Raises UserError if the decoder is missing here.
+
+        Runs of older versions had Pillow.
+        """
+        run = self.saved and self.saved.get('run')
+        if isinstance(run, dict):  # else `check_same_run` refuses it
+            decoder = plain_field(run.setdefault('decoder', decoders.PIL))
+            if 'decoder' not in self.args.given and decoder != self.args.decoder:
+                self.args = argparse.Namespace(**vars(self.args) | {'decoder': decoder})
+                self.notices.append(f'taken from {self.resumed_from}: --decoder {decoder}')
+        try:
+            decoders.resolved(self.args.decoder)
+        except UserError as error:
+            whose = f'{self.resumed_from} was trained with a decoder that is missing here: ' if self.saved else ''
+            raise UserError(f'{whose}{error}') from error
+
     def other_classes(self, origin: Origin | None, theirs: str, ours: str) -> str:
         """How the classes of a checkpoint's network differ from this run's; '' if they are equal, or not known."""
         then, now = origin and origin.classes, self.classes
@@ -262,7 +280,7 @@ class Run:
         if self.loaded:
             training.share()
         if args.dry_run:
-            info('dry run: nothing is written')
+            info('dry run: nothing is written to --output_dir')
             self.notices.append(self.room_on_disk())
             self.announce()
             return

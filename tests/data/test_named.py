@@ -258,17 +258,17 @@ def test_layouts_that_differ_by_where_the_images_are(make):
         if not any((folder / old).parent.iterdir()):
             (folder / old).parent.rmdir()
         after = named.labelled_images(name, folder, 'val')
-        assert after[1:] == before[1:]
-        return after[0]
+        assert (after.labels.tolist(), *after[2:]) == (before.labels.tolist(), *before[2:])
+        return after.images.name(1)
 
     folder = make('inat2019')
-    assert found('inat2019', folder, 'train_val2019', '2019')[1] == f'{folder}/2019/Aves/1/val1.jpg'
+    assert found('inat2019', folder, 'train_val2019', '2019') == f'{folder}/2019/Aves/1/val1.jpg'
     folder = make('places205')
     unpacked = 'data/vision/torralba/deeplearning/images256'
-    assert found('places205', folder, 'images256', unpacked)[1] == f'{folder}/{unpacked}/a/abbey1/val1.jpg'
-    assert found('places205', folder, f'{unpacked}/a', 'a')[1] == f'{folder}/a/abbey1/val1.jpg'
+    assert found('places205', folder, 'images256', unpacked) == f'{folder}/{unpacked}/a/abbey1/val1.jpg'
+    assert found('places205', folder, f'{unpacked}/a', 'a') == f'{folder}/a/abbey1/val1.jpg'
     folder = make('places365')
-    assert found('places365', folder, 'val_256', 'val_large')[1] == f'{folder}/val_large/Places365_val_1.jpg'
+    assert found('places365', folder, 'val_256', 'val_large') == f'{folder}/val_large/Places365_val_1.jpg'
 
 
 # --------------------------------------------------------------------------
@@ -516,4 +516,4 @@ def test_one_process_downloads(make, monkeypatch, name):
     monkeypatch.setattr(named, 'INaturalist', None)  # which would list half a million files on every rank
     named.labelled_images(name, folder, 'val', download=True)
     assert len(calls) == 1
-    assert [labels for _, labels, *_ in found] == [LABELS['val']] * 2
+    assert [labels.tolist() for _, labels, *_ in found] == [LABELS['val']] * 2

@@ -245,7 +245,7 @@ def roles(stage: str) -> dict[str, set[str]]:
 
 def test_roles_at_resume():
     """What decides which sample and which mask comes when must be the same; what decides numbers is told."""
-    both = {'model', 'model_kwargs', 'input_size', 'opt', 'seed', 'dataset'}
+    both = {'model', 'model_kwargs', 'input_size', 'opt', 'seed', 'dataset', 'decoder'}
     pretrain, finetune = roles('pretrain'), roles('finetune')
     assert pretrain.keys() == finetune.keys() == {'same', 'warn', 'free'}
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}

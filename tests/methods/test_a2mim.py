@@ -12,6 +12,7 @@ from training import draw_plan
 
 import models_a2mim
 from models_a2mim import create_classifier, param_rules
+from scripts.benchmark import two_transforms
 from util import optim
 from util.nn.patches import patch_mask_to_pixels
 from util.nn.spectrum import focal_frequency_loss
@@ -61,16 +62,6 @@ def test_groups(name):
 # the Fourier loss
 
 
-def two_transforms(pred: torch.Tensor, imgs: torch.Tensor) -> torch.Tensor:
-    """The focal frequency loss as it is written down: two full spectra of the whole batch, then their means."""
-    spectra = [torch.fft.fft2(x, norm='ortho') for x in (pred, imgs)]
-    y, x = (torch.stack([s.real, s.imag], dim=-1).mean(dim=0, keepdim=True) for s in spectra)
-    squares = ((y - x) ** 2).sum(dim=-1)
-    weights = squares.sqrt().log1p()
-    weights = (weights / weights.max()).nan_to_num(0.0).clamp(0.0, 1.0).detach()
-    return (weights * squares).mean()
-
-
 def test_one_transform_is_enough(measured):
     """Value and gradient equal the two-transform form's; times interleaved in one process, for the record."""
     torch.manual_seed(0)
@@ -86,12 +77,12 @@ def test_one_transform_is_enough(measured):
     times = []
     for _ in range(5):
         slow, fast = step(lambda pred: two_transforms(pred, imgs)), step(lambda pred: focal_frequency_loss(pred - imgs))
-        times.append(slow[0] / fast[0])
+        times.append((slow[0], fast[0]))
         assert fast[1] == pytest.approx(slow[1], rel=1e-6)
         assert (fast[2] - slow[2]).norm() < 1e-5 * slow[2].norm()
-    measured(
-        f'a2mim: Fourier loss at batch 32, two transforms of the batch / one of its mean: {np.median(times):.0f} x'
-    )
+    slow_s, fast_s = np.min(times, axis=0)  # what noise has added least to
+    assert slow_s / fast_s > 8
+    measured(f'a2mim: Fourier loss at batch 32, two transforms of the batch / one of its mean: {slow_s / fast_s:.0f} x')
 
 
 def test_options_of_the_fourier_loss_reach_it():

@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import draw_plan
+from training import HostReads, draw_plan
 
 import main_pretrain
 from main_pretrain import METHODS
@@ -351,21 +351,6 @@ def test_compiles_whole_without_recompiling(module, name):
         loss, _ = compiled(imgs, plan)
         assert torch.allclose(loss, model(imgs, plan)[0], rtol=1e-6)
     assert len(traces) == 1
-
-
-class HostReads(TorchDispatchMode):
-    """Records every operation that would make the host wait for a GPU."""
-
-    WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero', '_unique2')
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in self.WAITING:
-            self.found.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))

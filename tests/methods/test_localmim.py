@@ -16,6 +16,7 @@ from torch import nn
 from training import draw_plan
 
 import models_localmim
+from scripts.benchmark import plain_hog
 from util.errors import CheckpointError
 from util.nn.hog import draw_hog, hog
 from util.nn.patches import patch_mask_to_pixels
@@ -117,25 +118,6 @@ def test_loss_is_the_plain_sum(name, target):
 
 # --------------------------------------------------------------------------
 # targets
-
-
-def plain_hog(imgs, cells, bins, biases):
-    """Every scale and colour for itself, one dense histogram image each: the published form."""
-    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
-    kernels = torch.stack([kernel, kernel.T]).unsqueeze(1)
-    targets = []
-    for k, cell in enumerate(cells):
-        colours = []
-        for c in range(3):
-            padded = F.pad(imgs[:, c : c + 1], (1, 1, 1, 1), mode='reflect')
-            gradient = F.conv2d(padded, kernels, None if biases is None else biases[k])
-            angle = torch.atan2(gradient[:, 0], gradient[:, 1])
-            index = ((angle / math.pi * bins).floor() % bins).long().unsqueeze(1)
-            dense = torch.zeros(len(imgs), bins, *imgs.shape[2:])
-            dense.scatter_(1, index, gradient.norm(dim=1, keepdim=True))
-            colours.append(F.normalize(F.avg_pool2d(dense, cell), dim=1))
-        targets.append(torch.cat(colours, dim=1).flatten(2).transpose(1, 2))
-    return targets
 
 
 def near_an_edge(imgs, bins, bias=None):

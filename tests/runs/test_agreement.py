@@ -11,7 +11,7 @@ from training import SHORT, train
 
 from util import agreement
 from util.data.datasets import Split
-from util.data.stores import Files
+from util.data.stores import Files, Pixels
 from util.errors import DisagreementError
 
 CPU = torch.device('cpu')
@@ -21,9 +21,9 @@ FILES, LABELS = [f'/a/data/train/x/{i}.png' for i in range(3)], [0, 0, 1]
 
 
 def facts(files=FILES, labels=LABELS, classes=(), **args) -> dict[str, str]:
-    return agreement.facts(
-        argparse.Namespace(**ARGS | args), CPU, images=Split(Files(files), np.array(labels), classes, [])
-    )
+    images = Pixels(files) if isinstance(files, np.ndarray) else Files(files)
+    split = Split(images, np.array(labels), classes, [])
+    return agreement.facts(argparse.Namespace(**ARGS | args), CPU, images=split)
 
 
 def meet(monkeypatch, change) -> None:
@@ -61,6 +61,7 @@ def test_pixels_in_memory_are_compared():
 
 
 def test_versions_and_code_are_compared():
+    assert 'simplejpeg' in facts(decoder='simplejpeg')
     assert {'Python', 'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'the code in util/agreement.py'} <= facts().keys()
 
 

@@ -21,12 +21,15 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import resources, rng, signals
+from util.data import decoders
 from util.data.images import Reader, reason
 from util.data.loader import Loader
+from util.data.order import KeyedOrder
 from util.data.stores import Files, Store
 from util.errors import RunError, UserError, listed, printable
 
 SKIPPED = -1  # the label of the blank that stands for a bad image in evaluation
+MOST_PERMUTED = 50_000_000  # samples: 400 MB in every rank; the order of more takes no memory
 PATIENCE_SHARE = 0.9  # of what a silent rank is given: a stuck loader is to be named before its rank is
 
 
@@ -49,6 +52,7 @@ class ImageFiles(Dataset):
     ):
         self.images, self.labels = images, labels
         self.transform, self.seed = transform, seed
+        self.decoder = getattr(transform, 'decoder', decoders.PIL)  # a transform that has one takes JPEGs of it
         self.reader, self.replace = reader or Reader(), replace
 
     def __len__(self) -> int:
@@ -57,10 +61,10 @@ class ImageFiles(Dataset):
     def name(self, index: int) -> str:
         return self.images.name(index)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image | decoders.Jpeg:
         """In RGB, not augmented."""
         pixels = self.images.pixels(index)
-        return self.reader.read(self.images, index) if pixels is None else Image.fromarray(pixels)
+        return self.reader.read(self.images, index, self.decoder) if pixels is None else Image.fromarray(pixels)
 
     def augmented(self, index: int, item: tuple[int, ...]) -> Tensor:
         """An image, augmented as this item."""
@@ -120,16 +124,23 @@ class EpochBatches:
         return (self.steps - self.first_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        order = rng.generator(self.seed, rng.ORDER, self.epoch).permutation(self.num_samples)
+        order = epoch_order(self.num_samples, self.seed, self.epoch)
         for step in range(self.first_step, self.steps):
             for micro in range(self.accum_iter):
                 first = step * self.global_batch + micro * self.world_size * self.batch_size
                 if self.copies == 1:
                     first += self.rank * self.batch_size
-                    yield [(self.epoch, i) for i in order[first : first + self.batch_size].tolist()]
+                    yield [(self.epoch, i) for i in order[np.arange(first, first + self.batch_size)].tolist()]
                 else:
-                    numbers = range(first + self.rank, first + self.world_size * self.batch_size, self.world_size)
-                    yield [(self.epoch, int(order[n // self.copies]), n % self.copies) for n in numbers]
+                    numbers = np.arange(first + self.rank, first + self.world_size * self.batch_size, self.world_size)
+                    indices, copies = order[numbers // self.copies], numbers % self.copies
+                    yield [(self.epoch, *item) for item in zip(indices.tolist(), copies.tolist(), strict=True)]
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray | KeyedOrder:
+    """The seeded order of an epoch's samples: `order[places]`."""
+    generator = rng.generator(seed, rng.ORDER, epoch)
+    return KeyedOrder(num_samples, generator) if num_samples > MOST_PERMUTED else generator.permutation(num_samples)
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
@@ -359,13 +370,6 @@ def no_images(where: str, left: LeftOut) -> str:
     return '; '.join([f'no images in {where} (looked for {", ".join(IMG_EXTENSIONS)})', *left.notes()])
 
 
-def images_at(path: Path) -> Files:
-    """An image file, or those below a folder. Raises UserError if there is neither."""
-    if not os.path.exists(path):
-        raise UserError(f'no such file or folder: {path}')
-    return list_images(path) if os.path.isdir(path) else Files([str(path)])
-
-
 def pretraining_folder(data_path: Path) -> Path:
     """`data_path/train` if there is such a folder, else `data_path`; labels are not needed."""
     train = data_path / 'train'
@@ -419,7 +423,7 @@ def labelled_files(data_path: Path, split: str, download: bool = False) -> Split
             + ('; or move val/ away, and --val_share 0.1 takes a tenth of train/' if split == 'val' else '')
         )
     counts = []
-    files = Files(path for folder in folders for path in counted(images_below(folder, left), counts))
+    files = Files(path for folder in folders for path in counting(images_below(folder, left), counts))
     empty = [path for path, count in zip(folders, counts, strict=True) if not count]
     if empty and (split != 'val' or len(empty) == len(folders)):
         hint = '' if split == 'val' else '; a class without images cannot be learnt: fill its folder, or remove it'
@@ -430,7 +434,7 @@ def labelled_files(data_path: Path, split: str, download: bool = False) -> Split
     return Split(files, np.repeat(np.arange(len(counts)), counts), list(map(os.path.basename, folders)), notes)
 
 
-def counted(paths: Iterable[str], counts: list[int]) -> Iterator[str]:
+def counting(paths: Iterable[str], counts: list[int]) -> Iterator[str]:
     """The paths; then how many they were is put on the list."""
     number = 0
     for number, path in enumerate(paths, 1):  # noqa: B007

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from util import console, resources
-from util.data.stores import Store
+from util.data import decoders
+from util.data.stores import Store, folder_of
 from util.errors import StorageError, UserError, printable
 
 FORMATS = ('JPEG', 'PNG', 'PPM', 'BMP', 'TIFF', 'WEBP')
@@ -92,21 +93,24 @@ class Reader(NamedTuple):
         return cls(
             args.max_pixels,
             args.data_retries,
-            args.data_path,
+            folder_of(args.data_path),
             args.output_dir / listing if skip else None,
             args.max_bad_images,
             advice='; --bad_images skip skips such images',
         )
 
-    def read(self, images: Store, index: int) -> Image.Image:
-        """An image in RGB. Raises StorageError if the storage stays away, and what `decode` raises."""
+    def read(self, images: Store, index: int, decoder: str = decoders.PIL) -> Image.Image | decoders.Jpeg:
+        """An image in RGB, or what is left to the decoder.
+
+        Raises StorageError if the storage stays away, and what `decode` raises.
+        """
         began = time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
                 with images.open(index) as file:
-                    return decode(file, self.max_pixels)
+                    return decoders.read(decoder, file, self.max_pixels) or decode(file, self.max_pixels)
             except OSError as error:
                 if not self.may_come_back(error):
                     raise

@@ -21,9 +21,9 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, INaturalist, Places365
 
 from util import digests, rng
-from util.data import datasets
+from util.data import datasets, node, shards
 from util.data.datasets import CLASS_FOLDERS, Split, labelled_files
-from util.data.stores import Files, Pixels
+from util.data.stores import Files, Pixels, Store
 from util.errors import UserError, listed, printable
 
 
@@ -129,9 +129,14 @@ class Source(NamedTuple):
     downloads: str = ''
 
 
+def class_folders(folder: Path, split: str, download: bool = False) -> Split:
+    """Of shards too."""
+    return shards.labelled(folder, split) if shards.holds(folder, split) else labelled_files(folder, split)
+
+
 SOURCES = {
-    'folder': Source(labelled_files, CLASS_FOLDERS),
-    'imagenet': Source(labelled_files, CLASS_FOLDERS, 'https://image-net.org/download-images'),
+    'folder': Source(class_folders, CLASS_FOLDERS),
+    'imagenet': Source(class_folders, CLASS_FOLDERS, 'https://image-net.org/download-images'),
     **{
         f'inat{year}': Source(
             partial(inaturalist, year=year),
@@ -197,7 +202,13 @@ FOLDERS = ('folder', 'imagenet')
 
 def training_images(args: argparse.Namespace) -> Split:
     """The images of pretraining, without labels: those of a folder, or of a data set's training split."""
+    return node.once_a_node((args.dataset, args.data_path), lambda: images_to_train_on(args))
+
+
+def images_to_train_on(args: argparse.Namespace) -> Split:
     if args.dataset in FOLDERS and not args.download:
+        if shards.holds(args.data_path, 'train'):
+            return shards.unlabelled(args.data_path)
         folder, left = datasets.pretraining_folder(args.data_path), datasets.LeftOut()
         files = datasets.list_images(folder, left)
         return Split(files, None, [], ['; '.join([f'{folder}: {len(files)} images', *left.notes()])])
@@ -212,10 +223,8 @@ def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...], classes: 
     `classes` are a checkpoint's. A split may lack some. Raises UserError for one that has others; for a training split
     of one class; and for data that is not as its layout has it.
     """
-    if args.val_share is None:
-        found = {split: labelled_images(args.dataset, args.data_path, split, args.download) for split in splits}
-    else:
-        found = shared_out(args)
+    key = (args.dataset, args.data_path, args.val_share, args.seed, splits)
+    found = node.once_a_node(key, lambda: labelled_or_shared_out(args, splits))
     if not classes:
         check_learnable(args, splits[0], found[splits[0]].classes)
     owner = 'the checkpoint' if classes else f'{splits[0]}/'
@@ -226,6 +235,26 @@ def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...], classes: 
     return [settled(args, split, found[split], classes, owner) for split in splits]
 
 
+def labelled_or_shared_out(args: argparse.Namespace, splits: tuple[str, ...]) -> dict[str, Split]:
+    if args.val_share is not None:
+        return shared_out(args)
+    return {split: labelled_images(args.dataset, args.data_path, split, args.download) for split in splits}
+
+
+def has_val(data_path: Path) -> bool:
+    """Whether there are images to validate on, in a folder or in shards."""
+    return os.path.isdir(data_path / 'val') or bool(shards.find(data_path, 'val'))
+
+
+def images_at(path: Path) -> Store:
+    """An image file, or those below a folder or in shards. Raises UserError if there is neither."""
+    if shards.holds(path, ''):
+        return shards.unlabelled(path, '').images
+    if not os.path.exists(path):
+        raise UserError(f'no such file or folder: {path}')
+    return datasets.list_images(path) if os.path.isdir(path) else Files([str(path)])
+
+
 def shared_out(args: argparse.Namespace) -> dict[str, Split]:
     """Training and validation from class folders without a `val/`: --val_share of every class is for validation.
 
@@ -234,11 +263,13 @@ def shared_out(args: argparse.Namespace) -> dict[str, Split]:
     share, path = args.val_share, args.data_path
     if args.dataset not in FOLDERS:
         raise UserError(f'--val_share {share:g}: --dataset {args.dataset} has a validation split of its own')
-    if os.path.isdir(path / 'val'):
-        raise UserError(f'--val_share {share:g}, but {path / "val"} is there to validate on; drop the flag')
+    if has_val(path):
+        there = f'{path / "val"} is' if os.path.isdir(path / 'val') else f'shards of val are in {path},'
+        raise UserError(f'--val_share {share:g}, but {there} there to validate on; drop the flag')
     whole = labelled_images(args.dataset, path, 'train' if os.path.isdir(path / 'train') else '', args.download)
     labels, for_val = whole.labels, np.zeros(len(whole.labels), bool)
-    of_classes = np.split(np.arange(len(labels)), np.flatnonzero(np.diff(labels)) + 1)
+    of_class = labels.argsort(kind='stable')
+    of_classes = np.split(of_class, np.flatnonzero(np.diff(labels[of_class])) + 1)
     for label, places in enumerate(of_classes):
         count = min(max(1, round(share * len(places))), len(places) - 1)
         for_val[rng.generator(args.seed, rng.VAL_SHARE, label).permutation(places)[:count]] = True
@@ -273,7 +304,7 @@ def check_learnable(args: argparse.Namespace, split: str, classes: list[str]) ->
 
 def hint_on_levels(args: argparse.Namespace, split: str, classes: list[str]) -> str:
     """Where a folder level is too many, and what to do; nothing where it is not."""
-    if args.dataset not in FOLDERS:
+    if args.dataset not in FOLDERS or shards.holds(args.data_path, split):
         return ''
     folder = args.data_path / split if os.path.isdir(args.data_path / split) else args.data_path
     inner, images = datasets.scan(folder / classes[0], datasets.LeftOut())
