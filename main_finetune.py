@@ -294,7 +294,7 @@ def evaluated_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.
     if not num_classes:
         raise UserError(f'{source.path} does not say how many classes it knows: --nb_classes is needed')
     with source.expected(args):
-        with rng.Undrawn():
+        with rng.undrawn():
             core = checked_classifier(args, num_classes)
         loaded = dist.from_main(lambda: load_published(core, source.container, ema=args.use_ema, label=source.path))
     if loaded.missing:

@@ -4,9 +4,12 @@ The streams: initial weights, the epoch's order, each sample's augmentation, eac
 masks, the pictures' masks, the images that replace skipped ones, those that validate, and those that are analysed.
 """
 
+import contextlib
 import math
 import os
 import random
+import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -35,19 +38,40 @@ def seed_all(seed: int, stream: int, *position: int) -> None:
     random.seed(b)
 
 
-class Undrawn(TorchFunctionMode):
+DRAWS = [name for name in vars(init) if re.fullmatch('((kaiming|xavier|trunc)_)?(uniform|normal)_', name)]
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
     """Networks that are made in a `with` block of it draw no initial weights: what these hold is to be replaced.
 
     What is computed (positions, constants) is made as ever.
     """
+    before = {name: getattr(init, name) for name in DRAWS}
+    try:
+        for name in DRAWS:
+            setattr(init, name, untouched)
+        with NoUniform():
+            yield
+    finally:
+        for name, draw in before.items():
+            setattr(init, name, draw)
 
-    DRAWS = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, init.kaiming_uniform_, init.uniform_, init.normal_)
+
+def untouched(tensor: Tensor, *args, **kwargs) -> Tensor:
+    return tensor
+
+
+class NoUniform(TorchFunctionMode):
+    """Fills where timm draws, which is faster. It does not leave memory as it is: torch may wait for a good draw."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in self.DRAWS:
-            return args[0] if args else kwargs['tensor']
-        return function(*args, **kwargs)
+        match function, args:
+            case Tensor.uniform_, [tensor, low, _]:
+                return tensor.fill_(low)
+            case Tensor.erfinv_, [tensor]:
+                return tensor
+        return function(*args, **(kwargs or {}))
 
 
 def uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:

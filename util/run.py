@@ -134,6 +134,8 @@ class Run:
         while not (self.stepping and before == self.folder.step):
             before = self.folder.step
             time.sleep(TURN_S)
+        with contextlib.suppress(Exception):  # told is the lost rank
+            self.writer.wait()
         named = self.named(error)
         self.folder.close(named.code, str(named), noticed=True)
         tell(named)
@@ -219,7 +221,7 @@ class Run:
         self.loaded = bool(path or self.saved)
         replaced = self.saved or (path and not dist.is_main())  # by what is saved, or rank 0 shares
         with source.expected(args):
-            with rng.Undrawn() if replaced else contextlib.nullcontext():
+            with rng.undrawn() if replaced else contextlib.nullcontext():
                 core = make(args)
             changed = checkpoint.changed_settings(self.saved, config.plain(args), self.roles) if self.saved else []
             if not self.saved or changed or args.batch_size == 1:  # which BatchNorm may refuse

@@ -396,11 +396,12 @@ def test_a_disk_that_is_full_while_it_trains(images, tmp_path, monkeypatch):
     with pytest.raises(
         StorageError, match=r'No space left on device; checkpoint-last\.pth of before is intact'
     ) as caught:
-        train('pretrain', images, tmp_path, *FLAGS, '--save_freq_steps', '1', '--epochs', '9')
-    assert saved == [1, 2]
-    assert load(tmp_path)['step'] == 1
+        train('pretrain', images, tmp_path, *FLAGS, '--batch_size', '4', '--save_freq_steps', '8', '--epochs', '9')
+    assert saved == [8, 16]
+    assert load(tmp_path)['step'] == 8
     status = json.loads((tmp_path / 'status.json').read_text())
     assert (status['state'], status['exit_code'], status['message']) == ('failed', 5, str(caught.value))
+    assert (status['epoch'], status['step'] < 8) == (1, True)
 
 
 # --------------------------------------------------------------------------
