@@ -1,8 +1,8 @@
 """The life of a run: its output folder, what it resumes from, what it saves, how it stops, what it tells.
 
-A `Run` is made from the arguments, and finds the user's mistakes first. Then the processes meet, and one of them reads
-checkpoints for all. `join` compares them, `resume` takes a training to the position of the checkpoint, `epochs` leads
-it to its end. What a step needs is in `util/training.py`.
+A `Run` is made from the arguments, and finds the user's mistakes first. The processes meet before one of them reads a
+checkpoint for all, or else in `join`, which compares them. `resume` takes a training to the position of the checkpoint,
+`epochs` leads it to its end. What a step needs is in `util/training.py`.
 """
 
 import argparse
@@ -73,6 +73,7 @@ class Run:
         self.resumed_from: Path | None = None
         self.saved: dict | None = None  # what it holds, until it is restored
         self.weights = f'weights: random, from seed {args.seed}'  # where a new run's come from
+        self.device: torch.device | None = None  # once the processes have met
         self.loaded = False  # whether rank 0 has weights from a file, to be shared
         self.agreed = False  # whether the ranks are known to have been started alike
         self.writer = checkpoint.Writer()
@@ -83,8 +84,9 @@ class Run:
         try:
             if self.folder.place.rank == 0:
                 self.folder.write_status('running')
-            self.device = self.meet()
-            self.resumed_from, self.saved = dist.from_main(self.find_saved, checkpoint.outline)
+            if self.args.resume:
+                self.meet()
+                self.resumed_from, self.saved = dist.from_main(self.find_saved, checkpoint.outline)
             self.keep_decoder()
             if self.saved:
                 checkpoint.check_same_run(self.saved, self.identity(), self.resumed_from)
@@ -216,6 +218,8 @@ class Run:
         if self.saved:
             source = Source.of(self.resumed_from, self.saved)
         else:
+            if path:
+                self.meet()
             source = dist.from_main(lambda: Source.read(path), Source.outline)
         args = self.args = source.complete(self.args, parser, take=('mean', 'std'))
         self.loaded = bool(path or self.saved)
@@ -240,12 +244,16 @@ class Run:
             self.notices.append(f'the head that was loaded was trained for other classes: {differing}')
 
     def meet(self) -> torch.device:
-        """Wait for the other processes; returns this process's device."""
-        signals.restore()  # while it waits for them, Python could not obey
-        device = dist.init(self.args.device, self.args.dist_url, self.args.dist_timeout)
-        signals.install_early()
-        self.folder.run = dist.gather(self.folder.run)[0]
-        return device
+        """Wait for the other processes, the first time; returns this process's device.
+
+        As late as can be, since a mistake needs no others to be told: before one reads a checkpoint for all, or trains.
+        """
+        if not self.device:
+            signals.restore()  # while it waits for them, Python could not obey
+            self.device = dist.init(self.args.device, self.args.dist_url, self.args.dist_timeout)
+            signals.install_early()
+            self.folder.run = dist.gather(self.folder.run)[0]
+        return self.device
 
     def join(self, core: nn.Module, ema: WeightAverage | None = None, **data: Split) -> torch.device:
         """Check the network against the checkpoint, and that the ranks agree; returns this process's device.
@@ -258,10 +266,11 @@ class Run:
             for name in ('model', 'ema') if ema else ('model',):
                 checkpoint.check_same_weights(self.saved[name], core.state_dict(), self.resumed_from)
             dist.from_main(lambda: checkpoint.check_healthy(self.saved, self.resumed_from))
-        agreement.check(self.args, self.device, **data)
+        device = self.meet()
+        agreement.check(self.args, device, **data)
         self.agreed = True
         rng.settle_kernels(self.args.deterministic)
-        return self.device
+        return device
 
     def resume(self, training: Training, images: ImageFiles) -> None:
         """Take the training to the position that was saved, if one was; then open the logs and tell what will run.

@@ -14,7 +14,7 @@ from training import MAINS, ROOT, Forked, arguments, environment, same, start, t
 
 import main_pretrain
 from scripts import visualize
-from util import build, checkpoint, dist
+from util import agreement, build, checkpoint, dist
 from util.errors import UserError, run_main
 
 NEVER = pytest.fail
@@ -31,10 +31,12 @@ def trained(images, tmp_path_factory):
 @pytest.fixture
 def said(images, tmp_path, capsys, monkeypatch):
     """said(stage, flags...) -> the line that a mistaken run prints."""
-    monkeypatch.setattr(dist, 'init', lambda *args: NEVER('a process group or training was started'))
+    monkeypatch.setattr(agreement, 'check', lambda *args, **data: NEVER('training was started'))
+    init = dist.init
 
     def run(stage: str, *flags, data=images) -> str:
-        module = MAINS[stage]
+        module, reads = MAINS[stage], {'--resume', '--init', '--finetune'} & {*flags}
+        monkeypatch.setattr(dist, 'init', init if reads else lambda *args: NEVER('other processes were waited for'))
         argv = arguments(data, tmp_path / 'out', *flags)
         with pytest.raises(SystemExit) as end:
             run_main(lambda: module.main(module.get_args_parser().parse(argv, stage=stage)))
