@@ -66,8 +66,7 @@ class Flip:
 
 
 class DecodedCrop:
-    """A random crop, resized: torchvision's or timm's, drawn as it draws. Of a JPEG that is left to a decoder, the
-    crop's region is decoded.
+    """A random crop, resized, drawn as torchvision's or timm's draws it; of a JPEG for a decoder, only that is decoded.
 
     That is resized by torch's antialiased kernel of 8 bits, which differs from Pillow's resizing by rounding (0.04 of
     255 in the mean). What is Pillow's, or what the decoder refuses, Pillow resizes: to the bit as without this class.

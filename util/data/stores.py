@@ -59,7 +59,7 @@ class Names:
             lengths = np.diff(ends[first : first + CHUNK], prepend=ends[first - 1] if first else 0)
             before = np.cumsum(lengths) - lengths
             parts.append(
-                self.block[np.repeat(starts[first : first + CHUNK] - before, lengths) + np.arange(sum(lengths))]
+                self.block[np.repeat(starts[first : first + CHUNK] - before, lengths) + np.arange(lengths.sum())]
             )
         return Names(np.concatenate(parts), ends)
 
@@ -173,7 +173,7 @@ class Shards:
         return total.hexdigest()
 
 
-MOST_OPEN = 32  # shards, in each process
+MOST_OPEN = 256  # shards, in each process: systems allow 1024 files or more
 opened: dict[str, int] = {}  # descriptors, the one used last at the end
 
 
