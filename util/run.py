@@ -217,10 +217,11 @@ class Run:
             raise UserError(f'--{name}_ema needs --{name} PATH')
         if self.saved:
             source = Source.of(self.resumed_from, self.saved)
-        else:
-            if path:
-                self.meet()
+        elif path:
+            self.meet()
             source = dist.from_main(lambda: Source.read(path), Source.outline)
+        else:
+            source = Source.read(None)
         args = self.args = source.complete(self.args, parser, take=('mean', 'std'))
         self.loaded = bool(path or self.saved)
         replaced = self.saved or (path and not dist.is_main())  # by what is saved, or rank 0 shares
