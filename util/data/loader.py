@@ -87,8 +87,10 @@ def collate(samples: list | RunError) -> Any:
     """A batch. Its images stay in memory as they were decoded, [N, H, W, 3]: turning them here takes long."""
     if isinstance(samples, RunError):
         return samples
-    imgs, labels = default_collate([(image.permute(1, 2, 0), label) for image, label in samples])
-    return [imgs.permute(0, 3, 1, 2), labels]
+    if not isinstance(samples[0], tuple):  # of --check_data
+        return default_collate(samples)
+    imgs, labels = default_collate([(image.movedim(0, -1), label) for image, label in samples])
+    return [imgs.movedim(-1, 1), labels]
 
 
 @contextlib.contextmanager
