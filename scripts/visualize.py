@@ -27,7 +27,7 @@ from util.weights import load_published
 def get_args_parser() -> config.Parser:
     parser = config.Parser(__doc__, main=main_pretrain.get_args_parser())
     add = parser.add_argument
-    add('images', nargs='+', type=config.path, help='image files, or folders of them')
+    add('images', nargs='+', type=config.path, help='image files, or folders or tar shards of them')
     add(
         '--checkpoint',
         type=config.source,
@@ -50,7 +50,10 @@ def main(args: argparse.Namespace) -> None:
     device = dist.own_device(args.device)
     if not args.output.parent.is_dir():
         raise UserError(f'cannot write {args.output}: there is no folder {args.output.parent}')
-    files = functools.reduce(operator.add, map(named.images_at, args.images))
+    stores = [named.images_at(path) for path in args.images]
+    if len({*map(type, stores)}) > 1:
+        raise UserError('the images are files and folders, or shards, not both')
+    files = functools.reduce(operator.add, stores)
     source = checkpoint.Source.read(args.checkpoint)
     source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
     args = source.complete(args, get_args_parser())
