@@ -124,7 +124,7 @@ class Training:
     def share(self) -> None:
         """Give every rank the weights and moments of rank 0, which alone has read a checkpoint."""
         networks = [self.core, *([self.ema.module] if self.ema else [])]
-        moments = [self.optimizer.inner.state[param] for param in self.optimizer.params]
+        moments = [self.optimizer.inner.state.get(param, {}) for param in self.optimizer.params]  # none before a step
         values = itertools.chain(*(part.values() for part in (*(net.state_dict() for net in networks), *moments)))
         dist.share(value for value in values if isinstance(value, Tensor))
         self.optimizer.keep_running()
