@@ -376,7 +376,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         if run.nothing_left():
             return
         run.notices += [*train.notes, *val.notes]
-        make = lambda args: create_classifier(args, num_classes)  # noqa: E731
+        make = partial(create_classifier, num_classes=num_classes)
         args, core = run.first_network(make, check_classifier, get_args_parser(), 'finetune')
         crop = augment.training_transform(args)
         rules = build.param_rules(method, core, args.rule_kwargs)
