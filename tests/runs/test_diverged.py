@@ -342,8 +342,8 @@ def test_a_poisoned_weight_is_found(stage, more, module, images, tmp_path, monke
 
     create = getattr(MAINS[stage], name)
 
-    def poisoned(*args):
-        core = create(*args)
+    def poisoned(*args, **kwargs):
+        core = create(*args, **kwargs)
         core.get_submodule(module).weight.data[0, 0] = math.inf
         return core
 
