@@ -102,7 +102,7 @@ class Format:
 
     def rename(self, key: str) -> str | None:
         """The key's name here, or None if the format's files may hold it and nothing here has use for it."""
-        if any(re.fullmatch(pattern, key) for pattern in self.ignorable):
+        if matches(key, self.ignorable):
             return None
         for pattern, replacement in self.renames:
             if re.fullmatch(pattern, key):
@@ -168,7 +168,7 @@ def load(
         for name, value in renamed.items():
             target[name].copy_(value)
     report.loaded = sorted(renamed)
-    report.missing = [name for name in target if name not in renamed]
+    report.missing = [name for name in target if name not in renamed and not matches(name, intake.computed)]
     return report
 
 
@@ -321,16 +321,20 @@ def prefix_rank(prefix: str) -> tuple:
     return any(map(AVERAGED.fullmatch, parts)), len(set(parts) - TRAINED), len(parts)
 
 
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
     """Resize tables of positions and drop what may be dropped. Changes `renamed`."""
     for name, value in list(renamed.items()):
         if not same(name, renamed, target):
-            computed = any(re.fullmatch(pattern, name) for pattern in intake.computed)
+            computed = matches(name, intake.computed)
             table = resized(name, value, target[name]) if name in target and not computed else None
             if table is not None:
                 renamed[name] = table
                 report.resized.append(f'{name} {list(value.shape)} -> {list(table.shape)}')
-            elif computed or any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
+            elif computed or matches(name, intake.may_drop):
                 del renamed[name]
                 report.ignored.append(f'{name} {list(value.shape)}')
 
@@ -379,7 +383,7 @@ def check(renamed: State, target: State, intake: Intake, report: Report) -> None
         name
         for name in (target | renamed)
         if not same(name, renamed, target)
-        and not (name not in renamed and any(re.fullmatch(pattern, name) for pattern in intake.may_lack))
+        and not (name not in renamed and matches(name, intake.may_lack + intake.computed))
     ]
     if differing:
         first = '; '.join(
