@@ -255,7 +255,7 @@ def test_fp16_overflow(name):
 @pytest.mark.parametrize('name', OPTIMIZERS)
 @pytest.mark.parametrize('clip_grad', [0.5, None])
 def test_clipping(name, clip_grad):
-    """The first moment is a tenth of the first gradient, clipped if asked; LARS's and SGD's, of a bias, is all of it."""
+    """The first moment is a tenth of the first gradient, clipped if asked; LARS's and SGD's, of a bias, is all."""
     torch.manual_seed(0)
     layer = nn.Linear(4, 4)
     guard = guarded(layer, name, clip_grad=clip_grad)
