@@ -347,7 +347,8 @@ class LocalMIMSwin(LocalMIM):
 
         # encoder
         self.patch_embed = PatchEmbed(self.mask_size, patch_size, 3, embed_dim, norm_layer=norm_layer)  # one unit
-        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, by_column=coords == 'correct')
+        windows = [grid.window for grid in grids]
+        self.layers = swin_stages(windows, embed_dim, depths, num_heads, mlp_ratio, by_column=coords == 'correct')
         widths = [embed_dim << stage for stage in (1, 2, 3, 3)]
         self.norms = nn.ModuleList(map(norm_layer, widths))
 
