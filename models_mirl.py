@@ -46,7 +46,7 @@ from util.nn.patches import (
 )
 from util.nn.pos_embed import sincos_2d
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, with_heads
-from util.nn.vit import SEGMENTER_VIT, norm_layer, quarters, vit_backbone, vit_classifier
+from util.nn.vit import SEGMENTER_VIT, norm_layer, vit_backbone, vit_classifier
 
 
 class MIRL(nn.Module):
@@ -345,11 +345,8 @@ def create_segmenter(
     Raises ValueError for a size that does not divide.
     """
     heads, sizes = split_options(kwargs)
-    depth = sizes.get('depth', sizes_of(ENCODERS, name)['depth'])
-    sizes = {'out_indices': quarters(depth), **SEGMENTER_VIT, **sizes}
-    return with_heads(
-        create_backbone(name, drop_path_rate, img_size, **sizes), num_classes, fixed_size=img_size, **heads
-    )
+    encoder = create_backbone(name, drop_path_rate, img_size, **{**SEGMENTER_VIT, **sizes})
+    return with_heads(encoder, num_classes, fixed_size=img_size, **heads)
 
 
 ENCODERS = {  # of a pretraining model and of its classifier

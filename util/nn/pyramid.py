@@ -20,7 +20,10 @@ def maps_class(network_class: type[nn.Module]) -> type[nn.Module]:
     return type(network_class.__name__, (Maps, network_class), {})
 
 
-def as_maps(network: nn.Module, indices: Sequence[int], norm: Callable[[int], nn.Module] | None = None) -> nn.Module:
+Indices = Sequence[int] | Callable[[int], Sequence[int]]  # of maps, or how they follow from how many there are
+
+
+def as_maps(network: nn.Module, indices: Indices, norm: Callable[[int], nn.Module] | None = None) -> nn.Module:
     """The network itself, without what follows its last map, as an encoder: `forward(imgs)` gives maps `indices`.
 
     Parameter names stay timm's; `norm` of a width makes each map a norm, `norm0` and so on. `widths` and `strides`
@@ -30,6 +33,7 @@ def as_maps(network: nn.Module, indices: Sequence[int], norm: Callable[[int], nn
     if not hasattr(network, 'forward_intermediates'):
         raise ValueError(f'{kind.__name__} gives no feature maps: timm has no forward_intermediates of it')
     count = len(network.feature_info)
+    indices = indices(count) if callable(indices) else indices
     if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < count:
         raise ValueError(f'out_indices {list(indices)} must rise and be from 0 to {count - 1}')
     infos = [network.feature_info[i] for i in indices]

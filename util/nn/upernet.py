@@ -180,7 +180,7 @@ def with_heads(
     head: str = 'uper',
     channels: int | None = None,
     aux_channels: int | None = None,
-    pool: str = 'max',
+    pool: str | None = None,
     loss_mean: str = 'all',
 ) -> Segmenter:
     """A segmenter on an encoder with `widths` and `strides`; maps of one stride get a pyramid.
@@ -201,7 +201,9 @@ def with_heads(
             raise ValueError(f'{len(widths)} maps of one stride: the pyramid needs four, so give four out_indices')
         if fixed_size and fixed_size < 2 * encoder.strides[0]:
             raise ValueError(f'img_size {fixed_size} has fewer than 2 x 2 patches, and the coarsest map none')
-        pyramid = FeaturePyramid(widths[0], pool)
+        pyramid = FeaturePyramid(widths[0], pool or 'max')
+    elif pool:
+        raise ValueError(f'pool {pool!r}: only the maps of a ViT, which have one stride, are pooled')
     channels = channels or (widths[-1] if one_stride else min(512, widths[-1]))
     aux_channels = aux_channels or min(256, widths[-2])
     if head == 'uper':

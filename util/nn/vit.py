@@ -1,6 +1,5 @@
 """What MAE-style ViTs share: the epsilon of their norms, and the networks that they are fine-tuned as."""
 
-from collections.abc import Sequence
 from functools import partial
 
 from timm.models.beit import Beit
@@ -9,7 +8,7 @@ from torch import nn
 
 from util.nn.checks import check_divides, check_heads
 from util.nn.models import as_timm
-from util.nn.pyramid import as_maps
+from util.nn.pyramid import Indices, as_maps
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)  # torch's own default is 1e-5
 
@@ -40,7 +39,7 @@ def vit_backbone(
     depth: int,
     num_heads: int,
     patch_size: int = 16,
-    out_indices: Sequence[int] | None = None,
+    out_indices: Indices | None = None,
     rel_pos_bias: bool = False,
     init_values: float | None = None,
     abs_pos_embed: bool = True,
@@ -64,7 +63,9 @@ def vit_backbone(
             nn.init.normal_(block.attn.relative_position_bias_table, std=0.02)
     else:
         network = VisionTransformer(**options)
+    network.fixed_size = img_size
     return as_maps(network, [depth - 1] if out_indices is None else out_indices)
 
 
-SEGMENTER_VIT = dict(rel_pos_bias=True, init_values=1.0)  # what segmentation adds to the ViT of classification
+# how a segmenter's ViT differs from a classifier's
+SEGMENTER_VIT = dict(out_indices=quarters, rel_pos_bias=True, init_values=1.0)
