@@ -72,12 +72,20 @@ class ImageFiles(Dataset):
         rng.seed_all(self.seed, rng.SAMPLE, *item)
         return self.transform(image)
 
+    def sample(self, index: int, item: tuple[int, ...]) -> tuple[Tensor, int]:
+        """Of an image what this item is."""
+        return self.augmented(index, item), 0 if self.labels is None else int(self.labels[index])
+
+    def blank(self) -> tuple[Tensor, int]:
+        """What stands for a skipped image that is not replaced."""
+        return self.transform(Image.new('RGB', (1, 1))), SKIPPED
+
     def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int]:
         """Raises UserError naming an image that cannot be read, and StorageError."""
         epoch, index, *_ = item
         for attempt in itertools.count():
             try:
-                return self.augmented(index, item), 0 if self.labels is None else int(self.labels[index])
+                return self.sample(index, item)
             except RunError:
                 raise
             except Exception as error:  # Pillow raises of every kind
@@ -85,7 +93,7 @@ class ImageFiles(Dataset):
                     raise
                 self.reader.skip(self.name(index), reason(error), len(self))
             if not self.replace:
-                return self.transform(Image.new('RGB', (1, 1))), SKIPPED
+                return self.blank()
             index = int(rng.generator(self.seed, rng.REPLACEMENT, epoch, item[1], attempt).integers(len(self)))
 
     def __getitems__(self, items: list[tuple[int, ...]]) -> list[tuple[Tensor, int]] | RunError:
@@ -396,15 +404,15 @@ def folders_in(folder: Path) -> list[Path]:
     return list(map(Path, scan(folder, LeftOut())[0])) if os.path.isdir(folder) else []
 
 
-def nearby(data_path: Path) -> str:
-    """'; did you mean --data_path ...?' where a folder above, or a few levels below, is laid out as it should be."""
-    ahead = [data_path.parent] if data_path.name in ('train', 'val') else []
+def nearby(data_path: Path, inside: Sequence[str] = ('train', 'val')) -> str:
+    """'; did you mean --data_path ...?' where a folder above, or a few levels below, has these folders in it."""
+    ahead = [data_path.parent] if data_path.name in inside else []
     below = [data_path]
     for _ in range(3):
         below = [inner for folder in below for inner in folders_in(folder)][:20]
         ahead += below
     for folder in ahead:
-        if all(os.path.isdir(folder / split) for split in ('train', 'val')):
+        if all(os.path.isdir(folder / name) for name in inside):
             return f'; did you mean --data_path {folder}?'
     return ''
 
