@@ -314,8 +314,8 @@ class Backbone(NamedTuple):
     make: Callable[..., nn.Module]  # (img_size, num_classes, drop_path_rate, **sizes)
     site: Callable[[nn.Module, Any], str]  # (encoder, mask_layer) -> the module whose output the token joins
     maps: Callable[..., nn.Module]  # (img_size, drop_path_rate, **sizes) -> the encoder of dense tasks
+    segmenter: dict[str, Any]  # how a segmenter's encoder and heads differ
     features: Callable[[nn.Module, Tensor], Tensor] = lambda encoder, imgs: encoder.forward_features(imgs)
-    segmenter: dict[str, Any] = {}  # how a segmenter's encoder and heads differ
 
 
 def check_sizes(sizes: dict) -> None:
@@ -402,26 +402,27 @@ def stage_site(modules: tuple[str, ...], encoder: nn.Module, mask_layer: int) ->
     return modules[mask_layer]
 
 
-VIT = Backbone(beit, vit_site, partial(vit_backbone, rel_pos_bias=True, init_values=0.1), segmenter={**SEGMENTER_VIT})
+VIT = Backbone(beit, vit_site, partial(vit_backbone, rel_pos_bias=True, init_values=0.1), SEGMENTER_VIT)
 RESNET = Backbone(
     resnet,
     partial(stage_site, ('maxpool', 'layer1', 'layer2', 'layer3')),
     resnet_maps,
-    segmenter=dict(head='fcn'),
+    dict(head='fcn'),
 )
 CONVNEXT = Backbone(  # its last map is normed, not pooled
     any_timm,
     partial(stage_site, tuple(f'stages.{stage}.downsample' for stage in range(4))),
     convnext_maps,
+    dict(init_values=1.0),
     lambda encoder, imgs: encoder.head.norm(encoder.forward_features(imgs)),
-    segmenter=dict(init_values=1.0),
 )
 SWIN = Backbone(
     swin,
     partial(stage_site, ('patch_embed', *(f'layers.{stage}.downsample' for stage in range(4)))),
     any_maps,
+    {},
 )
-ANY = Backbone(any_timm, any_site, any_maps, segmenter=dict(out_indices=quarters))
+ANY = Backbone(any_timm, any_site, any_maps, dict(out_indices=quarters))
 
 # --------------------------------------------------------------------------
 # sizes, and what the published configurations set around them
