@@ -305,9 +305,13 @@ def test_what_does_not_fit_convolutions(options, message):
             models_a2mim.create_segmenter(name, 5, **options)
 
 
-def test_loss_of_nothing():
-    """Labels that are all ignored: zero, by either mean."""
-    heads = UPerHead([8, 8], 8, 3), FCNHead(8, 8, 3)
-    maps, ignored = [torch.randn(2, 8, 4, 4)] * 2, torch.full((2, 8, 8), 255)
-    for mean in ('all', 'counted'):
-        assert Segmenter(torch.nn.Identity(), None, *heads, loss_mean=mean)(maps, ignored)[0] == 0
+@pytest.mark.parametrize('mean', ['all', 'counted'])
+def test_loss(mean):
+    """In float32 also under autocast; zero by either mean where all labels are ignored."""
+    model = Segmenter(torch.nn.Identity(), None, UPerHead([8, 8], 8, 3), FCNHead(8, 8, 3), loss_mean=mean)
+    maps = [torch.randn(2, 8, 4, 4)] * 2
+    with torch.autocast('cpu', torch.bfloat16):
+        loss, terms = model(maps, torch.zeros(2, 8, 8, dtype=torch.long))
+    assert {value.dtype for value in (loss, *terms.values())} == {torch.float32}
+    assert loss > 0
+    assert model(maps, torch.full((2, 8, 8), 255))[0] == 0
