@@ -141,7 +141,7 @@ def test_no_circle():
 @pytest.mark.parametrize('path', [*of(*ENGINES), *of('util')])
 def test_published_alone_names_methods(path):
     """What is not a comment or a docstring names no method."""
-    if path.name == 'published.py':
+    if path.name.startswith('published'):
         return
     tree = ast.parse(path.read_text())
     documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]

@@ -20,6 +20,12 @@ from util.nn.pos_embed import resize_bias_table, resize_pos_embed
 from util.weights.files import plain_field
 
 State = dict[str, Tensor]
+# what writes the checkpoints of a stage
+PROGRAMS = {
+    'pretrain': 'main_pretrain.py',
+    'finetune': 'main_finetune.py',
+    'segment': 'scripts/finetune_segmentation.py',
+}
 shortened = partial(listed, most=4, letters=80)  # keys
 
 
@@ -34,7 +40,7 @@ class Origin:
     def __str__(self) -> str:
         options = ' '.join(f'{key}={value}' for key, value in self.args['model_kwargs'].items())
         model = printable(self.args['model'], 80) + (f' --model_kwargs {printable(options, 200)}' if options else '')
-        return f'main_{self.stage}.py --model {model}'
+        return f'{PROGRAMS[self.stage]} --model {model}'
 
 
 def find_origin(container: dict) -> Origin | None:
@@ -45,13 +51,17 @@ def find_origin(container: dict) -> Origin | None:
     args = {key: plain_field(args[key]) for key in args}
     if not isinstance(args.get('model'), str) or not isinstance(args.get('model_kwargs'), dict):
         return None
-    return Origin('pretrain' if run.get('stage') == 'pretrain' else 'finetune', args, class_names(container))
+    stage = next((stage for stage in PROGRAMS if stage == run.get('stage')), 'finetune')
+    return Origin(stage, args, class_names(container))
 
 
 def class_names(container: dict) -> list[str] | None:
-    """The classes that a fine-tuned network of our own knows, in their order; None if the file does not tell."""
-    names = container.get('classes')
-    plain = isinstance(names, list) and 0 < len(names) <= 1_000_000
+    """The classes that a network knows, in their order, by our files and mmsegmentation's; None if not told."""
+    meta = container.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    inner = meta.get('dataset_meta')
+    names = container.get('classes') or meta.get('CLASSES') or (isinstance(inner, dict) and inner.get('classes'))
+    plain = isinstance(names, list | tuple) and 0 < len(names) <= 1_000_000
     return list(names) if plain and all(isinstance(name, str) and len(name) <= 1000 for name in names) else None
 
 
@@ -92,7 +102,7 @@ class Format:
 
     def rename(self, key: str) -> str | None:
         """The key's name here, or None if the format's files may hold it and nothing here has use for it."""
-        if any(re.fullmatch(pattern, key) for pattern in self.ignorable):
+        if matches(key, self.ignorable):
             return None
         for pattern, replacement in self.renames:
             if re.fullmatch(pattern, key):
@@ -108,6 +118,7 @@ class Intake:
     formats: tuple[Format, ...]
     may_lack: tuple[str, ...] = ()  # keys that a file may lack
     may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
+    computed: tuple[str, ...] = ()  # fixed tables, which are not resized: the model has them in its size
 
 
 COMMON_WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'module', 'student')
@@ -157,7 +168,7 @@ def load(
         for name, value in renamed.items():
             target[name].copy_(value)
     report.loaded = sorted(renamed)
-    report.missing = [name for name in target if name not in renamed]
+    report.missing = [name for name in target if name not in renamed and not matches(name, intake.computed)]
     return report
 
 
@@ -178,6 +189,11 @@ def find_weights(container: dict, wrappers: tuple[str, ...]) -> dict:
     for _ in range(3):
         container = next((container[name] for name in wrappers if isinstance(container.get(name), dict)), container)
     return container
+
+
+def is_segmentation(container: dict) -> bool:
+    """Whether it holds a segmenter, in the names of ours or of mmsegmentation."""
+    return any('decode_head.' in str(key) for key in find_weights(container, COMMON_WRAPPERS))
 
 
 def plain_or_averaged(container: dict, found: dict, ema: bool, flag: str, report: Report) -> dict:
@@ -305,15 +321,20 @@ def prefix_rank(prefix: str) -> tuple:
     return any(map(AVERAGED.fullmatch, parts)), len(set(parts) - TRAINED), len(parts)
 
 
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
     """Resize tables of positions and drop what may be dropped. Changes `renamed`."""
     for name, value in list(renamed.items()):
         if not same(name, renamed, target):
-            table = resized(name, value, target[name]) if name in target else None
+            computed = matches(name, intake.computed)
+            table = resized(name, value, target[name]) if name in target and not computed else None
             if table is not None:
                 renamed[name] = table
                 report.resized.append(f'{name} {list(value.shape)} -> {list(table.shape)}')
-            elif any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
+            elif computed or matches(name, intake.may_drop):
                 del renamed[name]
                 report.ignored.append(f'{name} {list(value.shape)}')
 
@@ -362,7 +383,7 @@ def check(renamed: State, target: State, intake: Intake, report: Report) -> None
         name
         for name in (target | renamed)
         if not same(name, renamed, target)
-        and not (name not in renamed and any(re.fullmatch(pattern, name) for pattern in intake.may_lack))
+        and not (name not in renamed and matches(name, intake.may_lack + intake.computed))
     ]
     if differing:
         first = '; '.join(
