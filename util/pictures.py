@@ -114,26 +114,35 @@ def wrapped(text: str, width: int) -> list[str]:
 MOST_NAMED = 40  # classes in a legend
 
 
-class LabelPictures:
-    """A few images of a validation split, evenly from all, with their labels: the same at every drawing."""
+def some_labelled(
+    label_of: Callable[[list[Tensor], tuple[int, int]], Tensor], pairs: segmentation.TestPairs, count: int = 4
+) -> np.ndarray:
+    """A few images, evenly from all, beside their labels and those of a network: [height, width, 3] uint8.
 
-    def __init__(self, pairs: segmentation.TestPairs, count: int = 4):
-        count, total = min(count, len(pairs)), len(pairs)
-        self.samples = [pairs[0, i * total // count] for i in range(count)]
-        self.classes = pairs.split.classes
+    `label_of(imgs, size)` labels what evaluation loads, a list of one uint8 image [1, 3, h, w] for each test scale, in
+    a size: [1, *size].
+    """
+    images, truth, prediction = [], [], []
+    for number in range(min(count, len(pairs))):
+        scales, label = pairs[0, number * len(pairs) // min(count, len(pairs))]
+        size = tuple(scales[0].shape[1:])
+        images.append(scales[0].movedim(0, -1).numpy())
+        truth.append(segmentation.resize_label(label.numpy(), size))
+        prediction.append(label_of([scale[None] for scale in scales], size)[0].byte().cpu().numpy())
+    columns = {'image': None, 'truth': truth, 'prediction': prediction}
+    return labelled(images, columns, pairs.split.classes, width=320)
 
-    def draw(self, predicted: Callable[[list[Tensor], tuple[int, int]], Tensor]) -> np.ndarray:
-        """[height, width, 3] uint8. `predicted(images, size)` gives the labels [1, *size] of what evaluation loads.
 
-        Those are a list of one uint8 image [1, 3, h, w] for each test scale; `size` is that of the first.
-        """
-        images, truth, prediction = [], [], []
-        for scales, label in self.samples:
-            size = tuple(scales[0].shape[1:])
-            images.append(scales[0].movedim(0, -1).numpy())
-            truth.append(segmentation.resize_label(label.numpy(), size))
-            prediction.append(predicted([scale[None] for scale in scales], size)[0].cpu().numpy())
-        return labelled(images, {'image': None, 'truth': truth, 'prediction': prediction}, self.classes, width=320)
+def overlay(image: np.ndarray, label: np.ndarray, classes: list[str]) -> np.ndarray:
+    """An image, uint8 [H, W, 3], under the colours of its label [H, W], and a legend: [height, width, 3] uint8."""
+    return labelled([image], {'prediction': [label]}, classes)
+
+
+def label_png(label: np.ndarray) -> Image.Image:
+    """A label, uint8 [H, W], as places in the palette: an annotation, which a viewer shows in colours."""
+    picture = Image.fromarray(label)
+    picture.putpalette(palette(256).tobytes())
+    return picture
 
 
 @cache
