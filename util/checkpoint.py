@@ -26,6 +26,7 @@ from torch import Tensor
 
 from util import config, digests, resources
 from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
+from util.recipes import program
 from util.resources import size
 from util.weights import Origin, check_finite, find_origin, plain_field, read_checkpoint, read_source
 
@@ -312,7 +313,7 @@ STATE = {  # of a run, at least
     **dict.fromkeys(('model', 'optimizer', 'scaler', 'logger', 'record'), dict),
     **dict.fromkeys(('epoch', 'step', 'steps'), int),
 }
-FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune'}
+FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune', 'segment': '--finetune'}
 
 
 def check_same_run(state: dict, current: dict, path: Path) -> None:
@@ -337,7 +338,7 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         )
     saved = {key: plain_field(saved[key]) for key in current if key in saved}  # older versions wrote fewer
     if saved['stage'] != current['stage']:
-        raise CheckpointError(f'{path} is a checkpoint of main_{printable(saved["stage"], 80)}.py; use {instead}')
+        raise CheckpointError(f'{path} is a checkpoint of {program(saved["stage"])}; use {instead}')
     differing = [k for k in saved if saved[k] != current[k]]
     if differing:
         listed = '; '.join(f'{k}: {printable(saved[k], 200)} then, {current[k]} now' for k in differing)

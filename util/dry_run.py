@@ -313,8 +313,13 @@ class Estimate(NamedTuple):
 # what it says
 
 
-def report(run: Run, batches: datasets.Loader, forward: Forward, **data: datasets.Split) -> Estimate:
-    """Try the run and say what it would need. `data` are its splits by name; every rank must call it."""
+def report(
+    run: Run, batches: datasets.Loader, forward: Forward, pixels: float | None = None, **data: datasets.Split
+) -> Estimate:
+    """Try the run and say what it would need. `data` are its splits by name; every rank must call it.
+
+    `pixels`, of an image that is evaluated, are what the network sees of it; default: a square of --eval_size.
+    """
     args, training = run.args, run.training
     if args.check_data:
         for name, split in data.items():
@@ -342,7 +347,7 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
         loader=min(dist.gather(speed)),
         steps=(args.epochs - run.first_epoch) * training.sampler.steps - run.first_step,
         tests=(args.epochs - run.first_epoch) * (len(data['val'].images) if 'val' in data else 0),
-        test_s=times.last / n * test_share(training, costs),
+        test_s=times.last / n * test_share(training, costs, pixels),
     )
     tell_speed(training, estimate, costs, n)
     tell_data(args, training, estimate)
@@ -351,11 +356,11 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
     return estimate
 
 
-def test_share(training: Training, costs: Costs) -> float:
+def test_share(training: Training, costs: Costs, pixels: float | None) -> float:
     """What evaluating an image takes of what training with it takes, by their FLOPs."""
     args, networks = training.args, 2 if training.ema else 1
-    side = (getattr(args, 'eval_size', None) or args.input_size) / args.input_size
-    return networks * side**2 * costs.forward / costs.step
+    pixels = pixels or (getattr(args, 'eval_size', None) or args.input_size) ** 2
+    return networks * pixels / args.input_size**2 * costs.forward / costs.step
 
 
 def tell_network(training: Training, costs: Costs) -> None:

@@ -7,8 +7,13 @@ from typing import Any
 
 import yaml
 
-from util.errors import UserError, closest
+from util.errors import UserError, closest, printable
 
+PROGRAMS = {  # by the stage that a recipe, or a run, is of
+    'pretrain': 'main_pretrain.py',
+    'finetune': 'main_finetune.py',
+    'segment': 'scripts/finetune_segmentation.py',
+}
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
 
 
@@ -37,8 +42,13 @@ def read_recipe(path: Path, stage: str = '') -> dict:
     """The flags of a recipe file, less its `recipe` entry of provenance. Raises UserError for what is not a recipe."""
     about, flags = load_recipe(path)
     if stage and about and about.get('stage') != stage:
-        raise UserError(f'{path} is a recipe for main_{about.get("stage")}.py, not for main_{stage}.py')
+        raise UserError(f'{path} is a recipe for {program(about.get("stage"))}, not for {program(stage)}')
     return flags
+
+
+def program(stage: object) -> str:
+    """The program of a stage; a file may name any."""
+    return PROGRAMS.get(str(stage), f'main_{printable(stage, 80)}.py')
 
 
 def recipe_value(args: argparse.Namespace, name: str) -> Any:
