@@ -2,22 +2,16 @@
 
 import re
 
-import models_a2mim
-import models_localmim
-import models_mirl
-import models_mixmae
-import numpy as np
 import pytest
-import timm
 import torch
 from golden import golden
-from test_foreign import hugging_face, released, under
+from test_foreign import under
 from torch import nn
 
 from main_pretrain import find_method
 from util import checkpoint
 from util.errors import CheckpointError
-from util.nn.pos_embed import resize_bias_table, resize_pos_embed, sincos_2d
+from util.nn.pos_embed import resize_pos_embed
 from util.weights import class_names, find_origin, load_published
 
 KEYS = golden('segmentation/keys.json')
@@ -231,8 +225,8 @@ def test_own_checkpoints(name, tmp_path):
     assert sorted(line.partition(' ')[0] for line in report.ignored) == sorted(before)
     assert_holds(other, before | {k: v for k, v in source.state_dict().items() if k not in before})
     whole = source.state_dict()
-    whole_encoder = [key for key in whole if key.startswith('encoder.')]
-    for key in ('auxiliary_head.convs.0.bn.running_mean', 'decode_head.conv_seg.bias', whole_encoder[-1]):
+    *_, (last, _) = source.encoder.named_parameters()
+    for key in ('auxiliary_head.convs.0.bn.running_mean', 'decode_head.conv_seg.bias', f'encoder.{last}'):
         refused(target, {'model': {k: v for k, v in whole.items() if k != key}}, rf'{re.escape(key)}: file absent')
 
     if name in ('mirl_vit_tiny', 'a2mim_vit_tiny', 'mixmae_tiny'):

@@ -15,17 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.errors import CheckpointError, listed, printable
+from util.errors import PROGRAMS, CheckpointError, listed, printable, program
 from util.nn.pos_embed import resize_bias_table, resize_pos_embed
 from util.weights.files import plain_field
 
 State = dict[str, Tensor]
-# what writes the checkpoints of a stage
-PROGRAMS = {
-    'pretrain': 'main_pretrain.py',
-    'finetune': 'main_finetune.py',
-    'segment': 'scripts/finetune_segmentation.py',
-}
 shortened = partial(listed, most=4, letters=80)  # keys
 
 
@@ -40,7 +34,7 @@ class Origin:
     def __str__(self) -> str:
         options = ' '.join(f'{key}={value}' for key, value in self.args['model_kwargs'].items())
         model = printable(self.args['model'], 80) + (f' --model_kwargs {printable(options, 200)}' if options else '')
-        return f'{PROGRAMS[self.stage]} --model {model}'
+        return f'{program(self.stage)} --model {model}'
 
 
 def find_origin(container: dict) -> Origin | None:
