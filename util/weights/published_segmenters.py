@@ -183,7 +183,8 @@ def without_heads(intake: Intake) -> Intake:
 
 def segmenter_intake(model: nn.Module, new_classes: bool) -> Intake:
     """Of a segmentation file, strictly; with `new_classes` the layers that classify may be for others, and are new."""
-    own = {next(name for name in model.state_dict() if name.startswith('encoder.')), 'decode_head.conv_seg.weight'}
+    first, _ = next(model.encoder.named_parameters())
+    own = {f'encoder.{first}', 'decode_head.conv_seg.weight'}
     formats = (Format('our segmentation', own), *SEGMENTERS.get(type(model.encoder).__name__, ()))
     heads = NEW_HEADS if new_classes else ()
     return Intake(
