@@ -141,6 +141,8 @@ def add_test_args(parser: config.Parser) -> None:
 def create_segmenter(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """The network that the arguments describe, with weights that depend on the seed alone."""
     method = find_method(args.model)
+    if not hasattr(method, 'create_segmenter'):
+        raise UserError(f'{method.__name__}.py has no create_segmenter: {args.model} cannot learn to segment')
     rng.seed_all(args.seed, rng.INIT)
     return build.construct(
         method.create_segmenter,

@@ -18,6 +18,8 @@ from segmented import (
 import models_a2mim
 import models_localmim
 import models_mirl
+from scripts import finetune_segmentation
+from util.errors import UserError
 from util.nn.upernet import FCNHead, Segmenter, UPerHead
 from util.nn.vit import quarters
 from util.optim import param_groups
@@ -290,6 +292,7 @@ def test_any_network_of_timm(name, fixed_size):
         (dict(out_indices=[3, 1, 2, 0]), 'must rise and be from 0 to 3'),
         (dict(out_indices=[0, 1, 2, 4]), 'must rise and be from 0 to 3'),
         (dict(out_indices=[1, 2, 3]), '3 maps of one stride: the pyramid needs four'),
+        (dict(depth=3), 'depth 3 is below 4'),
         (dict(deep_stem=True), 'deep_stem'),
         (dict(no_such_option=1), 'no_such_option'),
     ],
@@ -312,6 +315,15 @@ def test_what_does_not_fit_convolutions(options, message):
     for name in ('a2mim_resnet_tiny', 'a2mim_convnext_pico'):
         with pytest.raises((ValueError, TypeError), match=message):
             models_a2mim.create_segmenter(name, 5, **options)
+
+
+def test_a_method_without_segmenters(monkeypatch):
+    monkeypatch.delattr(models_mirl, 'create_segmenter')
+    args = finetune_segmentation.get_args_parser().parse_args(['--model', 'mirl_vit_tiny'])
+    with pytest.raises(
+        UserError, match=r'models_mirl.py has no create_segmenter: mirl_vit_tiny cannot learn to segment'
+    ):
+        finetune_segmentation.create_segmenter(args, 5)
 
 
 @pytest.mark.parametrize('mean', ['all', 'counted'])

@@ -23,7 +23,12 @@ def vit_classifier(*, img_size: int, patch_size: int = 16, **options) -> VisionT
 
 
 def quarters(depth: int) -> list[int]:
-    """The blocks whose maps a segmenter takes: BEiT's choice at depths 12 and 24, elsewhere the ends of quarters."""
+    """The blocks whose maps a segmenter takes: BEiT's choice at depths 12 and 24, elsewhere the ends of quarters.
+
+    Raises ValueError for fewer than four blocks.
+    """
+    if depth < 4:
+        raise ValueError(f'depth {depth} is below 4: a segmenter takes the maps of four blocks')
     known = {12: [3, 5, 7, 11], 24: [7, 11, 15, 23]}
     return known.get(depth) or [round(depth * k / 4) - 1 for k in range(1, 5)]
 
