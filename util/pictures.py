@@ -153,7 +153,7 @@ def palette(num_classes: int) -> np.ndarray:
     """
     bits = np.arange(1, num_classes + 1)[:, None] >> np.arange(24) & 1
     of_voc = (bits.reshape(-1, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1)
-    return np.minimum(of_voc * 4 // 3, 255).astype(np.uint8)
+    return (of_voc * 255 // 224).astype(np.uint8)
 
 
 def painted(image: np.ndarray, label: np.ndarray, num_classes: int, strength: float = 0.6) -> np.ndarray:

@@ -205,7 +205,8 @@ def batch_bytes(args: argparse.Namespace) -> int:
     """Shared memory that a batch of uint8 images and its labels take, in whole pages."""
     sides = [getattr(args, 'eval_size', None) or args.input_size]
     sides += [] if getattr(args, 'eval', False) else [args.input_size]
-    return (args.batch_size * 3 * max(sides) ** 2 // PAGE + 2) * PAGE
+    planes = 4 if hasattr(args, 'short_side') else 3  # labels of pixels are one more
+    return (args.batch_size * planes * max(sides) ** 2 // PAGE + 2) * PAGE
 
 
 def loader_bytes(args: argparse.Namespace, batches: float = math.inf) -> int:

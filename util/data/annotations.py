@@ -71,7 +71,7 @@ def stored(file: BinaryIO, name: str, size: tuple[int, int], image: str) -> np.n
         empty = not file.seek(0, os.SEEK_END)
         raise ValueError('the file is empty' if empty else 'not a PNG') from None
     with picture:
-        if fault := unlike_labels(picture) or unlike_size(picture.size[::-1], size, image):
+        if fault := unlike_size(picture.size[::-1], size, image) or unlike_labels(picture):
             raise UserError(f'the annotation {printable(name)} {fault}')
         picture.load()
         return np.array(picture, np.uint8)

@@ -129,7 +129,7 @@ def label_box(label: np.ndarray, size: tuple[int, int], corner: tuple[int, int],
 def acceptable(label: np.ndarray) -> bool:
     """Whether a crop shows more than one class, none of them on three quarters of its counted pixels or more."""
     counts = np.bincount(label.ravel(), minlength=IGNORED + 1)[:IGNORED]
-    return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < LARGEST_SHARE
+    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < LARGEST_SHARE)
 
 
 def random_crop(
@@ -441,15 +441,15 @@ def predict(
     if mode == 'slide':
         crop = crop or model.fixed_size
         stride = stride or tuple(2 * side // 3 for side in both(crop))
-    total = 0
-    for scale in imgs:
-        for mirrored in (False, True) if flip else (False,):
-            views = scale.flip(-1) if mirrored else scale
-            logits = slide_logits(model, views, crop, stride) if mode == 'slide' else exact(model(views))
-            logits = F.interpolate(logits, tuple(size), mode='bilinear', align_corners=False)
-            probabilities = logits.softmax(1)
-            total = total + (probabilities.flip(-1) if mirrored else probabilities)
-    return total / (len(imgs) * (1 + flip))
+    views = [(scale, mirrored) for scale in imgs for mirrored in ((False, True) if flip else (False,))]
+    total = None
+    for scale, mirrored in views:
+        view = scale.flip(-1) if mirrored else scale
+        logits = slide_logits(model, view, crop, stride) if mode == 'slide' else exact(model(view))
+        found = F.interpolate(logits, tuple(size), mode='bilinear', align_corners=False).softmax(1)
+        found = found.flip(-1) if mirrored else found
+        total = found if total is None else total.add_(found)
+    return total.div_(len(views))
 
 
 # --------------------------------------------------------------------------
