@@ -51,7 +51,8 @@ def get_args_parser() -> config.Parser:
     config.add_output_args(parser, unit='round')
     config.add_hardware_args(parser)
     parser.take(main_finetune.get_args_parser(), *TAKEN)
-    parser.set_defaults(layer_decay=1.0, decoder=decoders.PIL, download=False)
+    parser.set_defaults(layer_decay=1.0)
+    parser.without(decoder=decoders.PIL, download=False)
 
     add = partial(parser.add_argument, heading='Data')
     add(
@@ -178,7 +179,7 @@ def segmentation_loss(training: Training) -> LossOf:
 
 
 def by_name(**pairs: PairSplit) -> dict[str, datasets.Split]:
-    """Images and annotations as splits of their own: what ranks must agree on, and what --check_data reads."""
+    """Images and annotations as splits of their own: what ranks must agree on."""
     splits = {}
     for name, pair in pairs.items():
         splits[name] = datasets.Split(pair.images, None, pair.classes, pair.notes)
@@ -191,8 +192,8 @@ def statistics_notice(args: argparse.Namespace, core: nn.Module, sampler: datase
     """What of a step BatchNorm sees, on which the result depends more than one would think."""
     seen = args.batch_size * (sampler.world_size if build.synchronises(core, args) else 1)
     return (
-        f'a step has {counted(sampler.global_batch, "image")}, BatchNorm takes its statistics from {seen} of them at a '
-        f'time: one forward, which --accum_iter does not widen'
+        f'effective batch: {sampler.global_batch}; the statistics of BatchNorm are those of {counted(seen, "image")}, '
+        f'one forward, which --accum_iter does not widen'
     )
 
 
@@ -302,7 +303,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         if args.dry_run:
             pixels = labellers['test'].pixels(val_batches.dataset)
             trial = partial(forward, training, loss_of=loss_of)
-            return dry_run.report(run, batches, trial, pixels, **by_name(train=train, val=val))
+            return dry_run.report(run, batches, trial, pixels, train=train, val=val)
 
         for epoch in run.epochs():
             stats = train_one_epoch(training, run, batches, epoch, loss_of)

@@ -29,6 +29,7 @@ import main_pretrain
 from scripts import finetune_segmentation
 from util import build, checkpoint, config, console, diagnosis, dist, resources
 from util.data import augment, datasets, decoders, named, segmentation
+from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.training import Training
 
@@ -237,7 +238,7 @@ class Replay:
     def prepare_segment(self, device: torch.device) -> tuple[nn.Module, datasets.ImageFiles, Callable]:
         """The same of segmentation."""
         train, _ = segmentation.pairs(self.args)
-        images = finetune_segmentation.training_pairs(self.args, train)
+        images = segmentation.training_pairs(train, self.args, Reader())
 
         def forward_of(training: Training) -> Callable:
             loss_of = finetune_segmentation.segmentation_loss(training)

@@ -6,8 +6,8 @@ Examples:
     python scripts/run_with_submitit.py segment --nodes 1 --ngpus 8 --config NAME --finetune PATH --data_path /data/ade
     python scripts/run_with_submitit.py pretrain --local --ngpus 2 --config NAME --data_path ...
 
-The word is the program: main_pretrain.py, main_finetune.py or, for segment, scripts/finetune_segmentation.py. Every flag
-that is not listed here goes to it; its parser checks the flag before anything is submitted.
+The word names the program: main_pretrain.py, main_finetune.py or, with segment, scripts/finetune_segmentation.py. Every
+flag that is not listed here goes to it, whose parser checks it before anything is submitted.
 """
 
 import argparse

@@ -247,6 +247,15 @@ class Parser(argparse.ArgumentParser):
             ):
                 ours |= {name: theirs[name]} if name in theirs else {}
 
+    def without(self, **values: Any) -> None:
+        """What the code reads of flags that this program has not: values, or functions of what was parsed."""
+        for name, value in values.items():
+            if callable(value):
+                self.settle[name] = lambda args, given, value=value: value(args)
+            else:
+                self.set_defaults(**{name: value})
+            self.roles[name] = 'free'
+
     def error(self, message: str):
         # argparse's 'argument --lr: must be more than 0' as a sentence
         raise UserError(message.removeprefix('argument ').replace(': must be', ' must be', 1))
@@ -538,10 +547,10 @@ def add_step_args(parser: Parser, *, steps: int, lr: float, warmup_steps: int) -
     add('--warmup_shape', **WARMUP_SHAPE | {'default': 'scaled'})
     add('--lr_sched', choices=('poly', 'cosine'), default='poly', help='schedule, which the warm-up multiplies')
     add('--lr_power', type=ABOVE_0, default=1.0, help='of --lr_sched poly: (1 - step / steps) ** power')
-    parser.set_defaults(start_epoch=0, blr=None, min_lr_absolute=True)
-    parser.set_defaults(cosine_start='zero', lr_decay_epochs=[], lr_decay_rate=1.0, sched_per_epoch=False)
-    parser.settle['epochs'] = lambda args, given: args.steps // args.eval_freq
-    parser.settle['warmup_epochs'] = lambda args, given: args.warmup_steps / args.eval_freq
+    parser.without(start_epoch=0, blr=None, min_lr_absolute=True)
+    parser.without(cosine_start='zero', lr_decay_epochs=[], lr_decay_rate=1.0, sched_per_epoch=False)
+    parser.without(epochs=lambda args: args.steps // args.eval_freq)
+    parser.without(warmup_epochs=lambda args: args.warmup_steps / args.eval_freq)
 
 
 def add_optimiser_args(parser: Parser, betas: list[float]) -> None:

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import dist, resources
 from util.data import datasets
 from util.data.images import Reader, reason
-from util.errors import RunError, printable
+from util.data.segmentation import PairFiles, PairSplit, reduces
+from util.errors import RunError, UserError, printable
 from util.log import counted, info
 from util.resources import size
 from util.run import Run
@@ -53,9 +54,14 @@ class Forgiving(Reader):
 class Faults(datasets.ImageFiles):
     """Item (epoch, index) is why an image cannot be read, or ''."""
 
+    def read(self, index: int) -> None:
+        self.image(index)
+
     def __getitem__(self, item: tuple[int, ...]) -> str:
         try:
-            self.image(item[1])
+            self.read(item[1])
+        except UserError as error:
+            return str(error)
         except RunError:
             raise
         except Exception as error:  # Pillow raises of every kind
@@ -65,11 +71,21 @@ class Faults(datasets.ImageFiles):
         return ''
 
 
-def check_images(run: Run, name: str, split: datasets.Split) -> None:
-    """Read every image of a split, each on one rank, and name those that cannot be read."""
+class PairFaults(Faults, PairFiles):
+    """Item (epoch, index) is what is wrong with an image or its annotation, or ''."""
+
+    def read(self, index: int) -> None:
+        self.pair(index)
+
+
+def check_images(run: Run, name: str, split: datasets.Split | PairSplit) -> None:
+    """Read every image of a split, each on one rank, and name those that cannot be read, or whose labels are wrong."""
     args, reader, images = run.args, run.images.reader, len(split.images)
     info(f'{name}: reading {images:,} images')
-    faults = Faults(split.images, None, None, args.seed, reader)
+    if isinstance(split, PairSplit):
+        faults = PairFaults(split, reduces(args), args.seed, reader)
+    else:
+        faults = Faults(split.images, None, None, args.seed, reader)
     batches = datasets.eval_batches(images, READ, dist.rank(), dist.world_size())
     loader = datasets.loader(faults, batches, args.num_workers, False, args.dist_timeout)
     found = [
@@ -79,12 +95,14 @@ def check_images(run: Run, name: str, split: datasets.Split) -> None:
         if why
     ]
     bad = sorted(fault for of_rank in dist.gather(found) for fault in of_rank)
-    then = ''
+    pairs, then = isinstance(split, PairSplit), ''
     if bad and not reader.listing:
-        then = ': the first one will end the run; --bad_images skip skips them'
+        them = 'those that cannot be read' if pairs else 'them'
+        then = f': the first one will end the run; --bad_images skip skips {them}'
     elif len(bad) > reader.most(images):
         then = f': more than the {reader.most(images)} that --max_bad_images allows'
-    info(f'{name}: {len(bad):,} of {images:,} images cannot be read{then}')
+    what = 'images, or their annotations, are wrong' if pairs else 'images cannot be read'
+    info(f'{name}: {len(bad):,} of {images:,} {what}{then}')
     for path, why in bad:
         info(f'  {printable(path)}: {why}')
 
@@ -314,7 +332,11 @@ class Estimate(NamedTuple):
 
 
 def report(
-    run: Run, batches: datasets.Loader, forward: Forward, pixels: float | None = None, **data: datasets.Split
+    run: Run,
+    batches: datasets.Loader,
+    forward: Forward,
+    pixels: float | None = None,
+    **data: datasets.Split | PairSplit,
 ) -> Estimate:
     """Try the run and say what it would need. `data` are its splits by name; every rank must call it.
 
