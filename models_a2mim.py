@@ -43,10 +43,10 @@ from util.nn.checks import check_choice, check_divides, check_heads, check_mask_
 from util.nn.losses import PIXEL_LOSSES, explained, pixel_loss
 from util.nn.models import as_timm, eval_mode, factory, norm_layer, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
-from util.nn.pyramid import Indices, as_maps
+from util.nn.pyramid import Indices, StageMaps, as_maps
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
-from util.nn.upernet import Segmenter, segmenter_rules, split_options, with_heads
+from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
 from util.nn.vit import SEGMENTER_VIT, quarters, vit_backbone
 
 
@@ -377,6 +377,13 @@ def any_maps(*, out_indices: Indices | None = None, **options) -> nn.Module:
     return as_maps(network, out_indices, partial(LayerNorm2d, eps=1e-6) if isinstance(network, ConvNeXt) else None)
 
 
+def swin_maps(*, img_size: int, **options) -> SwinTransformer:
+    """timm's Swin as an encoder of four maps of any image; `img_size` means nothing."""
+    encoder = StageMaps(swin(**{**options, 'img_size': 32, 'always_partition': True}))
+    encoder.fixed_size = None
+    return encoder
+
+
 def resnet_maps(*, output_stride: int = 32, deep_stem: bool = False, **options) -> nn.Module:
     """timm's ResNet as an encoder of four maps. `deep_stem`: three 3 x 3 convolutions for the 7 x 7 one."""
     stem = dict(stem_width=32, stem_type='deep') if deep_stem else {}
@@ -419,7 +426,7 @@ CONVNEXT = Backbone(  # its last map is normed, not pooled
 SWIN = Backbone(
     swin,
     partial(stage_site, ('patch_embed', *(f'layers.{stage}.downsample' for stage in range(4)))),
-    any_maps,
+    swin_maps,
     {},
 )
 ANY = Backbone(any_timm, any_site, any_maps, dict(out_indices=quarters))
@@ -598,6 +605,8 @@ def segmenter_param_rules(model: Segmenter) -> dict[str, tuple[int, float, bool]
     last = max(ids.values()) + 1
     if isinstance(model.encoder, ResNet):
         return segmenter_rules(model, lambda name: ids[name], last, decays=lambda name, param: True)
+    if isinstance(model.encoder, SwinTransformer):
+        return segmenter_rules(model, lambda name: ids.get(name, last), last, swin_decays)
     return segmenter_rules(model, lambda name: ids.get(name, last), last)
 
 

@@ -48,8 +48,17 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
-from util.nn.swin import SwinClassifier, Windows, group_slots, plain_and_shifted, stage_grids, swin_stages, unit_major
-from util.nn.upernet import Segmenter, segmenter_rules, split_options, with_heads
+from util.nn.swin import (
+    SwinBackbone,
+    SwinClassifier,
+    Windows,
+    group_slots,
+    plain_and_shifted,
+    stage_grids,
+    swin_stages,
+    unit_major,
+)
+from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
 from util.nn.vit import SEGMENTER_VIT, norm_layer, quarters, vit_backbone, vit_classifier
 
 
@@ -513,11 +522,22 @@ def create_classifier(
     return LocalMIMSwinClassifier(**options)
 
 
-def create_backbone(name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> VisionTransformer | Beit:
-    """The classifier without its head, as an encoder for dense tasks; a ViT's keywords are `vit_backbone`'s."""
-    sizes = dict(img_size=img_size, drop_path_rate=drop_path_rate)
-    options = {**sizes_of(ENCODERS, name), **sizes, **kwargs}
-    return vit_backbone(**options)
+def create_backbone(
+    name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
+) -> VisionTransformer | Beit | SwinBackbone:
+    """The classifier without its head, as an encoder for dense tasks.
+
+    A ViT's keywords are `vit_backbone`'s. A Swin's are `SwinBackbone`'s, for which `img_size` means nothing, and
+    `coords`, as `LocalMIMSwinClassifier` has it.
+    """
+    options = {**sizes_of(ENCODERS, name), 'drop_path_rate': drop_path_rate, **kwargs}
+    if name in VIT_ENCODERS:
+        return vit_backbone(img_size=img_size, **options)
+    coords = options.pop('coords', 'published')
+    check_choice('coords', coords, COORDS)
+    encoder = SwinBackbone(**options)
+    encoder.coords = coords
+    return encoder
 
 
 def create_segmenter(
@@ -577,11 +597,12 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
     and bias tables, but a ViT's tokens are; in fine-tuning, a ViT's class token and position embedding, but a Swin's
     bias tables are.
     """
-    if isinstance(model, LocalMIMSwin | LocalMIMSwinClassifier):
-        depths = [len(layer.blocks) for layer in model.layers]
+    encoder = model.encoder if isinstance(model, Segmenter) else model
+    if isinstance(encoder, LocalMIMSwin | LocalMIMSwinClassifier | SwinBackbone):
+        depths = [len(layer.blocks) for layer in encoder.layers]
         undecayed = ('_token', 'relative_position_bias_table') if isinstance(model, LocalMIMSwin) else ()
     else:
-        depths = [len(getattr(model, 'encoder', model).blocks)]
+        depths = [len(encoder.blocks)]
         undecayed = () if isinstance(model, LocalMIMViT) else ('cls_token', 'pos_embed')
 
     def layer_id(name: str) -> int:
@@ -594,7 +615,8 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
         return 0 if first in ENCODER_NAMES else sum(depths) + 1
 
     if isinstance(model, Segmenter):
-        return segmenter_rules(model, layer_id, sum(depths) + 1)
+        rule = {'decays': swin_decays} if isinstance(encoder, SwinBackbone) else {}
+        return segmenter_rules(model, layer_id, sum(depths) + 1, **rule)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1 and not name.endswith(undecayed))
         for name, param in model.named_parameters()
