@@ -114,7 +114,7 @@ class Intake:
     formats: tuple[Format, ...]
     may_lack: tuple[str, ...] = ()  # keys that a file may lack
     may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
-    computed: tuple[str, ...] = ()  # fixed tables, which are not resized: the model has them in its size
+    computed: tuple[str, ...] = ()  # what the model has without a file, in its own size
 
 
 COMMON_WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'module', 'student')

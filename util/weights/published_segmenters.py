@@ -64,11 +64,6 @@ def last_norm(state: State, model: nn.Module) -> State:
     return {re.sub(r'head\.norm\.', 'norm3.', key): value for key, value in state.items()}
 
 
-def whole_counts(state: State, model: nn.Module) -> State:
-    """Steps that BatchNorm has seen, which some tools write as fractions."""
-    return {key: value.long() if key.endswith('num_batches_tracked') else value for key, value in state.items()}
-
-
 def adapted(formats: tuple[Format, ...], further: Adapt) -> tuple[Format, ...]:
     """The same formats, with something more to do after renaming."""
 
@@ -141,7 +136,7 @@ def published(name: str, mark: str, renames: tuple[tuple[str, str], ...] = (), a
     names = (*PYRAMID, *inside(r'backbone\.', 'encoder.', renames), (r'backbone\.(.*)', r'encoder.\1'))
     ignorable = (*COMPUTED, r'data_preprocessor\..*')
     marks = {f'backbone.{mark}', 'decode_head.conv_seg.weight'}
-    return adapted((Format(f'{name} segmentation', marks, names, ignorable, adapt),), whole_counts)[0]
+    return Format(f'{name} segmentation', marks, names, ignorable, adapt)
 
 
 VITS = (
@@ -188,9 +183,9 @@ def segmenter_intake(model: nn.Module, new_classes: bool) -> Intake:
     return Intake(
         wrappers=(),
         formats=formats if new_classes else adapted(formats, same_classes),
-        may_lack=(*COMPUTED, r'.*num_batches_tracked', *heads),
+        may_lack=heads,
         may_drop=(K_BIAS, *heads),
-        computed=(r'encoder\.absolute_pos_embed',),
+        computed=(*COMPUTED, r'.*num_batches_tracked', r'encoder\.absolute_pos_embed'),
     )
 
 
