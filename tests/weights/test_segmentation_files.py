@@ -432,6 +432,30 @@ def test_released_convnext_and_networks_of_timm():
     assert {line.partition(' ')[0] for line in report.ignored} == {'head.fc.weight', 'head.fc.bias'}
 
 
+def test_segmentation_files_into_other_networks():
+    """Their encoder is a start for classifiers and pretraining, and for other heads; what is beside it is dropped."""
+    for name, (renames, _) in LAYOUTS.items():
+        source = segmenter(name)
+        encoder = source.encoder.state_dict()
+        others = [
+            (classifier(name), {}),
+            (pretraining(name), {'new_decoder': True}),
+            (drawn(find_method(name).create_backbone(name, img_size=64)), {}),
+        ]
+        for file in ({'model': source.state_dict(), **OWN}, {'state_dict': in_layout(source.state_dict(), renames)}):
+            for model, options in others:
+                if name == 'mirl_vit_tiny':
+                    refused(model, file, 'has relative positions and LayerScale, for which this ViT has no place')
+                    continue
+                report = load_published(model, file, **options)
+                assert 'taken off beside' in report.format
+                own = model.encoder_state_dict() if options else model.state_dict()
+                same = [key for key, value in own.items() if key in encoder and value.shape == encoder[key].shape]
+                assert all(torch.equal(own[key], encoder[key]) for key in same)
+                assert len(same) > 20
+                assert {key.partition('.')[0] for key in own if key not in encoder} <= {'head', 'fc', 'fc_norm', 'norm'}
+
+
 def test_mistaken_files(measured):
     """Other families and sizes, each in one line; nothing is loaded."""
     vit, swin = segmenter('mirl_vit_tiny'), segmenter('mixmae_tiny')

@@ -127,8 +127,6 @@ PYRAMID = (
 DEEP_STEM = ((r'stem\.7\.(.*)', r'bn1.\1'), (r'stem\.(.*)', r'conv1.\1'))
 MM_SWIN = (*OPENMIXUP_SWIN[3:-1], (r'stages\.(\d)\.downsample\.(.*)', r'layers.\1.downsample.\2'))  # at a stage's end
 NEW_HEADS = (r'(decode|auxiliary)_head\.conv_seg\..*',)
-# what is beside an encoder in a segmentation file, for a network that has no use for it
-BESIDE = (r'(decode_head|auxiliary_head|pyramid|fpn[12])\..*', OWN_NORMS)
 
 
 def published(name: str, mark: str, renames: tuple[tuple[str, str], ...] = (), adapt: Adapt = biases_apart) -> Format:
@@ -170,8 +168,13 @@ SEGMENTERS = {  # by the encoder's class
 
 def without_heads(intake: Intake) -> Intake:
     """The intake of another network for the encoder in a segmentation file, which has no norm of its last tokens."""
-    lacking = (r'(head\.norm|fc_norm|norm)\..*',)
-    return replace(intake, may_lack=intake.may_lack + lacking, may_drop=intake.may_drop + BESIDE)
+    return replace(
+        intake,
+        part=r'(?:\w+\.)*?(?:encoder|backbone)\.',
+        formats=tuple(replace(row, marks=row.marks - {'norm.weight'}) for row in intake.formats),
+        may_lack=(*intake.may_lack, r'(head\.norm|fc_norm|norm)\..*'),
+        may_drop=(*intake.may_drop, r'fpn[12]\..*', OWN_NORMS),
+    )
 
 
 def segmenter_intake(model: nn.Module, new_classes: bool) -> Intake:
