@@ -114,7 +114,8 @@ class Intake:
     formats: tuple[Format, ...]
     may_lack: tuple[str, ...] = ()  # keys that a file may lack
     may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
-    computed: tuple[str, ...] = ()  # fixed tables, which are not resized: the model has them in its size
+    part: str = ''  # pattern of the prefix of what counts, where a file holds more
+    computed: tuple[str, ...] = ()  # what the model has without a file, in its own size
 
 
 COMMON_WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'module', 'student')
@@ -144,6 +145,8 @@ def load(
     report.ignored += [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
     state = torch_state(weights)
+    if intake and intake.part and (found_part := next(filter(None, map(re.compile(intake.part).match, state)), None)):
+        state = take_off(found_part[0], state, report)
     formats = intake.formats if intake else (Format(f'own names of {type(model).__name__}', set()),)
     layout, prefix = recognise(state, formats, list(target))
     report.format = layout.name + (' (Paddle)' if from_paddle else '') + report.format

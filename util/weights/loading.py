@@ -85,8 +85,9 @@ def load_other(model: nn.Module, container: dict, ema: bool, flag: str, new_deco
 def intake_of(name: str, network: nn.Module, container: dict) -> Intake | None:
     """Of a class by its name, for what a file holds."""
     if hasattr(network, 'widths'):  # of the maps that an encoder for dense tasks gives
-        return encoder_intake(network)
-    intake = INTAKES.get(name, ANY_INTAKE if type(network).__module__.startswith('timm.') else None)
+        intake = encoder_intake(network)
+    else:
+        intake = INTAKES.get(name, ANY_INTAKE if type(network).__module__.startswith('timm.') else None)
     return without_heads(intake) if intake and is_segmentation(container) else intake
 
 

@@ -216,7 +216,11 @@ INTO_VIT = (
         adapt=sincos_table,
     ),
     Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),
-    Format('BEiT', BEIT_MARKS, refusal='has relative positions and LayerScale, for which this ViT has no place'),
+    Format(
+        'BEiT',
+        BEIT_MARKS,
+        refusal='has relative positions and LayerScale, for which this ViT has no place; the a2mim_vit models have one',
+    ),
     Format('ViT', VIT_MARKS),  # MAE's and MIRL's encoders, fine-tuned ones, timm's, our own
     *hugging_face(joined_qkv),
 )

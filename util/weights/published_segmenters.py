@@ -36,15 +36,16 @@ Adapt = Callable[[State, nn.Module], State]
 # what depends on the model
 
 
-def outer_thirds(state: State, model: nn.Module) -> State:
-    """BEiT has biases of queries and values. One of keys adds the same to all logits of a query, which is nothing."""
+def biases_apart(state: State, model: nn.Module) -> State:
+    """BEiT has biases of queries and values. One of keys (`K_BIAS`, dropped) adds one number to all logits of a query:
+    it changes nothing."""
     own, found = model.state_dict(), {}
     for key, value in state.items():
         block = key.removesuffix('qkv.bias')
-        if block != key and f'{block}q_bias' in own:
-            found[f'{block}q_bias'], _, found[f'{block}v_bias'] = value.chunk(3)
-        elif not key.endswith('attn.k_bias'):
-            found[key] = value
+        apart = block != key and f'{block}q_bias' in own
+        found |= (
+            {f'{block}{name}_bias': x for name, x in zip('qkv', value.chunk(3), strict=True)} if apart else {key: value}
+        )
     return found
 
 
@@ -55,7 +56,7 @@ def as_beit(state: State, model: nn.Module) -> State:
         names = re.compile(rf'blocks\.\d+\.{pattern}')
         if not any(map(names.fullmatch, state)):
             plain |= {name: fill(own[name]) for name in own if names.fullmatch(name)}
-    return plain | outer_thirds(state, model)
+    return plain | biases_apart(state, model)
 
 
 def last_norm(state: State, model: nn.Module) -> State:
@@ -63,24 +64,19 @@ def last_norm(state: State, model: nn.Module) -> State:
     return {re.sub(r'head\.norm\.', 'norm3.', key): value for key, value in state.items()}
 
 
-def whole_counts(state: State, model: nn.Module) -> State:
-    """Steps that BatchNorm has seen, which some tools write as fractions."""
-    return {key: value.long() if key.endswith('num_batches_tracked') else value for key, value in state.items()}
-
-
-def adapted(formats: tuple[Format, ...], further: Adapt, note: str = '') -> tuple[Format, ...]:
+def adapted(formats: tuple[Format, ...], further: Adapt) -> tuple[Format, ...]:
     """The same formats, with something more to do after renaming."""
 
     def both(first: Adapt, state: State, model: nn.Module) -> State:
         return further(first(state, model), model)
 
-    return tuple(replace(row, name=row.name + note, adapt=partial(both, row.adapt)) for row in formats)
+    return tuple(replace(row, adapt=partial(both, row.adapt)) for row in formats)
 
 
 # --------------------------------------------------------------------------
 # pretrained and classifiers' files into encoders
 
-NO_KEY_BIAS = ', less the biases of keys, which change nothing'
+K_BIAS = r'(encoder\.)?blocks\.\d+\.attn\.k_bias'
 OWN_NORMS = r'norm[0-3]\..*'  # of each map, which no file of another task has
 
 
@@ -95,11 +91,8 @@ ENCODER_INTAKES = {  # by the encoder's class
     'VisionTransformer': encoder_of('VisionTransformer'),
     'Beit': encoder_of(
         'Beit',
-        formats=(
-            *INTO_BEIT[:-1],  # whose last row refuses a plain ViT
-            *adapted(tuple(row for row in INTO_VIT if not row.refusal), as_beit, NO_KEY_BIAS),
-        ),
-        may_drop=('pos_embed',),
+        formats=adapted(tuple(row for row in (*INTO_BEIT, *INTO_VIT) if not row.refusal), as_beit),
+        may_drop=('pos_embed', K_BIAS),
     ),
     'ResNet': encoder_of('ResNet'),
     'ConvNeXt': encoder_of('ConvNeXt', formats=adapted(INTAKES['ConvNeXt'].formats, last_norm), may_lack=(OWN_NORMS,)),
@@ -134,16 +127,14 @@ PYRAMID = (
 DEEP_STEM = ((r'stem\.7\.(.*)', r'bn1.\1'), (r'stem\.(.*)', r'conv1.\1'))
 MM_SWIN = (*OPENMIXUP_SWIN[3:-1], (r'stages\.(\d)\.downsample\.(.*)', r'layers.\1.downsample.\2'))  # at a stage's end
 NEW_HEADS = (r'(decode|auxiliary)_head\.conv_seg\..*',)
-# what is beside an encoder in a segmentation file, for a network that has no use for it
-BESIDE = (r'(decode_head|auxiliary_head|pyramid|fpn[12])\..*', OWN_NORMS)
 
 
-def published(name: str, mark: str, renames: tuple[tuple[str, str], ...] = (), adapt: Adapt = outer_thirds) -> Format:
+def published(name: str, mark: str, renames: tuple[tuple[str, str], ...] = (), adapt: Adapt = biases_apart) -> Format:
     """A layout in which the encoder's keys stand under `backbone.`, and `mark` is one of them."""
     names = (*PYRAMID, *inside(r'backbone\.', 'encoder.', renames), (r'backbone\.(.*)', r'encoder.\1'))
     ignorable = (*COMPUTED, r'data_preprocessor\..*')
     marks = {f'backbone.{mark}', 'decode_head.conv_seg.weight'}
-    return adapted((Format(f'{name} segmentation', marks, names, ignorable, adapt),), whole_counts)[0]
+    return Format(f'{name} segmentation', marks, names, ignorable, adapt)
 
 
 VITS = (
@@ -177,8 +168,13 @@ SEGMENTERS = {  # by the encoder's class
 
 def without_heads(intake: Intake) -> Intake:
     """The intake of another network for the encoder in a segmentation file, which has no norm of its last tokens."""
-    lacking = (r'(head\.norm|fc_norm|norm)\..*',)
-    return replace(intake, may_lack=intake.may_lack + lacking, may_drop=intake.may_drop + BESIDE)
+    return replace(
+        intake,
+        part=r'(?:\w+\.)*?(?:encoder|backbone)\.',
+        formats=tuple(replace(row, marks=row.marks - {'norm.weight'}) for row in intake.formats),
+        may_lack=(*intake.may_lack, r'(head\.norm|fc_norm|norm)\..*'),
+        may_drop=(*intake.may_drop, r'fpn[12]\..*', OWN_NORMS),
+    )
 
 
 def segmenter_intake(model: nn.Module, new_classes: bool) -> Intake:
@@ -190,9 +186,9 @@ def segmenter_intake(model: nn.Module, new_classes: bool) -> Intake:
     return Intake(
         wrappers=(),
         formats=formats if new_classes else adapted(formats, same_classes),
-        may_lack=(*COMPUTED, r'.*num_batches_tracked', *heads),
-        may_drop=heads,
-        computed=(r'encoder\.absolute_pos_embed',),
+        may_lack=heads,
+        may_drop=(K_BIAS, *heads),
+        computed=(*COMPUTED, r'.*num_batches_tracked', r'encoder\.absolute_pos_embed'),
     )
 
 
