@@ -41,13 +41,13 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.losses import PIXEL_LOSSES, explained, pixel_loss
-from util.nn.models import as_timm, eval_mode, factory, sizes_of
+from util.nn.models import as_timm, eval_mode, factory, norm_layer, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
 from util.nn.pyramid import Indices, as_maps
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, with_heads
-from util.nn.vit import SEGMENTER_VIT, norm_layer, quarters, vit_backbone
+from util.nn.vit import SEGMENTER_VIT, quarters, vit_backbone
 
 
 class CellPlan(NamedTuple):

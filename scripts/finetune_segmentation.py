@@ -214,7 +214,7 @@ def trained_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Mo
     source = dist.from_main(lambda: checkpoint.Source.read(args.resume), checkpoint.Source.outline)
     source.expect('segment', f'has no segmentation heads: train them, with --finetune {args.resume}')
     args = source.complete(args, get_args_parser())
-    names = source.origin and source.origin.classes
+    names = source.classes
     if names and not args.nb_classes:
         args = argparse.Namespace(**vars(args) | {'nb_classes': len(names)})
     if args.predict and not args.nb_classes:
@@ -226,7 +226,7 @@ def trained_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Mo
         unnamed = list(map(str, range(len(split.classes))))
         if names and split.classes == unnamed:
             split = split._replace(classes=names)
-        elif names not in (None, unnamed, split.classes):
+        elif source.origin and names not in (None, unnamed, split.classes):  # others name ADE20K's classes otherwise
             differing = named.difference(names, split.classes, source.path, str(args.data_path))
             raise UserError(f'{source.path} was trained for other classes: {differing}')
     with source.expected(args):
@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
             return
         run.notices += [*train.notes, *val.notes]
         make = partial(create_segmenter, num_classes=len(train.classes))
-        args, core = run.first_network(make, check_segmenter, get_args_parser(), 'finetune')
+        args, core = run.first_network(make, check_segmenter, get_args_parser(), 'finetune', new_classes=True)
         rules = build.param_rules(method, core, args.rule_kwargs)
         ema = WeightAverage(core, args.ema_decay) if args.use_ema else None
         build.apply_options(core, args)

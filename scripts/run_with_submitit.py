@@ -41,8 +41,8 @@ from scripts import finetune_segmentation
 from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.dry_run import figure
-from util.errors import STOPPED, UserError, closest, run_main
-from util.recipes import find_recipe, program
+from util.errors import STOPPED, UserError, closest, program, run_main
+from util.recipes import find_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'segment': finetune_segmentation}

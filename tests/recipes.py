@@ -8,26 +8,28 @@ import torch
 from torch import nn
 from training import MAINS
 
+from scripts import finetune_segmentation
 from util import optim
 from util.recipes import RECIPES, load_recipe
 
-OWN = '_cifar10_'
+OWN, ADE20K = '_cifar10_', '_ade20k_'
+PROGRAMS = MAINS | {'segment': finetune_segmentation}
 
 
 def stage_of(name: str) -> str:
-    return 'pretrain' if '_pretrain' in name else 'finetune'
+    return 'segment' if ADE20K in name else 'pretrain' if '_pretrain' in name else 'finetune'
 
 
 def published(*methods: str) -> set[str]:
-    """Names of the recipes of these methods, but for linear probes, and our own, which are for CIFAR-10."""
+    """Names of the recipes of these methods for ImageNet, but for linear probes; those for CIFAR-10 are our own."""
     names = {path.stem for path in RECIPES.glob('*.yaml') if path.stem.startswith(methods)}
-    return {name for name in names if OWN not in name and not name.endswith('_linprobe')}
+    return {name for name in names if OWN not in name and ADE20K not in name and not name.endswith('_linprobe')}
 
 
 def resolve(name: str, *flags: str) -> argparse.Namespace:
     """The arguments of a recipe, as the program that it is for takes them."""
     stage = stage_of(name)
-    return MAINS[stage].get_args_parser().parse(['--config', name, *flags], stage=stage)
+    return PROGRAMS[stage].get_args_parser().parse(['--config', name, *flags], stage=stage)
 
 
 def resolved_values(name: str) -> dict:

@@ -6,6 +6,8 @@ import fill
 import numpy as np
 import torch
 
+from util.nn.upernet import UPerHead
+
 
 def sizes(text: str) -> list[int]:
     """'images(3, 130, 98)' -> [3, 130, 98]"""
@@ -64,13 +66,18 @@ def gradient_difference(model: torch.nn.Module, case: dict, ours_of: dict[str, l
     )
 
 
-def network_differences(model: torch.nn.Module, golden: dict, ours_of: dict[str, list[str]]) -> dict[str, float]:
-    """The largest difference of each kind; the model holds the golden's weights. Gradients, losses: in float64."""
+def network_differences(
+    model: torch.nn.Module, golden: dict, ours_of: dict[str, list[str]], modes: tuple[str, ...] = ('eval', 'train')
+) -> dict[str, float]:
+    """The largest difference of each kind. Losses and gradients are those of `modes`, in float64.
+
+    The model holds the golden's weights; `ours_of` as in `gradient_difference`.
+    """
     imgs, label = images(golden['input']), labels(golden['labels'])
     found, model = {}, without_dropout(model).eval()
     with torch.no_grad():
         maps = model.features(imgs)
-        decode = model.decode_head(maps if len(model.decode_head.state_dict()) > 20 else maps[-1])
+        decode = model.decode_head(maps if isinstance(model.decode_head, UPerHead) else maps[-1])
         logits, loss = model(imgs), model(imgs, label)[0]
     found['features'] = max(map(difference, maps, golden['features']))
     heads = [(decode, 'decode_logits'), (model.auxiliary_head(maps[-2]), 'aux_logits'), (logits, 'logits')]
@@ -79,7 +86,7 @@ def network_differences(model: torch.nn.Module, golden: dict, ours_of: dict[str,
     counts = logits.argmax(dim=1).flatten().bincount(minlength=logits.shape[1]).tolist()
     found['counts'] = max(abs(a - b) for a, b in zip(counts, golden['prediction_counts'], strict=True)) / label.numel()
     model = model.double()
-    for mode in ('eval', 'train'):
+    for mode in modes:
         case = golden[mode]
         loss, terms = model.train(mode == 'train')(imgs.double(), label)
         model.zero_grad()
@@ -88,6 +95,8 @@ def network_differences(model: torch.nn.Module, golden: dict, ours_of: dict[str,
         pairs = [(loss, case['loss']), (terms['decode'], decode), (terms['aux'], aux)]
         found[f'{mode} loss'] = max(abs(ours.item() / theirs - 1) for ours, theirs in pairs)
         found[f'{mode} gradients'] = gradient_difference(model, case, ours_of)
+    if 'train' not in modes:
+        return found
     state = model.state_dict()
     running = {name: state[ours_of[name][0]] for name in golden['train']['running_after']}
     found['running statistics'] = max(

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from util import config, digests, resources
-from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
-from util.recipes import program
+from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable, program
 from util.resources import size
-from util.weights import Origin, check_finite, find_origin, plain_field, read_checkpoint, read_source
+from util.weights import Origin, check_finite, class_names, find_origin, plain_field, read_checkpoint, read_source
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
@@ -371,6 +370,7 @@ class Source:
     path: str
     container: dict
     origin: Origin | None = None
+    classes: list[str] | None = None  # whose names the file tells
     notices: list[str] = field(default_factory=list)  # what `complete` has found, to be printed
 
     @classmethod
@@ -380,7 +380,7 @@ class Source:
 
     @classmethod
     def of(cls, path: str | Path, container: dict) -> 'Source':
-        return cls(str(path), container, find_origin(container))
+        return cls(str(path), container, find_origin(container), class_names(container))
 
     def outline(self) -> 'Source':
         """What there is to tell of it, without its weights."""

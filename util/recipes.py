@@ -7,13 +7,8 @@ from typing import Any
 
 import yaml
 
-from util.errors import UserError, closest, printable
+from util.errors import UserError, closest, program
 
-PROGRAMS = {  # by the stage that a recipe, or a run, is of
-    'pretrain': 'main_pretrain.py',
-    'finetune': 'main_finetune.py',
-    'segment': 'scripts/finetune_segmentation.py',
-}
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
 
 
@@ -44,11 +39,6 @@ def read_recipe(path: Path, stage: str = '') -> dict:
     if stage and about and about.get('stage') != stage:
         raise UserError(f'{path} is a recipe for {program(about.get("stage"))}, not for {program(stage)}')
     return flags
-
-
-def program(stage: object) -> str:
-    """The program of a stage; a file may name any."""
-    return PROGRAMS.get(str(stage), f'main_{printable(stage, 80)}.py')
 
 
 def recipe_value(args: argparse.Namespace, name: str) -> Any:

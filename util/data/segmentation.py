@@ -87,15 +87,24 @@ def resized_box(
     """
     rows, columns = (Taps.of(*axis) for axis in zip(image.shape[:2], size, corner, extent, strict=True))
     top, left = rows.low[0], columns.low[0]
-    part = image[top : rows.high[-1] + 1, left : columns.high[-1] + 1].astype(np.int32)
-    wide = part.take(columns.low - left, 1) * columns.of_low[:, None]
-    wide += part.take(columns.high - left, 1) * columns.of_high[:, None]
-    wide >>= 4
-    out = (wide.take(rows.low - top, 0) * rows.of_low[:, None, None]) >> 16
-    out += (wide.take(rows.high - top, 0) * rows.of_high[:, None, None]) >> 16
-    out += 2
-    out >>= 2
-    return out.astype(np.uint8)
+    part = image[top : rows.high[-1] + 1, left : columns.high[-1] + 1]
+    wide = np.empty((len(part), extent[1], 3), np.int32)
+    for band in bands(len(part)):
+        values = part[band].astype(np.int32)
+        made = values.take(columns.low - left, 1) * columns.of_low[:, None]
+        made += values.take(columns.high - left, 1) * columns.of_high[:, None]
+        np.right_shift(made, 4, out=wide[band])
+    out = np.empty((*extent, 3), np.uint8)
+    for band in bands(len(out)):
+        made = wide.take(rows.low[band] - top, 0) * rows.of_low[band, None, None] >> 16
+        made += wide.take(rows.high[band] - top, 0) * rows.of_high[band, None, None] >> 16
+        out[band] = made + 2 >> 2
+    return out
+
+
+def bands(rows: int, count: int = 32) -> list[slice]:
+    """A few rows at a time, whose intermediate values stay in a processor's cache: it is several times as fast."""
+    return [slice(start, start + count) for start in range(0, rows, count)]
 
 
 def nearest(old: int, new: int, first: int, count: int) -> np.ndarray:
@@ -145,19 +154,20 @@ def scaled(levels: np.ndarray, factor: float = 1.0, shift: float = 0.0) -> np.nd
 
 
 LEVELS = np.arange(256, dtype=np.uint8)
-# OpenCV's HSV of 8 bits: hue in 0..179, saturation in 0..255 by the largest channel (rows) and the range of the three
+# OpenCV's HSV of 8 bits: hue in 0..179; saturation by the largest channel (rows) and how far the channels are apart
 DIVISORS = np.maximum(np.arange(256), 1)
-SATURATION = (np.arange(256) * np.rint(2**12 * 255 / DIVISORS).astype(np.int64)[:, None] + 2**11 >> 12).clip(0, 255)
+SATURATION = (np.arange(256) * np.rint(2**12 * 255 / DIVISORS).astype(int)[:, None] + 2**11 >> 12).astype(np.uint8)
 HUE_STEP = np.where(np.arange(256) > 0, np.rint(2**12 * 30 / DIVISORS), 0).astype(np.int32)
+UNIT = np.float32(1 / 255)
 
 
 def fading() -> np.ndarray:
-    """float32 [3, 256]: by hue, how much of the saturation R, G and B lose of the largest channel."""
-    hue = np.arange(256, dtype=np.float32) * np.float32(6 / 180)
-    sector, rest = np.floor(hue).astype(int) % 6, hue - np.floor(hue)
-    kinds = np.stack([np.zeros_like(rest), np.ones_like(rest), rest, 1 - rest])  # none, all, falling, rising
-    of_sectors = [[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]]
-    return np.stack([np.take_along_axis(kinds, np.array(of)[sector][None], 0)[0] for of in of_sectors])
+    """float32 [3, 180]: by hue, how much of the saturation R, G and B lose of the largest channel."""
+    hue = np.arange(180, dtype=np.float32) * np.float32(6 / 180)
+    sector, rest = np.floor(hue).astype(int), hue - np.floor(hue)
+    kinds = np.stack([np.zeros_like(rest), np.ones_like(rest), rest, 1 - rest])  # nothing, all, falling, rising
+    of_sectors = np.array([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]])
+    return kinds[of_sectors[:, sector], np.arange(180)]
 
 
 FADING = fading()
@@ -168,22 +178,26 @@ def in_hsv(image: np.ndarray, saturation: float = 1.0, hue: int = 0) -> np.ndarr
 
     As OpenCV does it, which on the way back truncates a row in blocks of 32 pixels, and rounds those that are left.
     """
-    r, g, b = (np.ascontiguousarray(image[..., c]) for c in range(3))
-    largest = np.maximum(np.maximum(r, g), b)
-    extent = largest - np.minimum(np.minimum(r, g), b)
-    levels = SATURATION.astype(np.uint8) if saturation == 1 else scaled(SATURATION, saturation)
-    s = levels.ravel().take(largest.astype(np.intp) << 8 | extent)
-    r, g, b, d = (x.astype(np.int32) for x in (r, g, b, extent))
-    h = np.where(largest == r, g - b, np.where(largest == g, b - r + 2 * d, r - g + 4 * d))
-    h = h * HUE_STEP.take(extent) + 2**11 >> 12
-    h = np.where(h < 0, h + 180, h)
-    if hue:
-        h = (h + hue) % 180
-    value, s = (x.astype(np.float32) * np.float32(1 / 255) for x in (largest, s))
-    out = np.stack([value * (1 - s * of.take(h)) * np.float32(255) for of in FADING], -1)
-    rest = out[:, out.shape[1] // 32 * 32 :]
-    np.rint(rest, out=rest)
-    return out.astype(np.uint8)
+    saturations = scaled(LEVELS, saturation).take(SATURATION).ravel() * UNIT
+    losses = np.roll(FADING, -hue, 1)
+    out, rounded = np.empty(image.shape, np.uint8), slice(image.shape[1] // 32 * 32, None)
+    for band in bands(len(image)):
+        r, g, b = (image[band, :, channel].astype(np.int16) for channel in range(3))
+        largest = np.maximum(np.maximum(r, g), b)
+        apart = largest - np.minimum(np.minimum(r, g), b)
+        h = r - g + 4 * apart
+        h += (largest == g) * (b - r + 2 * apart - h)
+        h += (largest == r) * (g - b - h)
+        places = apart.astype(np.intp)
+        h = h * HUE_STEP.take(places) + 2**11 >> 12
+        h += (h < 0) * np.int32(180)
+        s = saturations.take((largest.astype(np.intp) << 8) + places)
+        value, h = largest * UNIT, h.astype(np.intp)
+        for channel, loss in enumerate(losses):
+            made = value * (1 - s * loss.take(h)) * np.float32(255)
+            np.rint(made[:, rounded], out=made[:, rounded])
+            out[band, :, channel] = made.astype(np.uint8)
+    return out
 
 
 def distort(

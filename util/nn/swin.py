@@ -18,8 +18,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from util.nn.checks import check_divides, check_heads, check_windows
-from util.nn.models import as_timm
-from util.nn.vit import norm_layer
+from util.nn.models import as_timm, norm_layer
 
 # --------------------------------------------------------------------------
 # windows
@@ -83,7 +82,7 @@ def group_slots(coords: Tensor, window: int, shift: int) -> Tensor:
     return torch.from_numpy(slots)
 
 
-def make_windows(coords: Tensor, slots: Tensor, groups: int, size: int, window: int, shift: int) -> Windows:
+def make_windows(coords: Tensor, slots: Tensor | None, groups: int, size: int, window: int, shift: int) -> Windows:
     """Tokens at (row, column) [L, 2], in slots [L] of G groups of S -> Windows. Arithmetic only, on any device."""
     if groups == 1:
         slots = None
@@ -99,30 +98,42 @@ def make_windows(coords: Tensor, slots: Tensor, groups: int, size: int, window: 
     return Windows(bias_index, mask, slots)
 
 
-def grid_windows(rows: int, cols: int, window: int, shift: int, device: torch.device | None = None) -> Windows:
-    """All tokens of a grid, whose sides the window divides: a group is a window of the cyclically shifted grid."""
-    coords, size = grid_coords(rows, cols, device), window * window
+def cyclic_slots(coords: Tensor, rows: int, cols: int, window: int, shift: int) -> Tensor:
+    """Slots [L] of all tokens of a grid, whose sides the window divides: it is shifted cyclically, then cut."""
     row, col = coords.unbind(-1)
     row, col = (row - shift) % rows, (col - shift) % cols
-    slots = (row // window * (cols // window) + col // window) * size + row % window * window + col % window
+    return (row // window * (cols // window) + col // window) * window**2 + row % window * window + col % window
+
+
+def one_window(window: int, device: torch.device | None = None) -> Windows:
+    """All tokens of a window."""
+    return make_windows(grid_coords(window, window, device), None, 1, window * window, window, 0)
+
+
+def grid_windows(rows: int, cols: int, window: int, shift: int) -> Windows:
+    """All tokens of a grid, whose sides the window divides: a group is a window of the cyclically shifted grid."""
+    coords, size = grid_coords(rows, cols), window * window
+    slots = cyclic_slots(coords, rows, cols, window, shift)
     windows = make_windows(coords, slots, rows * cols // size, size, window, shift)
     # a pair's slots tell its relative position, in all groups alike
-    one = make_windows(grid_coords(window, window, device), slots, 1, size, window, 0)
-    return windows._replace(bias_index=one.bias_index)
+    return windows._replace(bias_index=one_window(window).bias_index)
 
 
 def padded_windows(rows: int, cols: int, window: int, shift: int, device: torch.device) -> Windows:
     """All tokens of a map of any size, which is padded below and on the right, and then shifted cyclically.
 
-    A map no larger than a window is shifted too. Between windows the mask is -100, as every dense Swin has it.
+    A map that is a single window is shifted too. Between windows the mask is -100, as every dense Swin has it.
     """
-    padded_rows, padded_cols = rows + -rows % window, cols + -cols % window
-    windows = grid_windows(padded_rows, padded_cols, window, shift, device)
-    padded = padded_rows * padded_cols
-    slots = torch.arange(padded, device=device) if windows.slots is None else windows.slots
-    slots = slots.view(padded_rows, padded_cols)[:rows, :cols].flatten()
-    mask = windows.mask.clamp(min=-100) if shift else None
-    return Windows(windows.bias_index, mask, slots, padded)
+    rows_padded, cols_padded = rows + -rows % window, cols + -cols % window
+    coords, mask = grid_coords(rows_padded, cols_padded, device), None
+    slots = cyclic_slots(coords, rows_padded, cols_padded, window, shift)
+    if shift:
+        ids = torch.empty_like(coords).index_copy(0, slots, window_ids(coords, window, shift))
+        ids = ids.view(-1, window * window, 2)
+        apart = (ids.unsqueeze(2) != ids.unsqueeze(1)).any(dim=-1)
+        mask = torch.zeros(apart.shape, device=device).masked_fill(apart, -100)
+    present = slots.view(rows_padded, cols_padded)[:rows, :cols].flatten()
+    return Windows(one_window(window, device).bias_index, mask, present, len(slots))
 
 
 # --------------------------------------------------------------------------

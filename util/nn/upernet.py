@@ -243,3 +243,8 @@ def segmenter_rules(
         for name, param in segmenter.named_parameters()
         if param.requires_grad
     }
+
+
+def swin_decays(name: str, param: nn.Parameter) -> bool:
+    """Which parameters of a Swin's segmenter decay: biases do, and the heads' BatchNorms, whose name is `bn`."""
+    return not any(word in name for word in ('norm', 'relative_position_bias_table', 'absolute_pos_embed'))

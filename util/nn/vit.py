@@ -1,16 +1,12 @@
-"""What MAE-style ViTs share: the epsilon of their norms, and the networks that they are fine-tuned as."""
-
-from functools import partial
+"""What MAE-style ViTs share: the networks that they are fine-tuned as."""
 
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from util.nn.checks import check_divides, check_heads
-from util.nn.models import as_timm
+from util.nn.models import as_timm, norm_layer
 from util.nn.pyramid import Indices, as_maps
-
-norm_layer = partial(nn.LayerNorm, eps=1e-6)  # torch's own default is 1e-5
 
 
 def vit_classifier(*, img_size: int, patch_size: int = 16, **options) -> VisionTransformer:

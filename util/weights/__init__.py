@@ -7,7 +7,6 @@
 from util.weights.exports import check_free, export, fold_probe, take_head_off
 from util.weights.files import check_file, plain_field, read_checkpoint
 from util.weights.intake import (
-    PROGRAMS,
     Origin,
     OtherFormatError,
     Report,
@@ -19,7 +18,6 @@ from util.weights.intake import (
 from util.weights.loading import file_of, load_published, read_source
 
 __all__ = [
-    'PROGRAMS',
     'Origin',
     'OtherFormatError',
     'Report',

@@ -15,17 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.errors import CheckpointError, listed, printable
+from util.errors import PROGRAMS, CheckpointError, listed, printable, program
 from util.nn.pos_embed import resize_bias_table, resize_pos_embed
 from util.weights.files import plain_field
 
 State = dict[str, Tensor]
-# what writes the checkpoints of a stage
-PROGRAMS = {
-    'pretrain': 'main_pretrain.py',
-    'finetune': 'main_finetune.py',
-    'segment': 'scripts/finetune_segmentation.py',
-}
 shortened = partial(listed, most=4, letters=80)  # keys
 
 
@@ -40,7 +34,7 @@ class Origin:
     def __str__(self) -> str:
         options = ' '.join(f'{key}={value}' for key, value in self.args['model_kwargs'].items())
         model = printable(self.args['model'], 80) + (f' --model_kwargs {printable(options, 200)}' if options else '')
-        return f'{PROGRAMS[self.stage]} --model {model}'
+        return f'{program(self.stage)} --model {model}'
 
 
 def find_origin(container: dict) -> Origin | None:
@@ -78,6 +72,7 @@ class Report:
     origin: Origin | None = None
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # 'pos_embed [1, 197, 768] -> [1, 577, 768]'
+    resizing: set[str] = field(default_factory=set)  # how
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # stay as initialised
     hint: str = ''  # what else the file holds
@@ -85,7 +80,8 @@ class Report:
     def __str__(self) -> str:
         parts = [f'{len(self.loaded)} loaded']
         rest = {'resized': self.resized, 'ignored': self.ignored, 'missing, stay as initialised': self.missing}
-        parts += [f'{len(keys)} {what} ({shortened(keys)})' for what, keys in rest.items() if keys]
+        how = {'resized': ' ' + ' and '.join(sorted(self.resizing))}
+        parts += [f'{len(keys)} {what} ({shortened(keys)}){how.get(what, "")}' for what, keys in rest.items() if keys]
         return f'{self.source}: {self.format}: ' + ', '.join(parts) + self.hint
 
 
@@ -102,7 +98,7 @@ class Format:
 
     def rename(self, key: str) -> str | None:
         """The key's name here, or None if the format's files may hold it and nothing here has use for it."""
-        if any(re.fullmatch(pattern, key) for pattern in self.ignorable):
+        if matches(key, self.ignorable):
             return None
         for pattern, replacement in self.renames:
             if re.fullmatch(pattern, key):
@@ -168,7 +164,7 @@ def load(
         for name, value in renamed.items():
             target[name].copy_(value)
     report.loaded = sorted(renamed)
-    report.missing = [name for name in target if name not in renamed]
+    report.missing = [name for name in target if name not in renamed and not matches(name, intake.computed)]
     return report
 
 
@@ -321,16 +317,21 @@ def prefix_rank(prefix: str) -> tuple:
     return any(map(AVERAGED.fullmatch, parts)), len(set(parts) - TRAINED), len(parts)
 
 
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
     """Resize tables of positions and drop what may be dropped. Changes `renamed`."""
     for name, value in list(renamed.items()):
         if not same(name, renamed, target):
-            computed = any(re.fullmatch(pattern, name) for pattern in intake.computed)
-            table = resized(name, value, target[name]) if name in target and not computed else None
-            if table is not None:
+            computed = matches(name, intake.computed)
+            if name in target and not computed and (found := resized(name, value, target[name])):
+                table, how = found
                 renamed[name] = table
+                report.resizing |= {how}
                 report.resized.append(f'{name} {list(value.shape)} -> {list(table.shape)}')
-            elif computed or any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
+            elif computed or matches(name, intake.may_drop):
                 del renamed[name]
                 report.ignored.append(f'{name} {list(value.shape)}')
 
@@ -342,15 +343,16 @@ POSITIONS = (
 )
 
 
-def resized(name: str, value: Tensor, wanted: Tensor) -> Tensor | None:
-    """A table of positions in the model's size; None for all else."""
+def resized(name: str, value: Tensor, wanted: Tensor) -> tuple[Tensor, str] | None:
+    """A table of positions in the model's size, and how that was done; None for all else."""
     for ending, axis, choices, resize in POSITIONS:
         if name.endswith(ending) and value.ndim == wanted.ndim == axis + 2 and value.is_floating_point():
             old, new = value.shape[axis], wanted.shape[axis]
             extra = extra_rows(new, choices)
             others_equal = value.shape == (*wanted.shape[:axis], old, *wanted.shape[axis + 1 :])
             if others_equal and extra is not None and extra == extra_rows(old, choices):
-                return resize(value, new, extra)
+                spaced = "linearly between points at BEiT's distances"
+                return resize(value, new, extra), spaced if extra == 3 else 'bicubically'
     return None
 
 
@@ -379,7 +381,7 @@ def check(renamed: State, target: State, intake: Intake, report: Report) -> None
         name
         for name in (target | renamed)
         if not same(name, renamed, target)
-        and not (name not in renamed and any(re.fullmatch(pattern, name) for pattern in intake.may_lack))
+        and not (name not in renamed and matches(name, intake.may_lack + intake.computed))
     ]
     if differing:
         first = '; '.join(

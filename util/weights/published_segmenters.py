@@ -63,6 +63,11 @@ def last_norm(state: State, model: nn.Module) -> State:
     return {re.sub(r'head\.norm\.', 'norm3.', key): value for key, value in state.items()}
 
 
+def whole_counts(state: State, model: nn.Module) -> State:
+    """Steps that BatchNorm has seen, which some tools write as fractions."""
+    return {key: value.long() if key.endswith('num_batches_tracked') else value for key, value in state.items()}
+
+
 def adapted(formats: tuple[Format, ...], further: Adapt, note: str = '') -> tuple[Format, ...]:
     """The same formats, with something more to do after renaming."""
 
@@ -137,7 +142,8 @@ def published(name: str, mark: str, renames: tuple[tuple[str, str], ...] = (), a
     """A layout in which the encoder's keys stand under `backbone.`, and `mark` is one of them."""
     names = (*PYRAMID, *inside(r'backbone\.', 'encoder.', renames), (r'backbone\.(.*)', r'encoder.\1'))
     ignorable = (*COMPUTED, r'data_preprocessor\..*')
-    return Format(f'{name} segmentation', {f'backbone.{mark}', 'decode_head.conv_seg.weight'}, names, ignorable, adapt)
+    marks = {f'backbone.{mark}', 'decode_head.conv_seg.weight'}
+    return adapted((Format(f'{name} segmentation', marks, names, ignorable, adapt),), whole_counts)[0]
 
 
 VITS = (
@@ -177,13 +183,14 @@ def without_heads(intake: Intake) -> Intake:
 
 def segmenter_intake(model: nn.Module, new_classes: bool) -> Intake:
     """Of a segmentation file, strictly; with `new_classes` the layers that classify may be for others, and are new."""
-    own = {next(name for name in model.state_dict() if name.startswith('encoder.')), 'decode_head.conv_seg.weight'}
+    first, _ = next(model.encoder.named_parameters())
+    own = {f'encoder.{first}', 'decode_head.conv_seg.weight'}
     formats = (Format('our segmentation', own), *SEGMENTERS.get(type(model.encoder).__name__, ()))
     heads = NEW_HEADS if new_classes else ()
     return Intake(
         wrappers=(),
         formats=formats if new_classes else adapted(formats, same_classes),
-        may_lack=(*COMPUTED, r'.*num_batches_tracked', r'encoder\.absolute_pos_embed', *heads),
+        may_lack=(*COMPUTED, r'.*num_batches_tracked', *heads),
         may_drop=heads,
         computed=(r'encoder\.absolute_pos_embed',),
     )
