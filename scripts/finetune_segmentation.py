@@ -159,7 +159,12 @@ def check_segmenter(core: nn.Module, args: argparse.Namespace) -> None:
     """Raise UserError for a network that would fail in its first step, or in its evaluation."""
     side = args.input_size
     if not args.eval:
-        build.check_forward(core, args, side, lambda n: (torch.zeros(n, side, side, dtype=torch.long),))
+        try:
+            build.check_forward(core, args, side, lambda n: (torch.zeros(n, side, side, dtype=torch.long),))
+        except UserError as error:
+            if args.batch_size > 1 or 'more than 1 value' not in str(error):
+                raise
+            raise UserError('--batch_size 1: BatchNorm needs more than one image: --batch_size 2') from error
     build.check_forward(core.eval(), args, side)
     core.train()
     if core.fixed_size and args.test_mode == 'whole':

@@ -668,10 +668,11 @@ def add_hardware_args(parser: Parser) -> None:
 
 def check_common_args(args: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other or what is there, before anything is started."""
-    for name in ('crop_scale', 'cutmix_minmax'):
+    for name in ('crop_scale', 'cutmix_minmax', 'scale_range'):
         pair = getattr(args, name, None)
         if pair and pair[0] > pair[1]:
-            raise UserError(f'--{name} takes the smaller share first, got {pair}')
+            what = 'factor' if name == 'scale_range' else 'share'
+            raise UserError(f'--{name} takes the smaller {what} first, got {pair}')
     check_dry_run(args)
     if args.resume and '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')

@@ -1,8 +1,10 @@
 """What a segmentation network answers: held against annotations, its figures; of other pictures, labels to look at."""
 
 import argparse
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def test_loader(split: PairSplit, args: argparse.Namespace, core: nn.Module, dev
 
 
 class Labeller:
-    """Labels images with a network, as the arguments say."""
+    """Labels images with a network, as the arguments say; in `testing` alone."""
 
     def __init__(self, core: nn.Module, args: argparse.Namespace, device: torch.device):
         self.core, self.args, self.device, self.amp_dtype = core, args, device, amp_dtype(args, device)
@@ -45,6 +47,15 @@ class Labeller:
         how = self.mode, self.args.input_size, self.args.stride, self.args.test_flip
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return segmentation.predict(self.core, imgs, size, *how).argmax(1)
+
+    @contextlib.contextmanager
+    def testing(self) -> Iterator[None]:
+        """In evaluation mode, and without gradients."""
+        was_training = self.core.training
+        self.core.eval()
+        with torch.inference_mode():
+            yield
+        self.core.train(was_training)
 
     def pixels(self, images: TestPairs, most: int = 20) -> float:
         """How many pixels of an image the network is given, all windows, scales and flips of it: a mean over some."""
@@ -62,20 +73,16 @@ class Labeller:
         return crop**2 * math.prod(len(segmentation.windows(n, crop, self.args.stride or 2 * crop // 3)) for n in size)
 
 
-@torch.inference_mode()
 def evaluate(labeller: Labeller, batches: datasets.Loader, num_classes: int) -> dict[str, Any]:
     """mIoU, mAcc and aAcc, and IoU and Acc of each class, [K], in per cent; of all ranks' images, each exactly once.
 
     Raises UserError if no pixel is counted.
     """
-    core, device = labeller.core, labeller.device
-    was_training = core.training
-    core.eval()
-    dist.share_running_statistics(core)
-    confusion = Confusion(num_classes, device)
-    for imgs, labels in batches:
-        confusion.update(labeller(imgs, labels.shape[1:]), labels.to(device))
-    core.train(was_training)
+    confusion = Confusion(num_classes, labeller.device)
+    dist.share_running_statistics(labeller.core)
+    with labeller.testing():
+        for imgs, labels in batches:
+            confusion.update(labeller(imgs, labels.shape[1:]), labels.to(labeller.device))
     dist.barrier()  # hosts notice a lost rank, before any of them waits for a GPU
     confusion.reduce()
     if not confusion.matrix.any():
@@ -97,6 +104,12 @@ def class_table(stats: dict[str, Any], classes: list[str]) -> list[list]:
     """A row for each class; empty where nothing is labelled so."""
     shares = ((f'{x:.2f}' if not math.isnan(x) else '' for x in stats[name]) for name in ('IoU', 'Acc'))
     return [['label', 'name', 'IoU', 'Acc'], *map(list, zip(range(len(classes)), classes, *shares, strict=True))]
+
+
+def drawing(labeller: Labeller, pairs: TestPairs) -> np.ndarray:
+    """A few images, their labels and the network's: [height, width, 3] uint8."""
+    with labeller.testing():
+        return pictures.some_labelled(labeller, pairs)
 
 
 # --------------------------------------------------------------------------
@@ -133,17 +146,16 @@ def put(path: Path, picture: Image.Image) -> None:
         raise StorageError(f'cannot write {path}: {error.strerror or error}') from error
 
 
-@torch.inference_mode()
 def write_labels(
     labeller: Labeller, batches: datasets.Loader, files: list[Path], classes: list[str], folder: Path
 ) -> None:
     """Write each image's label, and the image with it drawn over and a legend; each rank writes those of its images."""
-    labeller.core.eval()
     images = batches.dataset
     for ((_, index),), (imgs, labels) in zip(batches.batch_sampler, batches, strict=True):
         if printable(images.name(index)) in images.reader.skipped():
             continue
-        label = labeller(imgs, labels.shape[1:])[0].byte().cpu().numpy()
+        with labeller.testing():
+            label = labeller(imgs, labels.shape[1:])[0].byte().cpu().numpy()
         drawn = pictures.overlay(np.asarray(images.image(index)), label, classes)
         put(files[index], pictures.label_png(label))
         put(folder / 'overlays' / files[index].relative_to(folder / 'labels'), Image.fromarray(drawn))
