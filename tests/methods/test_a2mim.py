@@ -1,4 +1,4 @@
-"""A2MIM and SimMIM: optimiser groups, the token's place in any encoder, the Fourier loss's fast form."""
+"""A2MIM and SimMIM: the token's place in any encoder, the Fourier loss's fast form."""
 
 import time
 
@@ -6,56 +6,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from golden import golden
 from timm.layers import LayerNorm2d
 from training import draw_plan
 
 import models_a2mim
 from models_a2mim import create_classifier, param_rules
 from scripts.benchmark import two_transforms
-from util import optim
 from util.nn.patches import patch_mask_to_pixels
 from util.nn.spectrum import focal_frequency_loss
-from util.weights.published import FAMILIES, into_a2mim, into_classifier
-
-OPTIM = golden('a2mim/optim_and_lr.json')['param_groups']
 
 
 def cells(model, n=2, seed=0):
     return draw_plan(model, n, seed)
-
-
-# --------------------------------------------------------------------------
-# every parameter's learning rate and weight decay in ten configurations
-
-CONFIGURATIONS = {
-    'a2mim_vit_small': ('a2mim_vit_small', 'Beit', {}, 1.0),
-    'a2mim_r50_ep100': ('a2mim_resnet50', 'ResNet', {'gamma_as_weight': False}, 1.0),
-    'a2mim_r50_ep300': ('a2mim_resnet50', 'ResNet', {}, 1.0),
-    'a2mim_convnext_t': ('a2mim_convnext_tiny', 'ConvNeXt', {}, 1.0),
-    'simmim_r50': ('simmim_resnet50', 'ResNet', {}, 1.0),
-    'ft_vit_small': ('a2mim_vit_small', 'Beit', {}, 0.65),
-    'ft_vit_base': ('a2mim_vit_base', 'Beit', {}, 0.65),
-    'ft_r50_a2': ('a2mim_resnet50', 'ResNet', {}, 1.0),
-    'ft_convnext_s': ('a2mim_convnext_small', 'ConvNeXt', {}, 1.0),
-    'ft_convnext_t_ld': ('a2mim_convnext_tiny', 'ConvNeXt', {}, 0.7),
-}
-
-
-@pytest.mark.parametrize('name', OPTIM)
-def test_groups(name):
-    model_name, family, options, layer_decay = CONFIGURATIONS[name]
-    data, family = OPTIM[name], FAMILIES[family]
-    if name.startswith('ft_'):
-        model, layout = create_classifier(model_name), into_classifier(family)[0]
-    else:
-        model, layout = getattr(models_a2mim, model_name)(), into_a2mim(family)
-    lr, weight_decay = (float(data['defaults'][key]) for key in ('lr', 'weight_decay'))
-    groups = optim.param_groups(model, param_rules(model, **options), weight_decay, layer_decay)
-    ours = {key: (lr * group['lr_scale'], group['weight_decay']) for group in groups for key in group['names']}
-    theirs = {layout.rename(key): pytest.approx(pair, rel=1e-12) for key, pair in data['params'].items()}
-    assert ours.keys() == theirs.keys()
-    assert ours == theirs
 
 
 # --------------------------------------------------------------------------

@@ -401,6 +401,10 @@ GROUPS = {
 }
 
 
+def test_every_golden_of_groups_is_used():
+    assert {case for case, _ in GROUPS.values()} == GOLDEN['param_groups'].keys()
+
+
 @pytest.mark.parametrize('name', GROUPS)
 def test_groups(name):
     """Optimiser, learning rate and weight decay of every parameter, as the recipe's flags give them."""

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.nn.models import as_timm
@@ -129,11 +130,8 @@ def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) 
     if isinstance(module, _BatchNorm):  # several GPUs train with another module in its place
         raise ValueError(f'the mask token cannot come after {name}, a BatchNorm')
     imgs = torch.zeros(1, 3, img_size, img_size, device='meta', requires_grad=True)
-    last_map = partial(features, trial)
-    seen, last = features_at(module, imgs, last_map)
-    last.sum().backward()
-    _, rest = features_at(module, imgs, last_map, cut=True)
-    if rest.requires_grad and torch.autograd.grad(rest.sum(), imgs, allow_unused=True)[0] is not None:
+    seen, node, last = features_at(module, imgs, partial(features, trial))
+    if id(imgs) in leaves(last, without=node):
         raise ValueError(f'the mask token cannot come after {name}: the image goes round it')
     site, end = layout_of(seen.shape, encoder, img_size), layout_of(last.shape, encoder, img_size)
 
@@ -144,19 +142,34 @@ def find_site(encoder: nn.Module, features: Callable, name: str, img_size: int) 
         raise ValueError(f'img_size {img_size} is not a multiple of its {site.side} and {end.side} positions a side')
     if strides and img_size // end.side != strides[-1]:
         raise ValueError(f'the last map has stride {img_size // end.side}, the last features {strides[-1]}')
-    return site, end, [key for key, param in trial.named_parameters() if param.grad is None]
+    used = leaves(last)
+    return site, end, [key for key, param in trial.named_parameters() if id(param) not in used]
 
 
-def features_at(module: nn.Module, imgs: Tensor, last_map: Callable, cut: bool = False) -> tuple[Tensor, Tensor]:
-    """A module's output, and `last_map(imgs)`. Raises ValueError where these are no single tensors.
+def leaves(output: Tensor, without: Node | None = None) -> set[int]:
+    """The ids of the leaves that a gradient of `output` reaches; `without`: but for what it reaches by this node."""
+    found, visited, nodes = set(), {None, without}, [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node not in visited:
+            visited.add(node)
+            found.add(id(getattr(node, 'variable', None)))
+            nodes += [node for node, _ in node.next_functions]
+    return found
 
-    `cut` keeps gradients from passing the module.
+
+def features_at(module: nn.Module, imgs: Tensor, last_map: Callable) -> tuple[Tensor, Node, Tensor]:
+    """A module's output, the node of the graph that it passes, and `last_map(imgs)`.
+
+    Raises ValueError where these are no single tensors.
     """
     seen = []
 
-    def record(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        seen.append(output)
-        return output.detach() if cut else None
+    def record(module: nn.Module, args: tuple, output: Any) -> Any:
+        # a copy passes a node that nothing else does: the output may be the input, or be written to later
+        output = output.clone() if isinstance(output, Tensor) else output
+        seen.append((output, getattr(output, 'grad_fn', None)))
+        return output
 
     try:
         with module.register_forward_hook(record):
@@ -166,6 +179,7 @@ def features_at(module: nn.Module, imgs: Tensor, last_map: Callable, cut: bool =
         raise ValueError(f'the encoder cannot take images of this size: {reason}') from error
     if len(seen) != 1:
         raise ValueError(f'the mask token cannot come after a module that runs {len(seen)} times in a forward')
-    if not isinstance(seen[0], Tensor) or not isinstance(last, Tensor):
+    [(output, node)] = seen
+    if not isinstance(output, Tensor) or not isinstance(last, Tensor):
         raise ValueError('the mask token cannot be used where features are a list or tuple of maps')
-    return seen[0], last
+    return output, node, last
