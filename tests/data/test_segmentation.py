@@ -210,6 +210,7 @@ def test_batches(folder):
     for imgs, label in datasets.loader(tests, datasets.eval_batches(3, 1, 0, 1), 0, False):
         assert [list(image.shape) for image in imgs] == [[1, 3, 15, 23], [1, 3, 20, 30]]
         assert list(label.shape) == [1, 40, 60]
+    assert [TestPairs(val, 20, least=20).size(10, 100, ratio) for ratio in (1.0, 0.5)] == [(8, 80), (20, 200)]
     unlabelled = TestPairs(val._replace(annotations=None), 20)
     assert (unlabelled[0, 1][1] == 255).all()
 
