@@ -1,4 +1,4 @@
-"""Write the table of flags in README.md as the mains declare them: python scripts/flags.py"""
+"""Write the tables of flags in README.md as the programs declare them: python scripts/flags.py"""
 
 import argparse
 import sys
@@ -8,10 +8,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
+from scripts import finetune_segmentation
 from util import config
 
 README = Path(__file__).resolve().parent.parent / 'README.md'
 BEGIN, END = '<!-- flags: main_pretrain, main_finetune -->\n', '<!-- end -->'
+OF_SEGMENTATION = '<!-- flags: scripts/finetune_segmentation -->\n'
 
 
 def row(flag: str, either: dict[str, argparse.Action], parsers: list[config.Parser]) -> str:
@@ -35,10 +37,28 @@ def table() -> str:
     return text
 
 
+def segmentation_table() -> str:
+    """Flags of segmentation by their headings, but those that are fine-tuning's, default and purpose too."""
+    ours, theirs = finetune_segmentation.get_args_parser(), main_finetune.get_args_parser().flags
+    told = config.purpose_and_default
+    own = {
+        action.option_strings[0]: action
+        for flag, action in ours.flags.items()
+        if action.help != argparse.SUPPRESS and (flag not in theirs or told(theirs[flag]) != told(action))
+    }
+    text = '| flag | default | purpose |\n|---|---|---|\n'
+    for heading in config.HEADINGS:
+        rows = ''.join(row(flag, own, [ours]) for flag, action in own.items() if action.heading == heading)
+        text += f'| **{heading}** | | |\n{rows}' if rows else ''
+    return text
+
+
 def renewed(readme: str) -> str:
-    """The text of README.md with the table as it should be."""
-    before, _, rest = readme.partition(BEGIN)
-    return before + BEGIN + table() + END + rest.partition(END)[2]
+    """The text of README.md with the tables as they should be."""
+    for begin, lines in ((BEGIN, table()), (OF_SEGMENTATION, segmentation_table())):
+        before, _, rest = readme.partition(begin)
+        readme = before + begin + lines + END + rest.partition(END)[2]
+    return readme
 
 
 if __name__ == '__main__':
