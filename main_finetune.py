@@ -9,7 +9,6 @@ from util import start  # noqa: F401
 
 # isort: split
 import argparse
-import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from util.nn.linear_probe import last_layer, make_probe
 from util.optim import WeightAverage
 from util.recipes import recipe_value, recipes_for
 from util.run import Run
-from util.training import Epoch, Training, amp_dtype, memory_format
+from util.training import Training, amp_dtype, memory_format
 from util.weights import Report, fold_probe, load_published, take_head_off
 
 # what --probe linear sets, as in MAE's appendix A.1 and its code: what may be changed, and what may not
@@ -409,33 +408,14 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
                 for name, network in networks.items()
             }
             report(tests['test'], val_batches.dataset.reader)
-            keep_best(run, epoch, networks, tests)
+            run.keep_best(epoch, networks, tests, 'acc1')
+            info(f'Max accuracy: {run.record["best_acc1"]:.2f}%')
             values = {f'train_{name}': value for name, value in stats.items()}
             values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
             params = sum(p.numel() for p in core.parameters() if p.requires_grad)
             run.after_epoch(epoch, **values, n_parameters=params)
         info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')
         dist.cleanup()
-
-
-def keep_best(run: Run, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict]) -> None:
-    """Write `checkpoint-best.pth`, weights alone, when the best of the networks beats all before."""
-    name = max(tests, key=lambda key: tests[key]['acc1'])
-    acc1 = tests[name]['acc1']
-    if acc1 > run.record.get('best_acc1', -math.inf):
-        run.record |= {'best_acc1': acc1, 'best_epoch': epoch.number}
-        if dist.is_main():
-            run.folder.check_lock()
-            state = {
-                'model': networks[name].state_dict(),
-                'weights': name,
-                'classes': run.classes,
-                'args': config.plain(run.args),
-                **run.record,
-            }
-            write = partial(checkpoint.save, run.args.output_dir / checkpoint.BEST)
-            run.writer.start(write, state, run.training.sizes())
-    info(f'Max accuracy: {run.record["best_acc1"]:.2f}%')
 
 
 if __name__ == '__main__':

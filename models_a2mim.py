@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from timm.models import group_parameters
 from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
@@ -40,11 +41,13 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.losses import PIXEL_LOSSES, explained, pixel_loss
-from util.nn.models import as_timm, eval_mode, factory, sizes_of
+from util.nn.models import as_timm, eval_mode, factory, norm_layer, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
+from util.nn.pyramid import Indices, StageMaps, as_maps
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
-from util.nn.vit import norm_layer
+from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
+from util.nn.vit import SEGMENTER_VIT, quarters, vit_backbone
 
 
 class CellPlan(NamedTuple):
@@ -310,6 +313,8 @@ class Backbone(NamedTuple):
 
     make: Callable[..., nn.Module]  # (img_size, num_classes, drop_path_rate, **sizes)
     site: Callable[[nn.Module, Any], str]  # (encoder, mask_layer) -> the module whose output the token joins
+    maps: Callable[..., nn.Module]  # (img_size, drop_path_rate, **sizes) -> the encoder of dense tasks
+    segmenter: dict[str, Any]  # how a segmenter's encoder and heads differ
     features: Callable[[nn.Module, Tensor], Tensor] = lambda encoder, imgs: encoder.forward_features(imgs)
 
 
@@ -356,6 +361,40 @@ def resnet(*, num_classes: int = 0, **options) -> nn.Module:
     return encoder
 
 
+def any_maps(*, out_indices: Indices | None = None, **options) -> nn.Module:
+    """timm's network of this name as an encoder: by default all maps of stride 4 and more, or a ViT's last.
+
+    A ConvNeXt's maps have norms of their own. `fixed_size` is the only image size that the network takes, or None.
+    """
+    network = any_timm(**options)
+    strides = [info['reduction'] for info in getattr(network, 'feature_info', [])]
+    one_stride = len(set(strides)) == 1
+    if one_stride and out_indices is None:
+        out_indices = [len(strides) - 1]
+    elif not one_stride and (out_indices is None or callable(out_indices)):
+        out_indices = [i for i, stride in enumerate(strides) if stride >= 4]
+    network.fixed_size = network.timm_recipe[1].get('img_size')
+    return as_maps(network, out_indices, partial(LayerNorm2d, eps=1e-6) if isinstance(network, ConvNeXt) else None)
+
+
+def swin_maps(*, img_size: int, **options) -> SwinTransformer:
+    """timm's Swin as an encoder of four maps of any image; `img_size` means nothing."""
+    encoder = StageMaps(swin(**{**options, 'img_size': 32, 'always_partition': True}))
+    encoder.fixed_size = None
+    return encoder
+
+
+def resnet_maps(*, output_stride: int = 32, deep_stem: bool = False, **options) -> nn.Module:
+    """timm's ResNet as an encoder of four maps. `deep_stem`: three 3 x 3 convolutions for the 7 x 7 one."""
+    stem = dict(stem_width=32, stem_type='deep') if deep_stem else {}
+    return any_maps(**{**options, 'output_stride': output_stride, **stem})
+
+
+def convnext_maps(*, init_values: float | None = None, **options) -> nn.Module:
+    """timm's ConvNeXt as an encoder of four maps. `init_values`: of LayerScale, by default timm's."""
+    return any_maps(**options, **({} if init_values is None else {'ls_init_value': init_values}))
+
+
 def vit_site(encoder: nn.Module, mask_layer: int) -> str:
     """0: the patches, without positions; k: before block k - 1."""
     if not 0 <= mask_layer < len(encoder.blocks):
@@ -370,15 +409,27 @@ def stage_site(modules: tuple[str, ...], encoder: nn.Module, mask_layer: int) ->
     return modules[mask_layer]
 
 
-VIT = Backbone(beit, vit_site)
-RESNET = Backbone(resnet, partial(stage_site, ('maxpool', 'layer1', 'layer2', 'layer3')))
+VIT = Backbone(beit, vit_site, partial(vit_backbone, rel_pos_bias=True, init_values=0.1), SEGMENTER_VIT)
+RESNET = Backbone(
+    resnet,
+    partial(stage_site, ('maxpool', 'layer1', 'layer2', 'layer3')),
+    resnet_maps,
+    dict(head='fcn'),
+)
 CONVNEXT = Backbone(  # its last map is normed, not pooled
     any_timm,
     partial(stage_site, tuple(f'stages.{stage}.downsample' for stage in range(4))),
+    convnext_maps,
+    dict(init_values=1.0),
     lambda encoder, imgs: encoder.head.norm(encoder.forward_features(imgs)),
 )
-SWIN = Backbone(swin, partial(stage_site, ('patch_embed', *(f'layers.{stage}.downsample' for stage in range(4)))))
-ANY = Backbone(any_timm, any_site)
+SWIN = Backbone(
+    swin,
+    partial(stage_site, ('patch_embed', *(f'layers.{stage}.downsample' for stage in range(4)))),
+    swin_maps,
+    {},
+)
+ANY = Backbone(any_timm, any_site, any_maps, dict(out_indices=quarters))
 
 # --------------------------------------------------------------------------
 # sizes, and what the published configurations set around them
@@ -472,6 +523,36 @@ def create_classifier(
     return backbone.make(**sizes, global_pool=pool or 'avg')
 
 
+def create_backbone(name: str, /, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> nn.Module:
+    """timm's network of this size without its head, as an encoder for dense tasks.
+
+    Keywords are the network's own; a ViT's are `vit_backbone`'s, and `output_stride` of a ResNet is 32 unless given.
+    """
+    sizes_of(MODELS, name)
+    check_sizes(kwargs)
+    sizes = ENCODERS[name.partition('_')[2]]
+    sizes = {key: value for key, value in sizes.items() if key != 'output_stride'} | kwargs
+    backbone = sizes.pop('backbone')
+    return backbone.maps(**{**sizes, 'img_size': img_size, 'drop_path_rate': drop_path_rate})
+
+
+def create_segmenter(
+    name: str, /, num_classes: int = 150, drop_path_rate: float = 0.0, img_size: int = 512, **kwargs
+) -> Segmenter:
+    """UPerNet on the encoder, or with `head='fcn'`, which is a ResNet's default, FCN at stride 8.
+
+    Keywords are those of `create_backbone` and of `with_heads`. The published ViT with relative positions alone is
+    `abs_pos_embed=False, init_values=0.1`. Raises ValueError for a size that does not divide.
+    """
+    sizes_of(MODELS, name)
+    backbone = ENCODERS[name.partition('_')[2]]['backbone']
+    heads, sizes = split_options({**backbone.segmenter, **kwargs})
+    if backbone is RESNET and heads['head'] == 'fcn':
+        sizes = {'output_stride': 8, **sizes}
+    encoder = create_backbone(name, drop_path_rate, img_size, **sizes)
+    return with_heads(encoder, num_classes, fixed_size=encoder.fixed_size, **heads)
+
+
 # Encoder parameters without weight decay. The published patterns miss some norms, which decay: `downsample.1.weight` of
 # ResNets; all LayerNorms of ConvNeXt in pretraining, and in fine-tuning those of its stem and down-sampling.
 UNDECAYED = {
@@ -489,6 +570,8 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
     `mask_gamma` follows the token, or with `gamma_as_weight` all other weights: it decays, and learns at the full rate.
     This is the default for ResNets, because their 300-epoch configurations forget `mask_gamma`.
     """
+    if isinstance(model, Segmenter):
+        return segmenter_param_rules(model)
     pretraining = isinstance(model, A2MIM)
     encoder = model.encoder if pretraining else model
     if gamma_as_weight is None:
@@ -514,6 +597,17 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
             decays = not re.search(undecayed, own) if undecayed else by_shape
             rules[name] = (ids.get(own, last), 1.0, decays)
     return rules
+
+
+def segmenter_param_rules(model: Segmenter) -> dict[str, tuple[int, float, bool]]:
+    """Of a segmenter: all of a ResNet's parameters decay, the heads' too; a ConvNeXt's new norms learn as the heads."""
+    ids = {name: layer_id for name, layer_id in layer_ids(model.encoder).items() if not re.match(r'norm\d', name)}
+    last = max(ids.values()) + 1
+    if isinstance(model.encoder, ResNet):
+        return segmenter_rules(model, lambda name: ids[name], last, decays=lambda name, param: True)
+    if isinstance(model.encoder, SwinTransformer):
+        return segmenter_rules(model, lambda name: ids.get(name, last), last, swin_decays)
+    return segmenter_rules(model, lambda name: ids.get(name, last), last)
 
 
 def layer_ids(encoder: nn.Module) -> dict[str, int]:

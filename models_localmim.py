@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
+from timm.models.beit import Beit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -47,8 +48,18 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
-from util.nn.swin import SwinClassifier, Windows, group_slots, plain_and_shifted, stage_grids, swin_stages, unit_major
-from util.nn.vit import norm_layer, vit_classifier
+from util.nn.swin import (
+    SwinBackbone,
+    SwinClassifier,
+    Windows,
+    group_slots,
+    plain_and_shifted,
+    stage_grids,
+    swin_stages,
+    unit_major,
+)
+from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
+from util.nn.vit import SEGMENTER_VIT, norm_layer, quarters, vit_backbone, vit_classifier
 
 
 class SwinPlan(NamedTuple):
@@ -347,7 +358,8 @@ class LocalMIMSwin(LocalMIM):
 
         # encoder
         self.patch_embed = PatchEmbed(self.mask_size, patch_size, 3, embed_dim, norm_layer=norm_layer)  # one unit
-        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, by_column=coords == 'correct')
+        windows = [grid.window for grid in grids]
+        self.layers = swin_stages(windows, embed_dim, depths, num_heads, mlp_ratio, by_column=coords == 'correct')
         widths = [embed_dim << stage for stage in (1, 2, 3, 3)]
         self.norms = nn.ModuleList(map(norm_layer, widths))
 
@@ -510,6 +522,44 @@ def create_classifier(
     return LocalMIMSwinClassifier(**options)
 
 
+def create_backbone(
+    name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
+) -> VisionTransformer | Beit | SwinBackbone:
+    """The classifier without its head, as an encoder for dense tasks.
+
+    A ViT's keywords are `vit_backbone`'s. A Swin's are `SwinBackbone`'s, for which `img_size` means nothing, and
+    `coords`, as `LocalMIMSwinClassifier` has it.
+    """
+    options = {**sizes_of(ENCODERS, name), 'drop_path_rate': drop_path_rate, **kwargs}
+    if name in VIT_ENCODERS:
+        return vit_backbone(img_size=img_size, **options)
+    coords = options.pop('coords', 'published')
+    check_choice('coords', coords, COORDS)
+    encoder = SwinBackbone(**options)
+    encoder.coords = coords
+    return encoder
+
+
+def create_segmenter(
+    name: str, num_classes: int = 150, drop_path_rate: float = 0.0, img_size: int = 512, **kwargs
+) -> Segmenter:
+    """UPerNet on the encoder; keywords are those of `create_backbone` and of `with_heads`.
+
+    A ViT's maps are those of its local layers, and its coarsest one is an average. Raises ValueError for a size that
+    does not divide.
+    """
+    if name in VIT_ENCODERS:
+        kwargs = {**SEGMENTER_VIT, 'out_indices': local_layers, 'pool': 'avg', **kwargs}
+    heads, sizes = split_options(kwargs)
+    encoder = create_backbone(name, drop_path_rate, img_size, **sizes)
+    return with_heads(encoder, num_classes, fixed_size=img_size if name in VIT_ENCODERS else None, **heads)
+
+
+def local_layers(depth: int) -> Sequence[int]:
+    """The blocks of a ViT whose outputs are decoded; quarters where it is too shallow for four of them."""
+    return (1, 3, depth - 3, depth - 1) if depth >= 7 else quarters(depth)
+
+
 VIT_ENCODERS = {
     'localmim_vit_tiny': dict(patch_size=8, embed_dim=96, depth=8, num_heads=3),  # for quick trials; not in the paper
     'localmim_vit_small': dict(embed_dim=384, depth=12, num_heads=6),
@@ -547,11 +597,12 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
     and bias tables, but a ViT's tokens are; in fine-tuning, a ViT's class token and position embedding, but a Swin's
     bias tables are.
     """
-    if isinstance(model, LocalMIMSwin | LocalMIMSwinClassifier):
-        depths = [len(layer.blocks) for layer in model.layers]
+    encoder = model.encoder if isinstance(model, Segmenter) else model
+    if isinstance(encoder, LocalMIMSwin | LocalMIMSwinClassifier | SwinBackbone):
+        depths = [len(layer.blocks) for layer in encoder.layers]
         undecayed = ('_token', 'relative_position_bias_table') if isinstance(model, LocalMIMSwin) else ()
     else:
-        depths = [len(model.blocks)]
+        depths = [len(encoder.blocks)]
         undecayed = () if isinstance(model, LocalMIMViT) else ('cls_token', 'pos_embed')
 
     def layer_id(name: str) -> int:
@@ -563,6 +614,9 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
             return sum(depths[:stage]) + (int(rest[2]) + 1 if rest[1] == 'blocks' else depths[stage])
         return 0 if first in ENCODER_NAMES else sum(depths) + 1
 
+    if isinstance(model, Segmenter):
+        rule = {'decays': swin_decays} if isinstance(encoder, SwinBackbone) else {}
+        return segmenter_rules(model, layer_id, sum(depths) + 1, **rule)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1 and not name.endswith(undecayed))
         for name, param in model.named_parameters()

@@ -23,6 +23,7 @@ documented; 4 is what the paper's figure shows.
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
+from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -44,7 +45,8 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
-from util.nn.vit import norm_layer, vit_classifier
+from util.nn.upernet import Segmenter, segmenter_rules, split_options, with_heads
+from util.nn.vit import SEGMENTER_VIT, norm_layer, vit_backbone, vit_classifier
 
 
 class MIRL(nn.Module):
@@ -329,6 +331,24 @@ def create_classifier(
     return vit_classifier(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
 
 
+def create_backbone(name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> VisionTransformer | Beit:
+    """The classifier without its head, as an encoder for dense tasks; keywords are `vit_backbone`'s."""
+    sizes = dict(img_size=img_size, drop_path_rate=drop_path_rate)
+    return vit_backbone(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
+
+
+def create_segmenter(
+    name: str, num_classes: int = 150, drop_path_rate: float = 0.0, img_size: int = 512, **kwargs
+) -> Segmenter:
+    """UPerNet on the ViT, by MAE's protocol; keywords are `vit_backbone`'s and `with_heads`'.
+
+    Raises ValueError for a size that does not divide.
+    """
+    heads, sizes = split_options(kwargs)
+    encoder = create_backbone(name, drop_path_rate, img_size, **{**SEGMENTER_VIT, **sizes})
+    return with_heads(encoder, num_classes, fixed_size=img_size, **heads)
+
+
 ENCODERS = {  # of a pretraining model and of its classifier
     'mirl_vit_tiny': dict(patch_size=8, embed_dim=96, depth=4, num_heads=3),  # for quick trials; not in the paper
     'mirl_vit_small': dict(embed_dim=384, depth=12, num_heads=12),
@@ -358,7 +378,7 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
     Layer ids: 0 = tokens, position and patch embedding; i + 1 = block i; depth + 1 = the rest. 1-D parameters are not
     decayed; class and mask tokens are in pretraining, and the classifier's class token and position embedding are not.
     """
-    last = len(model.blocks) + 1
+    last = len(getattr(model, 'encoder', model).blocks) + 1
     undecayed = () if isinstance(model, MIRL) else ('cls_token', 'pos_embed')
 
     def layer_id(name: str) -> int:
@@ -367,6 +387,8 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
             return int(rest[0]) + 1
         return 0 if first in ENCODER_NAMES else last
 
+    if isinstance(model, Segmenter):
+        return segmenter_rules(model, layer_id, last)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1 and name not in undecayed)
         for name, param in model.named_parameters()

@@ -44,6 +44,7 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
+from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
 
 
 class MixPlan(NamedTuple):
@@ -108,14 +109,19 @@ class MixMIMEncoder(nn.Module):
 
     def forward_features(self, imgs: Tensor, mask: Tensor | None = None) -> Tensor:
         """imgs [N, 3, H, W] -> normed tokens [N, L, D]; under a mask [1, L], cells see those of equal mask only."""
-        x = self.patch_embed(imgs)  # [N, R, R, C]
+        return self.norm(self.forward_stages(imgs, mask)[-1]).flatten(1, 2)
+
+    def forward_stages(self, imgs: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """imgs [N, 3, H, W] -> each stage's tokens [N, R, R, .] before its merging."""
+        x, stages = self.patch_embed(imgs), []  # [N, R, R, C]
         x = x + self.absolute_pos_embed.view(1, *x.shape[1:])
         for stage in self.layers:
             window_mask = None if mask is None else separating_mask(mask, x.shape[1], stage.window_size)
             for block in stage.blocks:
                 x = block(x, window_mask)
+            stages.append(x)
             x = stage.downsample(x)
-        return self.norm(x).flatten(1, 2)
+        return stages
 
 
 class MixMAE(MixMIMEncoder):
@@ -344,7 +350,7 @@ class WindowAttention(nn.Module):
 
 
 # --------------------------------------------------------------------------
-# classifier, sizes
+# classifier, dense tasks, sizes
 
 
 class MixMIMClassifier(MixMIMEncoder):
@@ -378,6 +384,43 @@ def create_classifier(
     return model
 
 
+class MixMIMBackbone(MixMIMEncoder):
+    """The encoder of dense tasks, of one image size: each stage's map before its merging, normed by a new norm."""
+
+    def __init__(self, **encoder):
+        super().__init__(**encoder)
+        del self.norm  # it belongs to the classifier
+        stages = range(len(self.depths))
+        self.strides = [self.cell_size >> stage for stage in reversed(stages)]
+        self.widths = [self.num_features >> stage for stage in reversed(stages)]
+        for stage, width in enumerate(self.widths):
+            self.add_module(f'norm{stage}', nn.LayerNorm(width))
+        self.init_weights()
+
+    def forward(self, imgs: Tensor) -> list[Tensor]:
+        """imgs [N, 3, H, W], normalised -> a map [N, D, H / s, W / s] for each stage, of width D and stride s."""
+        stages = enumerate(self.forward_stages(imgs))
+        return [getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous() for i, x in stages]
+
+
+def create_backbone(name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> MixMIMBackbone:
+    """The classifier without its head, as an encoder for dense tasks; its windows follow `img_size` unless given."""
+    sizes = dict(img_size=img_size, drop_path_rate=drop_path_rate)
+    return MixMIMBackbone(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
+
+
+def create_segmenter(
+    name: str, num_classes: int = 150, drop_path_rate: float = 0.0, img_size: int = 512, **kwargs
+) -> Segmenter:
+    """UPerNet on the encoder, as on a Swin; keywords are `MixMIMEncoder`'s and `with_heads`'.
+
+    The paper's settings are not published. Raises ValueError for sizes that do not divide.
+    """
+    heads, sizes = split_options(kwargs)
+    encoder = create_backbone(name, drop_path_rate, img_size, **sizes)
+    return with_heads(encoder, num_classes, fixed_size=img_size, **heads)
+
+
 ENCODERS = {  # of a pretraining model and of its classifier
     # for quick trials, not in the paper: cells of 8 pixels, so 16 of them at 32 x 32; any multiple of 32 will do
     'mixmae_tiny': dict(patch_size=2, embed_dim=32, depths=(1, 2, 1), num_heads=(2, 4, 8), window_size=(8, 8, 4)),
@@ -396,28 +439,35 @@ globals().update(factories(MixMAE, ENCODERS, PRETRAINING))
 # optimiser rules
 
 
-def param_rules(model: MixMIMEncoder, *, head_layer: str = 'published') -> dict[str, tuple[int, float, bool]]:
+def param_rules(
+    model: MixMIMEncoder | Segmenter, *, head_layer: str = 'published'
+) -> dict[str, tuple[int, float, bool]]:
     """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as the published optimiser groups them.
 
     Layer ids: 0 = patch embedding; i + 1 = block i; a patch merging has that of the block after it. The rest, the head
     included, has the last block's id, one below the top (`model.last_layer`), and so learns at layer_decay times the
     rate; `head_layer='own'` puts the head at the top, at the full rate. 1-D parameters are not decayed; mask token and
-    bias tables are. Raises ValueError for another `head_layer`.
+    bias tables are. A segmenter's heads and the norms of its maps are at the top, and it decays as a Swin does. Raises
+    ValueError for another `head_layer`.
     """
     check_choice('head_layer', head_layer, ('published', 'own'))
+    segments = isinstance(model, Segmenter)
+    encoder = model.encoder if segments else model
 
     def layer_id(name: str) -> int:
         match name.split('.'):
             case ['patch_embed', *_]:
                 return 0
             case ['layers', stage, 'blocks', block, *_]:
-                return sum(model.depths[: int(stage)]) + int(block) + 1
+                return sum(encoder.depths[: int(stage)]) + int(block) + 1
             case ['layers', stage, 'downsample', *_]:
-                return sum(model.depths[: int(stage) + 1]) + 1
+                return sum(encoder.depths[: int(stage) + 1]) + 1
             case ['head', _] if head_layer == 'own':
-                return model.last_layer
-        return model.last_layer - 1
+                return encoder.last_layer
+        return encoder.last_layer if segments else encoder.last_layer - 1
 
+    if segments:
+        return segmenter_rules(model, layer_id, encoder.last_layer, swin_decays)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1) for name, param in model.named_parameters() if param.requires_grad
     }

@@ -26,8 +26,10 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
+from scripts import finetune_segmentation
 from util import build, checkpoint, config, console, diagnosis, dist, resources
-from util.data import augment, datasets, decoders, named
+from util.data import augment, datasets, decoders, named, segmentation
+from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.training import Training
 
@@ -188,12 +190,15 @@ class Replay:
 
     def __init__(self, record: dict, weights: dict, device: torch.device, amp_dtype: str):
         self.record = record
-        main = {'pretrain': main_pretrain, 'finetune': main_finetune}[record['stage']]
+        main, make = {
+            'pretrain': (main_pretrain, self.prepare_pretrain),
+            'finetune': (main_finetune, self.prepare_finetune),
+            'segment': (finetune_segmentation, self.prepare_segment),
+        }[record['stage']]
         self.args = args = main.get_args_parser().parse([])
         record['args'].setdefault('decoder', decoders.PIL)  # that of older versions
         vars(args).update(record['args'] | {'download': False, 'effective_batch_size': None, 'amp_dtype': amp_dtype})
         args.data_path, args.decoder = Path(args.data_path), decoders.resolved(args.decoder)
-        make = self.prepare_pretrain if main is main_pretrain else self.prepare_finetune
         core, self.images, forward_of = make(device)
         checkpoint.check_same_weights(weights, core.state_dict(), diagnosis.WEIGHTS)
         core.load_state_dict(weights)
@@ -229,6 +234,17 @@ class Replay:
             return lambda *micro_step: engine_finetune.forward(training, *micro_step, loss_of)
 
         return main_finetune.create_classifier(args, num_classes), images, forward_of
+
+    def prepare_segment(self, device: torch.device) -> tuple[nn.Module, datasets.ImageFiles, Callable]:
+        """The same of segmentation."""
+        train, _ = segmentation.pairs(self.args)
+        images = segmentation.training_pairs(train, self.args, Reader())
+
+        def forward_of(training: Training) -> Callable:
+            loss_of = finetune_segmentation.segmentation_loss(training)
+            return lambda *micro_step: engine_finetune.forward(training, *micro_step, loss_of)
+
+        return finetune_segmentation.create_segmenter(self.args, len(train.classes)), images, forward_of
 
     def batch(self, samples: list[dict]) -> list[Tensor]:
         """The very images. Raises UserError if they are not there any more."""

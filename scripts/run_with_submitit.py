@@ -1,11 +1,13 @@
-"""Run main_pretrain.py or main_finetune.py as SLURM jobs that save, requeue and resume by themselves, or locally.
+"""Run a training program as SLURM jobs that save, requeue and resume by themselves, or locally.
 
 Examples:
     python scripts/run_with_submitit.py pretrain --nodes 2 --ngpus 8 --config NAME --data_path /data/imagenet
     python scripts/run_with_submitit.py finetune --seeds 0 1 2 --finetune runs/NAME/checkpoint-last.pth --data_path ...
+    python scripts/run_with_submitit.py segment --nodes 1 --ngpus 8 --config NAME --finetune PATH --data_path /data/ade
     python scripts/run_with_submitit.py pretrain --local --ngpus 2 --config NAME --data_path ...
 
-Every flag that is not listed here goes to the main, whose parser checks it before anything is submitted.
+The word names the program: main_pretrain.py, main_finetune.py or, with segment, scripts/finetune_segmentation.py. Every
+flag that is not listed here goes to it, whose parser checks it before anything is submitted.
 """
 
 import argparse
@@ -35,14 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
+from scripts import finetune_segmentation
 from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.dry_run import figure
-from util.errors import STOPPED, UserError, closest, run_main
+from util.errors import STOPPED, UserError, closest, program, run_main
 from util.recipes import find_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
+MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'segment': finetune_segmentation}
 NAME = r'[A-Za-z0-9._-]{1,100}'
 JOB_ID = r'\d+(_\d+)?'
 LOOK_S = 5  # how long a new job is watched while it is pending; SLURM needs a moment to find its reason
@@ -57,7 +60,8 @@ FREE_TEXT = ('partition', 'account', 'qos', 'constraint', 'comment')
 def get_args_parser() -> config.Parser:
     parser = config.Parser(
         'Run a main as SLURM jobs that save, requeue and resume by themselves, or here (--local). '
-        'All flags of the main are accepted too: main_pretrain.py --help, main_finetune.py --help.'
+        'All flags of the main are accepted too: main_pretrain.py --help, main_finetune.py --help, '
+        'scripts/finetune_segmentation.py --help.'
     )
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')
@@ -104,7 +108,7 @@ class Job:
     """What a job runs. It is pickled by value and called elsewhere, so its methods import the project's modules."""
 
     def __init__(self, stage: str, args: argparse.Namespace, options: argparse.Namespace):
-        self.stage, self.args = stage, args
+        self.module, self.program, self.args = MAINS[stage].__name__, program(stage), args
         self.local, self.max_requeues = options.local, options.max_requeues
         self.repository, self.folder = str(REPOSITORY), os.getcwd()
         self.umask = os.umask(0o077)
@@ -119,9 +123,9 @@ class Job:
         os.umask(self.umask)
         os.chdir(self.folder)
         sys.path.insert(0, self.repository)
-        sys.argv[:] = [f'main_{self.stage}.py']
+        sys.argv[:] = [self.program]
         self.set_environment(submitit.JobEnvironment())
-        main = importlib.import_module(f'main_{self.stage}')
+        main = importlib.import_module(self.module)
         from util.errors import AT_THE_END, run_main
 
         paths = submitit.JobEnvironment().paths

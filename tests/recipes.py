@@ -12,29 +12,31 @@ from training import MAINS
 
 import main_finetune
 import main_pretrain
+from scripts import finetune_segmentation
 from util import optim
 from util.recipes import RECIPES, load_recipe
 
-OWN = '_cifar10_'
+OWN, ADE20K = '_cifar10_', '_ade20k_'
+PROGRAMS = MAINS | {'segment': finetune_segmentation}
 # what decides nothing of a network, and differs in recipes that share one
 SCHEDULE = 'config given epochs warmup_epochs lr blr min_lr batch_size effective_batch_size lr_sched lr_decay_epochs'
 NETWORKS: dict[str, nn.Module] = {}
 
 
 def stage_of(name: str) -> str:
-    return 'pretrain' if '_pretrain' in name else 'finetune'
+    return 'segment' if ADE20K in name else 'pretrain' if '_pretrain' in name else 'finetune'
 
 
 def published(*methods: str) -> set[str]:
-    """Names of the recipes of these methods, but for linear probes, and our own, which are for CIFAR-10."""
+    """Names of the recipes of these methods for ImageNet, but for linear probes; those for CIFAR-10 are our own."""
     names = {path.stem for path in RECIPES.glob('*.yaml') if path.stem.startswith(methods)}
-    return {name for name in names if OWN not in name and not name.endswith('_linprobe')}
+    return {name for name in names if OWN not in name and ADE20K not in name and not name.endswith('_linprobe')}
 
 
 def resolve(name: str, *flags: str) -> argparse.Namespace:
     """The arguments of a recipe, as the program that it is for takes them."""
     stage = stage_of(name)
-    return MAINS[stage].get_args_parser().parse(['--config', name, *flags], stage=stage)
+    return PROGRAMS[stage].get_args_parser().parse(['--config', name, *flags], stage=stage)
 
 
 def resolved_values(name: str) -> dict:
@@ -46,7 +48,7 @@ def resolved_values(name: str) -> dict:
 
 
 def network(name: str) -> nn.Module:
-    """A recipe's pretraining model or classifier of 1000 classes, without storage. Recipes share it: do not change it."""
+    """A recipe's pretraining model or classifier of 1000 classes, without storage; shared: do not change it."""
     args = resolve(name)
     key = repr(sorted((flag, value) for flag, value in vars(args).items() if flag not in SCHEDULE.split()))
     if key not in NETWORKS:

@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_finetune
 import main_pretrain
+from scripts import finetune_segmentation
 from util import checkpoint, rng
+from util.recipes import program
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', '--num_workers', '0', '--print_freq', '1']
@@ -30,6 +32,7 @@ SHORT = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '
 MIXED = ['--mixup', '0.8', '--cutmix', '1', '--use_ema', '--drop_path', '0.2']  # what fine-tuning can have on top
 STATE = ('model', 'ema', 'optimizer', 'scaler', 'guard', 'record', 'epoch', 'step', 'logger')
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
+PROGRAMS = MAINS | {'segment': finetune_segmentation}
 
 
 def make_images(folder: Path, per_class: int = 22, classes: int = 3, val_per_class: int = 5, side: int = 40) -> Path:
@@ -52,7 +55,7 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
 
 def train(stage: str, data: Path, output: Path, *more: str) -> dict:
     """Run a main in this process; returns the last checkpoint."""
-    main = MAINS[stage]
+    main = PROGRAMS[stage]
     main.main(main.get_args_parser().parse(arguments(data, output, *more), stage=stage))
     return load(output)
 
@@ -66,7 +69,7 @@ def command(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, sc
     launcher = [sys.executable]
     if ranks:
         launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--master_port={free_port()}']
-    return [*launcher, str(ROOT / (script or f'main_{stage}.py')), *arguments(data, output, *more)]
+    return [*launcher, str(ROOT / (script or program(stage))), *arguments(data, output, *more)]
 
 
 def run(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, fault: str = '', timeout: float = 300):

@@ -129,13 +129,14 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
 
 
 def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBatches:
-    """This rank's share of every epoch. Raises UserError for fewer images than one step takes."""
+    """This rank's share of every epoch, or round. Raises UserError for fewer images than one step takes."""
     here, accum_iter = dist.place(), optim.accumulation(args)
     copies = getattr(args, 'repeated_aug', 1)
     sampler = datasets.EpochBatches(
-        num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed, copies
+        *(num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed, copies),
+        steps=getattr(args, 'eval_freq', None),
     )
-    if not sampler.steps:
+    if not sampler.pass_steps:
         _, arithmetic = optim.scaled_lr(args, accum_iter)
         most = num_images // (accum_iter * here.world_size)
         hint = f'; --batch_size {most} is the most' if most else '; fewer ranks, or a smaller --accum_iter'

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from util import config, digests, resources
-from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable
+from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError, printable, program
 from util.resources import size
-from util.weights import Origin, check_finite, find_origin, plain_field, read_checkpoint, read_source
+from util.weights import Origin, check_finite, class_names, find_origin, plain_field, read_checkpoint, read_source
 
 SCHEMA = 1  # raised when what a checkpoint holds changes its meaning
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
@@ -312,7 +312,7 @@ STATE = {  # of a run, at least
     **dict.fromkeys(('model', 'optimizer', 'scaler', 'logger', 'record'), dict),
     **dict.fromkeys(('epoch', 'step', 'steps'), int),
 }
-FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune'}
+FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune', 'segment': '--finetune'}
 
 
 def check_same_run(state: dict, current: dict, path: Path) -> None:
@@ -337,7 +337,7 @@ def check_same_run(state: dict, current: dict, path: Path) -> None:
         )
     saved = {key: plain_field(saved[key]) for key in current if key in saved}  # older versions wrote fewer
     if saved['stage'] != current['stage']:
-        raise CheckpointError(f'{path} is a checkpoint of main_{printable(saved["stage"], 80)}.py; use {instead}')
+        raise CheckpointError(f'{path} is a checkpoint of {program(saved["stage"])}; use {instead}')
     differing = [k for k in saved if saved[k] != current[k]]
     if differing:
         listed = '; '.join(f'{k}: {printable(saved[k], 200)} then, {current[k]} now' for k in differing)
@@ -370,6 +370,7 @@ class Source:
     path: str
     container: dict
     origin: Origin | None = None
+    classes: list[str] | None = None  # whose names the file tells
     notices: list[str] = field(default_factory=list)  # what `complete` has found, to be printed
 
     @classmethod
@@ -379,7 +380,7 @@ class Source:
 
     @classmethod
     def of(cls, path: str | Path, container: dict) -> 'Source':
-        return cls(str(path), container, find_origin(container))
+        return cls(str(path), container, find_origin(container), class_names(container))
 
     def outline(self) -> 'Source':
         """What there is to tell of it, without its weights."""

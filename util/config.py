@@ -37,6 +37,11 @@ MOST_WORKERS = 10  # loader processes of a rank, if not more are asked for
 README = Path(__file__).resolve().parent.parent / 'README.md'
 MODELS_BEGIN, TABLE_END = '<!-- models -->\n', '<!-- end -->'
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WARMUP_SHAPE = dict(
+    choices=('flat', 'scaled'),
+    default='flat',
+    help='warm-up to the peak rate (flat, as MAE), or as a factor of the scheduled rate (scaled, as mmcv)',
+)
 # same: a resumed run must have the same value; warn: a change prints a warning; free: a flag that only says where and
 # how a run works, or that is checked elsewhere
 AtResume = Literal['same', 'warn', 'free']
@@ -242,6 +247,15 @@ class Parser(argparse.ArgumentParser):
             ):
                 ours |= {name: theirs[name]} if name in theirs else {}
 
+    def without(self, **values: Any) -> None:
+        """What the code reads of flags that this program has not: values, or functions of what was parsed."""
+        for name, value in values.items():
+            if callable(value):
+                self.settle[name] = lambda args, given, value=value: value(args)
+            else:
+                self.set_defaults(**{name: value})
+            self.roles[name] = 'free'
+
     def error(self, message: str):
         # argparse's 'argument --lr: must be more than 0' as a sentence
         raise UserError(message.removeprefix('argument ').replace(': must be', ' must be', 1))
@@ -366,6 +380,19 @@ def warm_up(most: int, args: argparse.Namespace, given: bool) -> float:
     return args.warmup_epochs if given or fits else min(most, args.epochs / 10)
 
 
+def round_steps(args: argparse.Namespace, given: bool) -> int:
+    """The value of --eval_freq: by default the least that divides --steps into ten rounds at most."""
+    if args.eval_freq and args.steps % args.eval_freq:
+        raise UserError(f'--eval_freq {args.eval_freq} must divide --steps {args.steps}')
+    return args.eval_freq or next(n for n in range(-(-args.steps // 10), args.steps + 1) if args.steps % n == 0)
+
+
+def warm_up_steps(most: int, args: argparse.Namespace, given: bool) -> int:
+    """The value of --warmup_steps; as with --warmup_epochs, one that was not given gives way to a short run."""
+    fits = args.warmup_steps is not None and args.warmup_steps < args.steps
+    return args.warmup_steps if given or fits else min(most, args.steps // 10)
+
+
 def decoder(args: argparse.Namespace, given: bool) -> str:
     """The name of a decoder. `auto` is no name: as if it had not been given, a resumed run keeps its own."""
     if args.decoder == decoders.AUTO:
@@ -423,12 +450,13 @@ def add_common_args(
     add_hardware_args(parser)
 
 
-def add_model_args(parser: Parser) -> None:
-    """The model, its input, and where it runs."""
+def add_model_args(parser: Parser, input_size: int = 224, *other_names: str) -> None:
+    """The model, its input, and where it runs. `other_names` are those of --input_size, the first ones."""
     add = partial(parser.add_argument, heading='Model', at_resume='same', of_network=True)
     add('--model', action=Model, metavar='NAME', help='the network and its method; list: print them all')
     add('--model_kwargs', action=KeyValues, help='more arguments of the model')
-    add('--input_size', type=AT_LEAST_1, default=224, help='image side in pixels')
+    sizes = (*other_names, '--input_size')
+    add(*sizes, dest='input_size', type=AT_LEAST_1, default=input_size, help='image side in pixels')
 
     add = partial(parser.add_argument, heading='Data')
     add('--max_pixels', type=AT_LEAST_1, default=50_000_000, help='larger images are not decoded')
@@ -480,12 +508,7 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
         help=f'epochs of linear warm-up; default: {warmup_epochs}, at most a tenth of --epochs',
     )
     add('--warmup_lr_ratio', type=SHARE, default=0.0, help='share of the rate that the warm-up starts from')
-    add(
-        '--warmup_shape',
-        choices=('flat', 'scaled'),
-        default='flat',
-        help='warm-up to the peak rate (flat, as MAE), or as a factor of the scheduled rate (scaled, as mmcv)',
-    )
+    add('--warmup_shape', **WARMUP_SHAPE)
     add('--lr_sched', choices=('cosine', 'step'), default='cosine', help='schedule after the warm-up')
     add(
         '--cosine_start',
@@ -498,14 +521,46 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
     add('--sched_per_epoch', action=Switch, help='after the warm-up, change the rate at epochs only')
 
 
+def add_step_args(parser: Parser, *, steps: int, lr: float, warmup_steps: int) -> None:
+    """The schedule of a program that counts steps, with what the code for epochs reads.
+
+    A round is what lies between two evaluations, --eval_freq steps: to a run it is what an epoch is to others.
+    """
+    add = partial(parser.add_argument, heading='Learning rate')
+    add('--steps', type=AT_LEAST_1, default=steps, instead_of='eval_freq', help='optimiser steps of the run')
+    add(
+        '--eval_freq',
+        type=AT_LEAST_1,
+        at_resume='same',
+        settle=round_steps,
+        help='steps of a round, which ends with an evaluation; must divide --steps; default: a tenth of them',
+    )
+    add('--lr', type=ABOVE_0, default=lr, help='learning rate')
+    add('--min_lr', type=number(float, 0), default=0.0, help='where the schedule ends, for all parameters')
+    add(
+        '--warmup_steps',
+        type=AT_LEAST_0,
+        settle=partial(warm_up_steps, warmup_steps),
+        help=f'steps of linear warm-up; default: {warmup_steps}, at most a tenth of --steps',
+    )
+    add('--warmup_lr_ratio', type=SHARE, default=1e-6, help='share of the rate that the warm-up starts from')
+    add('--warmup_shape', **WARMUP_SHAPE | {'default': 'scaled'})
+    add('--lr_sched', choices=('poly', 'cosine'), default='poly', help='schedule, which the warm-up multiplies')
+    add('--lr_power', type=ABOVE_0, default=1.0, help='of --lr_sched poly: (1 - step / steps) ** power')
+    parser.without(start_epoch=0, blr=None, min_lr_absolute=True)
+    parser.without(cosine_start='zero', lr_decay_epochs=[], lr_decay_rate=1.0, sched_per_epoch=False)
+    parser.without(epochs=lambda args: args.steps // args.eval_freq)
+    parser.without(warmup_epochs=lambda args: args.warmup_steps / args.eval_freq)
+
+
 def add_optimiser_args(parser: Parser, betas: list[float]) -> None:
     add = partial(parser.add_argument, heading='Optimiser')
     choices = tuple(optim.OPTIMIZERS)
     add('--opt', choices=choices, default='adamw', at_resume='same', help="optimiser; LAMB and LARS are timm's")
     add('--opt_eps', type=ABOVE_0, help="the optimiser's epsilon; default: adamw and lars 1e-8, lamb 1e-6")
-    help = 'decay of the two moments; LARS has the first'
+    help = 'decay of the two moments; LARS and SGD have the first'
     add('--betas', type=number(float, 0, below=1), nargs=2, default=betas, help=help)
-    add('--weight_decay', type=number(float, 0), default=0.05, help='weight decay, decoupled from the gradient')
+    add('--weight_decay', type=number(float, 0), default=0.05, help='weight decay, in SGD as part of the gradient')
     add('--rule_kwargs', action=KeyValues, help="options of the model's parameter rules")
     add('--clip_grad', type=number(float, 0), help='largest gradient norm; default: not clipped, as with 0')
     add('--max_bad_steps', type=AT_LEAST_0, at_resume='free', help='most steps in a row to skip; default: 3, fp16: 20')
@@ -558,23 +613,25 @@ def add_data_args(parser: Parser) -> None:
     augment('--hflip', type=SHARE, default=0.5, help='probability of a horizontal flip')
 
 
-def add_output_args(parser: Parser) -> None:
+def add_output_args(parser: Parser, unit: str = 'epoch') -> None:
+    """`unit` is what an evaluation ends: an epoch or a round."""
     add = partial(parser.add_argument, heading='Output and resume', at_resume='free')
     add('--output_dir', type=path, default=Path('output_dir'), help='checkpoints, log.txt, args.json')
     add('--log_dir', type=path, help='TensorBoard events; default: --output_dir')
     add('--print_freq', type=AT_LEAST_1, default=20, help='optimiser steps between progress lines')
-    add('--save_freq', type=AT_LEAST_1, default=20, help='epochs between numbered checkpoints')
+    add('--save_freq', type=AT_LEAST_1, default=20, help=f'{unit}s between numbered checkpoints')
     add(
         '--save_freq_steps',
         type=AT_LEAST_0,
         default=0,
-        help='steps between writes of checkpoint-last.pth; 0: epochs only',
+        help=f'steps between writes of checkpoint-last.pth; 0: {unit}s only',
     )
     add('--keep_last', type=AT_LEAST_0, default=0, help='newest numbered checkpoints to keep; 0: all')
     add(
         '--resume', type=source, metavar='PATH', help="checkpoint to resume; 'auto': the newest of --output_dir, if any"
     )
-    add('--start_epoch', type=AT_LEAST_0, default=0, help='first epoch of a run that is not resumed')
+    if unit == 'epoch':
+        add('--start_epoch', type=AT_LEAST_0, default=0, help='first epoch of a run that is not resumed')
     add('--dry_run', action=Switch, help='write nothing: try some steps, and say what the run would need')
     add('--check_data', action=Switch, help='with --dry_run: read every image, and name those that cannot be read')
 
@@ -611,10 +668,11 @@ def add_hardware_args(parser: Parser) -> None:
 
 def check_common_args(args: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other or what is there, before anything is started."""
-    for name in ('crop_scale', 'cutmix_minmax'):
+    for name in ('crop_scale', 'cutmix_minmax', 'scale_range'):
         pair = getattr(args, name, None)
         if pair and pair[0] > pair[1]:
-            raise UserError(f'--{name} takes the smaller share first, got {pair}')
+            what = 'factor' if name == 'scale_range' else 'share'
+            raise UserError(f'--{name} takes the smaller {what} first, got {pair}')
     check_dry_run(args)
     if args.resume and '://' in args.resume and not getattr(args, 'eval', False):
         raise UserError(f'--resume {args.resume}: a run resumes from a local file of its own; --finetune takes URLs')
@@ -657,16 +715,17 @@ def check_apart(name: str, folder: Path, data_path: Path, dataset: str) -> None:
 def check_schedule(args: argparse.Namespace) -> None:
     """Raise UserError for a schedule that cannot be."""
     if args.warmup_epochs >= args.epochs:
+        unit = 'steps' if hasattr(args, 'steps') else 'epochs'
         raise UserError(
-            f'--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}; '
+            f'--warmup_{unit} {getattr(args, f"warmup_{unit}"):g} must be less than --{unit} {getattr(args, unit)}; '
             f'without it, the warm-up takes a tenth'
         )
     if args.start_epoch >= args.epochs:
         raise UserError(f'--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}')
     check_boundaries(args)
     lr, arithmetic = optim.scaled_lr(args, optim.accumulation(args))
-    if args.lr_sched == 'cosine' and args.min_lr > lr:
-        raise UserError(f'--min_lr {args.min_lr:g}, where the cosine ends, is above its peak: {arithmetic}')
+    if args.lr_sched != 'step' and args.min_lr > lr:
+        raise UserError(f'--min_lr {args.min_lr:g}, where the {args.lr_sched} ends, is above its peak: {arithmetic}')
 
 
 def check_boundaries(args: argparse.Namespace) -> None:

@@ -55,6 +55,7 @@ def describe(training: Training, epoch: Epoch, step: int) -> dict:
     """What all ranks have in common. `step` counts from 1, as progress lines do; `global_step`, which seeds, from 0."""
     args, sampler, optimizer = training.args, training.sampler, training.optimizer
     return {
+        'unit': sampler.unit,  # what is called an epoch here
         'epoch': epoch.number,
         'step': step,
         'steps': epoch.steps,
@@ -97,14 +98,14 @@ def bad_micro_steps(seen: dict) -> list[int]:
 
 def summary(record: dict) -> str:
     """One line."""
-    ranks, row = record['bad_ranks'], record['bad_steps_in_a_row']
+    ranks, row, unit = record['bad_ranks'], record['bad_steps_in_a_row'], record.get('unit', 'epoch')
     if len(ranks) > 1:
         whose = f'the losses of ranks {", ".join(map(str, ranks))} were not finite'
     else:
         whose = f"rank {ranks[0]}'s loss was not finite" if ranks else 'every loss was finite, a gradient was not'
     scale = '' if record['loss_scale'] is None else f', at a loss scale of {record["loss_scale"]:g}'
     return (
-        f'epoch {record["epoch"]}, step {record["step"]} of {record["steps"]}: loss or gradient was not finite in '
+        f'{unit} {record["epoch"]}, step {record["step"]} of {record["steps"]}: loss or gradient was not finite in '
         f'{row} step{"s" if row > 1 else ""} in a row (--max_bad_steps {record["max_bad_steps"]}); '
         f'no such step changed a weight; {whose}{scale}'
     )

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import dist, resources
 from util.data import datasets
 from util.data.images import Reader, reason
-from util.errors import RunError, printable
+from util.data.segmentation import PairFiles, PairSplit, reduces
+from util.errors import RunError, UserError, printable
 from util.log import counted, info
 from util.resources import size
 from util.run import Run
@@ -53,9 +54,14 @@ class Forgiving(Reader):
 class Faults(datasets.ImageFiles):
     """Item (epoch, index) is why an image cannot be read, or ''."""
 
+    def read(self, index: int) -> None:
+        self.image(index)
+
     def __getitem__(self, item: tuple[int, ...]) -> str:
         try:
-            self.image(item[1])
+            self.read(item[1])
+        except UserError as error:
+            return str(error)
         except RunError:
             raise
         except Exception as error:  # Pillow raises of every kind
@@ -65,11 +71,21 @@ class Faults(datasets.ImageFiles):
         return ''
 
 
-def check_images(run: Run, name: str, split: datasets.Split) -> None:
-    """Read every image of a split, each on one rank, and name those that cannot be read."""
+class PairFaults(Faults, PairFiles):
+    """Item (epoch, index) is what is wrong with an image or its annotation, or ''."""
+
+    def read(self, index: int) -> None:
+        self.pair(index)
+
+
+def check_images(run: Run, name: str, split: datasets.Split | PairSplit) -> None:
+    """Read every image of a split, each on one rank, and name those that cannot be read, or whose labels are wrong."""
     args, reader, images = run.args, run.images.reader, len(split.images)
     info(f'{name}: reading {images:,} images')
-    faults = Faults(split.images, None, None, args.seed, reader)
+    if isinstance(split, PairSplit):
+        faults = PairFaults(split, reduces(args), args.seed, reader)
+    else:
+        faults = Faults(split.images, None, None, args.seed, reader)
     batches = datasets.eval_batches(images, READ, dist.rank(), dist.world_size())
     loader = datasets.loader(faults, batches, args.num_workers, False, args.dist_timeout)
     found = [
@@ -79,12 +95,14 @@ def check_images(run: Run, name: str, split: datasets.Split) -> None:
         if why
     ]
     bad = sorted(fault for of_rank in dist.gather(found) for fault in of_rank)
-    then = ''
+    pairs, then = isinstance(split, PairSplit), ''
     if bad and not reader.listing:
-        then = ': the first one will end the run; --bad_images skip skips them'
+        them = 'those that cannot be read' if pairs else 'them'
+        then = f': the first one will end the run; --bad_images skip skips {them}'
     elif len(bad) > reader.most(images):
         then = f': more than the {reader.most(images)} that --max_bad_images allows'
-    info(f'{name}: {len(bad):,} of {images:,} images cannot be read{then}')
+    what = 'images, or their annotations, are wrong' if pairs else 'images cannot be read'
+    info(f'{name}: {len(bad):,} of {images:,} {what}{then}')
     for path, why in bad:
         info(f'  {printable(path)}: {why}')
 
@@ -313,8 +331,17 @@ class Estimate(NamedTuple):
 # what it says
 
 
-def report(run: Run, batches: datasets.Loader, forward: Forward, **data: datasets.Split) -> Estimate:
-    """Try the run and say what it would need. `data` are its splits by name; every rank must call it."""
+def report(
+    run: Run,
+    batches: datasets.Loader,
+    forward: Forward,
+    pixels: float | None = None,
+    **data: datasets.Split | PairSplit,
+) -> Estimate:
+    """Try the run and say what it would need. `data` are its splits by name; every rank must call it.
+
+    `pixels`, of an image that is evaluated, are what the network sees of it; default: a square of --eval_size.
+    """
     args, training = run.args, run.training
     if args.check_data:
         for name, split in data.items():
@@ -342,7 +369,7 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
         loader=min(dist.gather(speed)),
         steps=(args.epochs - run.first_epoch) * training.sampler.steps - run.first_step,
         tests=(args.epochs - run.first_epoch) * (len(data['val'].images) if 'val' in data else 0),
-        test_s=times.last / n * test_share(training, costs),
+        test_s=times.last / n * test_share(training, costs, pixels),
     )
     tell_speed(training, estimate, costs, n)
     tell_data(args, training, estimate)
@@ -351,11 +378,11 @@ def report(run: Run, batches: datasets.Loader, forward: Forward, **data: dataset
     return estimate
 
 
-def test_share(training: Training, costs: Costs) -> float:
+def test_share(training: Training, costs: Costs, pixels: float | None) -> float:
     """What evaluating an image takes of what training with it takes, by their FLOPs."""
     args, networks = training.args, 2 if training.ema else 1
-    side = (getattr(args, 'eval_size', None) or args.input_size) / args.input_size
-    return networks * side**2 * costs.forward / costs.step
+    pixels = pixels or (getattr(args, 'eval_size', None) or args.input_size) ** 2
+    return networks * pixels / args.input_size**2 * costs.forward / costs.step
 
 
 def tell_network(training: Training, costs: Costs) -> None:

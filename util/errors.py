@@ -21,6 +21,11 @@ MEANING = {
     STOPPED: 'stopped on request with the state saved; can be resumed',
     130: 'interrupted at once; what was saved before can be resumed',
 }
+PROGRAMS = {  # by the stage that a recipe, a run or a checkpoint is of
+    'pretrain': 'main_pretrain.py',
+    'finetune': 'main_finetune.py',
+    'segment': 'scripts/finetune_segmentation.py',
+}
 
 
 class RunError(Exception):
@@ -84,6 +89,11 @@ def one_line(text: object) -> str:
     """The text in one printable line: names of files may hold anything."""
     line = ' '.join(str(text).split())
     return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
+def program(stage: object) -> str:
+    """The program of a stage; a file may name any."""
+    return PROGRAMS.get(str(stage), f'main_{printable(stage, 80)}.py')
 
 
 def printable(text: object, most: int | None = None) -> str:

@@ -50,13 +50,15 @@ def learning_rate(
     decay_epochs: tuple[int, ...] = (),
     decay_rate: float = 0.1,
     per_epoch: bool = False,
+    power: float = 1.0,
 ) -> float:
-    """The learning rate at a fractional epoch: a half-cosine from `lr` to `min_lr`, or steps, after a linear warm-up.
+    """The learning rate at a fractional epoch: a half-cosine or a polynomial from `lr` to `min_lr`, or steps.
 
-    The warm-up is a ramp from `warmup_lr_ratio` to 1, per iteration. A 'flat' one multiplies `lr`, as MAE's does; a
-    'scaled' one multiplies what the schedule says of that moment, as mmcv's does. `cosine_start` is where the cosine
-    has its peak: at the end of the warm-up (before it, the curve is mirrored), or at epoch zero. `per_epoch` holds the
-    scheduled rate constant within an epoch.
+    The warm-up is a linear ramp from `warmup_lr_ratio` to 1, per iteration. A 'flat' one multiplies `lr`, as MAE's
+    does; a 'scaled' one multiplies what the schedule says of that moment, as mmcv's does. `cosine_start` is where the
+    cosine has its peak: at the end of the warm-up (before it, the curve is mirrored), or at epoch zero. The polynomial
+    begins at epoch zero and falls as (1 - epoch / epochs) ** power, as mmcv's 'poly'. `per_epoch` holds the scheduled
+    rate constant within an epoch.
     """
     ramp = 1.0
     if epoch < warmup_epochs:
@@ -65,11 +67,12 @@ def learning_rate(
             return lr * ramp
     if sched == 'step':
         return ramp * lr * decay_rate ** sum(epoch >= boundary for boundary in decay_epochs)
-    first = warmup_epochs if cosine_start == 'warmup' else 0
+    first = warmup_epochs if cosine_start == 'warmup' and sched == 'cosine' else 0
     if per_epoch:
         epoch = max(first, math.floor(epoch))
     progress = (epoch - first) / (epochs - first)
-    return ramp * (min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    left = (1 - progress) ** power if sched == 'poly' else 0.5 * (1 + math.cos(math.pi * progress))
+    return ramp * (min_lr + (lr - min_lr) * left)
 
 
 def accumulation(args: argparse.Namespace) -> int:
@@ -119,6 +122,7 @@ def schedule(args: argparse.Namespace, lr: float) -> Callable[..., float]:
         decay_epochs=tuple(args.lr_decay_epochs),
         decay_rate=args.lr_decay_rate,
         per_epoch=args.sched_per_epoch,
+        power=getattr(args, 'lr_power', 1.0),
     )
 
 
@@ -268,13 +272,30 @@ def lars(groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999
     return Lars(split, lr=lr, momentum=betas[0], trust_coeff=0.001, eps=1e-8 if eps is None else eps)
 
 
+def sgd(groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float | None = None) -> 'Sgd':
+    """torch's SGD, whose momentum is the first of `betas` and whose weight decay is part of the gradient."""
+    return Sgd(groups, lr=lr, momentum=betas[0], fused=True)
+
+
 def check_decay(name: str, weight_decay: float) -> None:
     """Raise UserError if the optimiser of this name cannot have the decay."""
     if name == 'lars' and weight_decay:
         raise UserError(f'--opt lars has no weight decay: give --weight_decay 0, got {weight_decay:g}')
 
 
-OPTIMIZERS = {'adamw': adamw, 'lamb': lamb, 'lars': lars}
+OPTIMIZERS = {'adamw': adamw, 'lamb': lamb, 'lars': lars, 'sgd': sgd}
+
+
+class Sgd(torch.optim.SGD):
+    """torch's fused SGD, with momentum from the start: else the first step makes it, of nothing if it is a bad one."""
+
+    moments = ('momentum_buffer',)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for group in self.param_groups:
+            for param in group['params']:
+                self.state[param] = {'momentum_buffer': torch.zeros_like(param)}
 
 
 class SkipsSteps:

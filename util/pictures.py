@@ -1,7 +1,8 @@
-"""What a model reconstructs, drawn as one labelled picture."""
+"""What a model reconstructs, and how one labels the pixels of an image, drawn as one labelled picture."""
 
 import argparse
 import re
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from util import rng
-from util.data import augment, datasets
+from util.data import augment, datasets, segmentation
 from util.data.images import Reader
 from util.data.stores import Store
 
@@ -105,3 +106,119 @@ def wrapped(text: str, width: int) -> list[str]:
             fits = max(1, sum(font().getlength(lines[-1][: n + 1]) <= width for n in range(len(lines[-1]))))
             lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
     return lines
+
+
+# --------------------------------------------------------------------------
+# labels
+
+MOST_NAMED = 40  # classes in a legend
+
+
+def some_labelled(
+    label_of: Callable[[list[Tensor], tuple[int, int]], Tensor], pairs: segmentation.TestPairs, count: int = 4
+) -> np.ndarray:
+    """A few images, evenly from all, beside their labels and those of a network: [height, width, 3] uint8.
+
+    `label_of(imgs, size)` labels what evaluation loads, a list of one uint8 image [1, 3, h, w] for each test scale, in
+    a size: [1, *size].
+    """
+    images, truth, prediction = [], [], []
+    for number in range(min(count, len(pairs))):
+        scales, label = pairs[0, number * len(pairs) // min(count, len(pairs))]
+        size = tuple(scales[0].shape[1:])
+        images.append(scales[0].movedim(0, -1).numpy())
+        truth.append(segmentation.resize_label(label.numpy(), size))
+        prediction.append(label_of([scale[None] for scale in scales], size)[0].byte().cpu().numpy())
+    columns = {'image': None, 'truth': truth, 'prediction': prediction}
+    return labelled(images, columns, pairs.split.classes, width=320)
+
+
+def overlay(image: np.ndarray, label: np.ndarray, classes: list[str]) -> np.ndarray:
+    """An image, uint8 [H, W, 3], under the colours of its label [H, W], and a legend: [height, width, 3] uint8."""
+    return labelled([image], {'prediction': [label]}, classes)
+
+
+def label_png(label: np.ndarray) -> Image.Image:
+    """A label, uint8 [H, W], as places in the palette: an annotation, which a viewer shows in colours."""
+    picture = Image.fromarray(label)
+    picture.putpalette(palette(256).tobytes())
+    return picture
+
+
+@cache
+def palette(num_classes: int) -> np.ndarray:
+    """Colours that are far apart, uint8 [K, 3]: those of PASCAL VOC, brighter, without its black of the background.
+
+    The bits of the number, from the lowest, go to red, green and blue in turn, the first to the highest bit of each.
+    """
+    bits = np.arange(1, num_classes + 1)[:, None] >> np.arange(24) & 1
+    of_voc = (bits.reshape(-1, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1)
+    return (of_voc * 255 // 224).astype(np.uint8)
+
+
+def painted(image: np.ndarray, label: np.ndarray, num_classes: int, strength: float = 0.6) -> np.ndarray:
+    """The image, uint8 [H, W, 3], under the colours of its label [H, W]; what is not counted stays as it is."""
+    colours = np.zeros((256, 3))
+    colours[:num_classes] = palette(num_classes)
+    share = np.where(np.arange(256) < num_classes, strength, 0)[label][..., None]
+    return (image * (1 - share) + colours[label] * share).round().astype(np.uint8)
+
+
+def labelled(
+    images: list[np.ndarray], labels: dict[str, list[np.ndarray] | None], classes: list[str], width: int | None = None
+) -> np.ndarray:
+    """A row per image, uint8 [H, W, 3], a column per name: its label [H, W] as colours, or without labels the image.
+
+    Panels are `width` pixels wide, by default as wide as the widest image. The legend below names the classes in the
+    labels, those with the most pixels first.
+    """
+    width = width or max(image.shape[1] for image in images)
+    whole = max(NARROWEST, MARGIN + (width + MARGIN) * len(labels))
+    counts = sum(np.bincount(np.ravel(label), minlength=256) for column in labels.values() for label in column or ())
+    drawn = [
+        [
+            Image.fromarray(painted(image, column[row], len(classes)) if column else image).resize(
+                (width, max(1, round(width * image.shape[0] / image.shape[1])))
+            )
+            for column in labels.values()
+        ]
+        for row, image in enumerate(images)
+    ]
+    header = MARGIN + LINE
+    below = header + sum(panels[0].height + MARGIN for panels in drawn)
+    entries, height = legend(counts, classes, whole)
+    canvas = Image.new('RGB', (whole, below + height + MARGIN), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(labels):
+        write(draw, [name], MARGIN + column * (width + MARGIN), MARGIN // 2)
+    top = header
+    for panels in drawn:
+        for column, panel in enumerate(panels):
+            canvas.paste(panel, (MARGIN + column * (width + MARGIN), top))
+        top += panels[0].height + MARGIN
+    for left, line, text, colour in entries:
+        if colour:
+            corner = left, below + line * LINE + 3
+            draw.rectangle([*corner, corner[0] + LINE - 6, corner[1] + LINE - 6], fill=colour, outline='black')
+        write(draw, [text], left + LINE * bool(colour), below + line * LINE)
+    return np.asarray(canvas)
+
+
+def legend(counts: np.ndarray, classes: list[str], width: int) -> tuple[list[tuple], int]:
+    """Entries (left, line, text, colour) of the classes that have pixels, in a box of `width` pixels, and its height.
+
+    `counts` are pixels by label, [256].
+    """
+    shown = [label for label in np.argsort(-counts[: len(classes)], kind='stable') if counts[label]]
+    texts = [(classes[label], tuple(map(int, palette(len(classes))[label]))) for label in shown[:MOST_NAMED]]
+    if shown[MOST_NAMED:]:
+        texts.append((f'and {len(shown) - MOST_NAMED} more', None))
+    entries, left, line = [], MARGIN, 0
+    for text, colour in texts:
+        text = wrapped(text, width - 2 * MARGIN - LINE)[0]
+        taken = LINE + round(font().getlength(text)) + 2 * MARGIN
+        if left + taken > width and left > MARGIN:
+            left, line = MARGIN, line + 1
+        entries.append((left, line, text, colour))
+        left += taken
+    return entries, LINE * (line + 1) if texts else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from util.errors import UserError, closest
+from util.errors import UserError, closest, program
 
 RECIPES = Path(__file__).resolve().parent.parent / 'scripts' / 'recipes'
 
@@ -37,7 +37,7 @@ def read_recipe(path: Path, stage: str = '') -> dict:
     """The flags of a recipe file, less its `recipe` entry of provenance. Raises UserError for what is not a recipe."""
     about, flags = load_recipe(path)
     if stage and about and about.get('stage') != stage:
-        raise UserError(f'{path} is a recipe for main_{about.get("stage")}.py, not for main_{stage}.py')
+        raise UserError(f'{path} is a recipe for {program(about.get("stage"))}, not for {program(stage)}')
     return flags
 
 

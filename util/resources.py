@@ -52,6 +52,8 @@ DOING = {  # functions in which it may happen; the innermost counts
     'Pictures.draw': 'drawing pictures',
     'create_model': 'making the model',
     'create_classifier': 'making the model',
+    'create_segmenter': 'making the model',
+    'predict': 'testing an image',
     'check_forward': 'trying the model',
     'save': 'writing a checkpoint',
 }
@@ -203,7 +205,8 @@ def batch_bytes(args: argparse.Namespace) -> int:
     """Shared memory that a batch of uint8 images and its labels take, in whole pages."""
     sides = [getattr(args, 'eval_size', None) or args.input_size]
     sides += [] if getattr(args, 'eval', False) else [args.input_size]
-    return (args.batch_size * 3 * max(sides) ** 2 // PAGE + 2) * PAGE
+    planes = 4 if hasattr(args, 'short_side') else 3  # labels of pixels are one more
+    return (args.batch_size * planes * max(sides) ** 2 // PAGE + 2) * PAGE
 
 
 def loader_bytes(args: argparse.Namespace, batches: float = math.inf) -> int:
@@ -259,6 +262,8 @@ def to_change(what: str, where: str, args: argparse.Namespace) -> str:
         return 'a smaller --count' if hasattr(args, 'count') else '--vis_freq 0 draws none'
     if where in ('making the model', 'trying the model'):
         return 'a smaller --model'
+    if where == 'testing an image':
+        return 'a smaller --short_side, or --test_mode slide'
     if getattr(args, 'eval', False):
         return f'a smaller batch: --batch_size {batch // 2}' if batch > 1 else ''
     if where in BATCHES:

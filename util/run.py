@@ -40,7 +40,9 @@ TURN_S = 10  # for the main thread to notice a lost rank, before another one end
 
 
 class Run:
-    """A run of `stage` ('pretrain', 'finetune') over the samples of a sampler.
+    """A run of `stage` ('pretrain', 'finetune', 'segment') over the samples of a sampler.
+
+    Where the sampler has rounds, which lie between two evaluations, those are what is called an epoch here.
 
     In a `with` statement, it holds the output folder, records in `status.json` how it ended, and names faults that a
     disk or another process has caused. What belongs to the loop (training, images, log) is there after `resume`.
@@ -64,7 +66,7 @@ class Run:
             raise UserError(f'TensorBoard cannot write to {log_dir}, whose name is not UTF-8: give another --log_dir')
         if args.resume != 'auto' and not self.branches():
             checkpoint.check_unused(args.output_dir)
-        self.folder = NoFolder(dist.place()) if args.dry_run else RunFolder(args.output_dir, dist.place())
+        self.folder = NoFolder(dist.place()) if args.dry_run else RunFolder(args.output_dir, dist.place(), sampler.unit)
         if args.log_dir and not args.dry_run:
             with contextlib.suppress(StorageError):  # the run can go on without events, which `RunLog` says
                 prepare(args.log_dir)
@@ -115,7 +117,7 @@ class Run:
 
     def named(self, error: BaseException | None) -> BaseException | None:
         """What storage or another process has caused, with the position of the run; other faults as they are."""
-        position = f'epoch {self.folder.epoch}, after {self.folder.step} of {self.sampler.steps} steps'
+        position = f'{self.sampler.unit} {self.folder.epoch}, after {self.folder.step} of {self.sampler.steps} steps'
         if (line := resources.named(error, self.args)) is not error:
             error = ResourceError(f'{position}: {line}')
         elif dist.is_lost(error):
@@ -307,16 +309,17 @@ class Run:
     def nothing_left(self) -> bool:
         """Whether the run was at its end already, which is said; then it must not go on, for it would change files.
 
-        Raises UserError if it is beyond the end that --epochs asks for.
+        Raises UserError if it is beyond the end that --epochs or --steps asks for.
         """
         if not self.saved:
             return False
         (epoch, step), epochs = position(self.saved), self.args.epochs
-        done = f'{epoch} epochs' + (f' and {step} steps' if step else '')
+        done = f'{epoch} {self.sampler.unit}s' + (f' and {step} steps' if step else '')
+        whole = f'--epochs {epochs}' if self.sampler.unit == 'epoch' else f'--steps {self.args.steps}'
         if (epoch, step) > (epochs, 0):
-            raise UserError(f'{self.resumed_from} has done {done}, more than --epochs {epochs}')
+            raise UserError(f'{self.resumed_from} has done {done}, more than {whole}')
         if epoch == epochs:
-            info(f'nothing is left to train: {self.resumed_from} has done all of --epochs {epochs}')
+            info(f'nothing is left to train: {self.resumed_from} has done all of {whole}')
             dist.cleanup()
         return epoch == epochs
 
@@ -350,16 +353,17 @@ class Run:
 
     def warm_up(self) -> str:
         """What the arithmetic line says of the warm-up."""
-        args = self.args
-        recipes = recipe_value(args, 'warmup_epochs') or 0
-        too_long = f' (the {recipes:g} of the recipe do not fit)' * (recipes >= args.epochs > args.warmup_epochs)
-        return f'warm-up {args.warmup_epochs:g} of {counted(args.epochs, "epoch")}{too_long}'
+        args, unit = self.args, 'epoch' if self.sampler.unit == 'epoch' else 'step'
+        warm_up, whole = getattr(args, f'warmup_{unit}s'), getattr(args, f'{unit}s')
+        recipes = recipe_value(args, f'warmup_{unit}s') or 0
+        too_long = f' (the {recipes:g} of the recipe do not fit)' * (recipes >= whole > warm_up)
+        return f'warm-up {warm_up:g} of {counted(whole, unit)}{too_long}'
 
     def announce(self) -> None:
         """Tell what is about to run."""
         args, training, sampler = self.args, self.training, self.sampler
         _, arithmetic = optim.scaled_lr(args, sampler.accum_iter)
-        dropped = sampler.num_samples % sampler.global_batch
+        dropped, unit = sampler.num_samples % sampler.global_batch, sampler.unit
         params = sum(p.numel() for p in training.core.parameters() if p.requires_grad)
         dtype = str(training.amp_dtype or torch.float32).removeprefix('torch.')
         if notice := getattr(training.core, 'notice', ''):
@@ -369,14 +373,19 @@ class Run:
         info(f'{arithmetic}, {self.warm_up()}')
         for notice in self.notices:
             info(notice)
-        dropped = f'; {counted(dropped, "image")} of each epoch fill no step and are dropped' if dropped else ''
-        info(f'{counted(sampler.num_samples, "training image")}, {counted(sampler.steps, "step")} an epoch{dropped}')
+        each = 'epoch' if unit == 'epoch' else 'pass'
+        dropped = f'; {counted(dropped, "image")} of each {each} fill no step and are dropped' if dropped else ''
+        steps = f'{counted(sampler.pass_steps, "step")} {"an epoch" if each == "epoch" else "a pass"}'
+        info(f'{counted(sampler.num_samples, "training image")}, {steps}{dropped}')
+        if unit == 'round':
+            passes = args.steps / sampler.pass_steps
+            info(f'{counted(args.epochs, unit)} of {counted(sampler.steps, "step")}: {passes:.1f} passes over the data')
         apart = training.device.type == 'cpu' or getattr(args, 'probe', None)  # else it is SyncBatchNorm
         if dist.has_batchnorm(training.core) and dist.world_size() > 1 and apart:
             info("BatchNorm keeps its running statistics per process; rank 0's are saved and evaluated")
         if not args.config and (recipes := recipes_for(args.model, self.stage)):
             info(f'no --config given; recipes for this model: {", ".join(recipes)}')
-        position = f'epoch {self.first_epoch}, step {self.first_step} of {sampler.steps}'
+        position = f'{unit} {self.first_epoch}, step {self.first_step} of {sampler.steps}'
         info(f'resumed from {self.resumed_from} at {position}' if self.resumed_from else self.weights)
 
     def keep_arguments(self) -> None:
@@ -401,7 +410,7 @@ class Run:
         for number in range(self.first_epoch, self.args.epochs):
             sampler = self.sampler
             meters = MetricLogger(
-                f'Epoch: [{number}]',
+                f'{sampler.unit.capitalize()}: [{number}]',
                 self.first_step,
                 sampler.steps,
                 sampler.global_batch,
@@ -464,10 +473,10 @@ class Run:
         # the last thing: a run that is killed before this does all of the above again
         self.save(checkpoint.LAST, epoch, epoch.steps, numbered=numbered, wait=at_end)
 
-    def add_picture(self, epoch: Epoch, picture: np.ndarray) -> None:
-        """Keep a [height, width, 3] uint8 picture as PNG and in TensorBoard."""
+    def add_picture(self, epoch: Epoch, picture: np.ndarray, name: str = 'reconstruction') -> None:
+        """Keep a [height, width, 3] uint8 picture as PNG, and by its name in TensorBoard."""
         Image.fromarray(picture).save(self.args.output_dir / f'pictures-{epoch.number}.png')
-        self.log.image('reconstruction', picture, self.axis(epoch.number + 1, 0))
+        self.log.image(name, picture, self.axis(epoch.number + 1, 0))
 
     def axis(self, epoch: int, step: int) -> int:
         """MAE's TensorBoard axis, `epoch_1000x`: thousandths of an epoch."""
@@ -497,7 +506,7 @@ class Run:
         dist.barrier()  # no rank says that the state is saved before it is
         signals.ignore()
         self.folder.close(STOPPED, '')  # before it is queued again: its next process takes the folder over
-        where = f'epoch {epoch.number}, step {step} of {epoch.steps}'
+        where = f'{self.sampler.unit} {epoch.number}, step {step} of {epoch.steps}'
         info(f'stopped on request at {where}; state saved: resume with --resume auto')
         signals.end_workers()
         requeue = signals.requeue_handler()
@@ -542,6 +551,25 @@ class Run:
             self.writer.start(partial(self.write, name, numbered), state, self.training.sizes(), wait)
             if not self.folder.has_failed():
                 self.folder.write_status('running')
+
+    def keep_best(self, epoch: Epoch, networks: dict[str, nn.Module], tests: dict[str, dict], by: str) -> None:
+        """Write `checkpoint-best.pth`, weights alone, when the best of the networks beats all before in `by`."""
+        name = max(tests, key=lambda key: tests[key][by])
+        if tests[name][by] <= self.record.get(f'best_{by}', -math.inf):
+            return
+        self.record |= {f'best_{by}': tests[name][by], 'best_epoch': epoch.number}
+        if dist.is_main():
+            self.folder.check_lock()
+            state = {
+                'model': networks[name].state_dict(),
+                'weights': name,
+                'classes': self.classes,
+                'args': config.plain(self.args),
+                **({} if self.stage == 'finetune' else {'run': {'stage': self.stage}}),  # whose files never said it
+                **self.record,
+            }
+            write = partial(checkpoint.save, self.args.output_dir / checkpoint.BEST)
+            self.writer.start(write, state, self.training.sizes())
 
     def write(self, name: str, numbered: str, state: dict) -> None:
         """Write a state to one file, or to two of the same bytes; then what --keep_last does not keep is removed."""

@@ -46,8 +46,8 @@ def prepare(folder: Path) -> None:
 class RunFolder:
     """The output folder of a run, as one of its ranks holds it."""
 
-    def __init__(self, folder: Path, place: Place):
-        self.folder, self.place = folder, place
+    def __init__(self, folder: Path, place: Place, unit: str = 'epoch'):
+        self.folder, self.place, self.unit = folder, place, unit
         self.epoch = self.step = 0
         self.beaten = -math.inf  # when it last wrote so in training
         # which run this is: rank 0, which has the lock, tells the others when they meet. They write nothing before
@@ -212,7 +212,7 @@ class RunFolder:
         if not sign['pid']:
             return f'rank {rank} has left no sign of life'
         who = f'rank {rank} (host {sign["host"]}, process {sign["pid"]})'
-        position = f'its last sign was after step {sign["step"]} of epoch {sign["epoch"]}'
+        position = f'its last sign was after step {sign["step"]} of {self.unit} {sign["epoch"]}'
         if self.has_died(sign):
             return f'{who} has died; {position}'
         return f'{who} does not answer; {position}; kill it if the launcher does not'

@@ -47,6 +47,26 @@ def test_every_sample_once_and_the_same_order_for_any_split():
     assert global_batches(places(103, 24, 1, 1, seed=4), 1) != whole
 
 
+def test_rounds():
+    """Rounds follow each other as passes do, whatever their length: items name the pass, each of which has an order."""
+
+    def items(steps, numbers, copies=1, first=0):
+        found = []
+        batches = EpochBatches(103, 8, 3, 0, 1, 3, copies, steps)
+        for number in numbers:
+            batches.start(number, first)
+            found += list(batches)
+            assert len(found) % len(batches) == 0
+        return found
+
+    passes = items(None, range(3))  # of 4 steps
+    assert [batch[0][0] for batch in passes[::12]] == [0, 1, 2]
+    assert [index for _, index in passes[12]] == places(103, 8, 3, 1, epoch=1)[0][0]
+    assert items(3, range(4)) == items(12, [0]) == items(1, range(12)) == passes
+    assert items(6, [1], first=4) == passes[3 * (6 + 4) :]
+    assert items(3, range(4), copies=2) == items(None, range(3), copies=2)
+
+
 def test_repeated_augmentation():
     """Each image three times in a row, for any split; copies on different ranks; an epoch of equal length."""
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from torch import _inductor
-from training import MAINS
+from training import MAINS, PROGRAMS
 
 from scripts import replay_step, run_with_submitit, visualize
 from util import build, config
@@ -84,15 +84,15 @@ def numbers(parser: config.Parser) -> dict[str, argparse.Action]:
     }
 
 
-@pytest.mark.parametrize('stage', MAINS)
+@pytest.mark.parametrize('stage', PROGRAMS)
 def test_no_number_is_nan_or_infinite(stage, tmp_path):
     """From the command line or from a recipe; and every default is within its own range."""
-    parser = MAINS[stage].get_args_parser()
+    parser = PROGRAMS[stage].get_args_parser()
     assert len(numbers(parser)) > 30
     for name, action in numbers(parser).items():
         count = action.nargs if isinstance(action.nargs, int) else 1
         for text in ('nan', 'inf', '1e999', 'x', ''):
-            with pytest.raises(UserError, match=f'^--{name} must be .*, got {text}$'):
+            with pytest.raises(UserError, match=rf'^(--crop_size/)?--{name} must be .*, got {text}$'):
                 parser.parse([f'--{name}', *[text] * count])
             (tmp_path / 'a.yaml').write_text(f'{name}: {[text] * count if action.nargs else repr(text)}\n')
             with pytest.raises(UserError, match=rf'a\.yaml: {name} must be .*, got {text}$'):
@@ -124,11 +124,12 @@ def test_ranges(kind, range, inside, outside, words):
 # --------------------------------------------------------------------------
 # paths
 
-PARSERS = {module.__name__: module.get_args_parser for module in (*MAINS.values(), visualize, replay_step)}
+PARSERS = {module.__name__: module.get_args_parser for module in (*PROGRAMS.values(), visualize, replay_step)}
 PARSERS['run_with_submitit'] = run_with_submitit.get_args_parser
 PATHS = {
     'main_pretrain': '--config --data_path --output_dir --log_dir --resume',
     'main_finetune': '--config --data_path --output_dir --log_dir --resume --finetune',
+    'scripts.finetune_segmentation': '--config --data_path --output_dir --log_dir --resume --finetune --predict',
     'scripts.visualize': '--config --checkpoint --output images',
     'scripts.replay_step': 'diagnosis',
     'run_with_submitit': '--job_dir --array',
@@ -163,12 +164,12 @@ def test_paths(kind, monkeypatch, tmp_path):
     assert config.source('https://host/~me/a.pth#sha256=0') == 'https://host/~me/a.pth#sha256=0'
 
 
-@pytest.mark.parametrize('stage', MAINS)
+@pytest.mark.parametrize('stage', PROGRAMS)
 def test_paths_on_the_command_line_and_in_recipes(stage, monkeypatch, tmp_path):
     """With a word of its own or behind `=`; an unset variable is a mistake, not a flag that was not given."""
     monkeypatch.setenv('HOME', str(tmp_path))
-    parser, recipe = MAINS[stage].get_args_parser(), tmp_path / 'a.yaml'
-    for flag in PATHS[f'main_{stage}'].split():
+    parser, recipe = PROGRAMS[stage].get_args_parser(), tmp_path / 'a.yaml'
+    for flag in PATHS[PROGRAMS[stage].__name__].split():
         name = flag[2:]
         with pytest.raises(UserError, match=rf"^{flag} must be a path, got ''$"):
             parser.parse([flag, ''])
@@ -179,7 +180,7 @@ def test_paths_on_the_command_line_and_in_recipes(stage, monkeypatch, tmp_path):
         assert str(vars(parser.parse(['--config=~/a.yaml']))[name]) == str(tmp_path / 'y')
         recipe.write_text(f"{name}: ''\n")
         with pytest.raises(UserError, match=rf"a\.yaml: {name} must be a path, got ''$"):
-            MAINS[stage].get_args_parser().parse(['--config', str(recipe)])
+            PROGRAMS[stage].get_args_parser().parse(['--config', str(recipe)])
 
 
 # --------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def test_the_loader_follows_the_machine(monkeypatch):
             assert MAINS['pretrain'].get_args_parser().parse(['--num_workers', '0']).num_workers == 0
 
 
-@pytest.mark.parametrize('module', [*MAINS.values(), visualize])
+@pytest.mark.parametrize('module', [*PROGRAMS.values(), visualize])
 def test_list_of_models(module, capsys):
     with pytest.raises(SystemExit) as end:
         module.get_args_parser().parse(['--model', 'list'])
@@ -239,7 +240,7 @@ FREE = """
 
 
 def roles(stage: str) -> dict[str, set[str]]:
-    found = MAINS[stage].get_args_parser().roles
+    found = PROGRAMS[stage].get_args_parser().roles
     return {role: {name for name, own in found.items() if own == role} for role in set(found.values())}
 
 
@@ -251,12 +252,13 @@ def test_roles_at_resume():
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
     assert finetune['same'] == both | {'val_share', 'repeated_aug', 'probe'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
+    assert roles('segment')['same'] == both - {'decoder'} | {'eval_freq', 'reduce_zero_label'}
 
 
-@pytest.mark.parametrize('stage', MAINS)
+@pytest.mark.parametrize('stage', PROGRAMS)
 def test_arguments_are_plain(stage):
     """They are pickled by the launcher and kept in checkpoints; every one has its role."""
-    parser = MAINS[stage].get_args_parser()
+    parser = PROGRAMS[stage].get_args_parser()
     args = parser.parse([])
     assert pickle.loads(pickle.dumps(args)) == args
     assert vars(args).keys() <= parser.roles.keys()
@@ -277,7 +279,7 @@ def test_help_with_a_recipe(capsys):
         assert '(default: 0.6)' in line
 
 
-@pytest.mark.parametrize('module', [*MAINS.values(), visualize, run_with_submitit])
+@pytest.mark.parametrize('module', [*PROGRAMS.values(), visualize, run_with_submitit])
 def test_help(module):
     """Every flag under a heading, with a purpose, and no default that says nothing."""
     parser = module.get_args_parser()

@@ -146,7 +146,7 @@ def test_no_circle():
 @pytest.mark.parametrize('path', [*of(*ENGINES), *of('util')])
 def test_published_alone_names_methods(path):
     """What is not a comment or a docstring names no method."""
-    if path.name == 'published.py':
+    if path.name.startswith('published'):
         return
     documented = [n for n in nodes(path) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
     docstrings = {id(n.body[0].value) for n in documented if ast.get_docstring(n) is not None}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import golden
-from recipes import OWN, launch_on, learning_rates, published, resolve, resolved_values, stage_of
+from recipes import OWN, PROGRAMS, launch_on, learning_rates, published, resolve, resolved_values, stage_of
 from torch import nn
 from training import MAINS
 
@@ -124,7 +124,7 @@ def test_every_recipe_of_any_method():
         assert set(about) == {'stage', 'source', 'cost', 'accuracy'}, path
         assert all(isinstance(value, str | int | float) and value for value in about.values()), path
         assert path.read_text().startswith('# '), path
-        args = MAINS[about['stage']].get_args_parser().parse(['--config', str(path)], stage=about['stage'])
+        args = PROGRAMS[about['stage']].get_args_parser().parse(['--config', str(path)], stage=about['stage'])
         assert args.model == flags['model'], path
         assert path.stem.startswith(args.model), path
         main_pretrain.find_method(args.model)

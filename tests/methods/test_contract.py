@@ -433,3 +433,98 @@ def test_class_token_or_a_clear_word(module, name):
     else:
         with pytest.raises(ValueError, match=f'{name} has no class token to classify'):
             module.create_classifier(name, **options)
+
+
+# --------------------------------------------------------------------------
+# segmenters, which a method may have
+
+SEGMENTERS = [
+    pytest.param(module, name, id=name, marks=pytest.mark.faults if name == 'a2mim_timm' else ())  # takes seconds
+    for module, name in TINY
+    if hasattr(module, 'create_segmenter')
+]
+
+
+def make_segmenter(module, name, drop_path_rate=0.0):
+    torch.manual_seed(0)
+    size = size_of(name)
+    model = module.create_segmenter(name, num_classes=5, drop_path_rate=drop_path_rate, img_size=size)
+    return model, torch.randn(N, 3, size, size), torch.randint(5, (N, size, size)).index_fill_(1, torch.arange(9), 255)
+
+
+@pytest.mark.parametrize(('module', 'name'), SEGMENTERS)
+def test_segmenter(module, name):
+    """A step that never waits, gradients for all, rules for all; logits of a copy; what heads count on."""
+    model, imgs, labels = make_segmenter(module, name)
+    rules = module.param_rules(model)
+    assert rules.keys() == {key for key, _ in model.named_parameters()}
+    last = max(layer_id for layer_id, _, _ in rules.values())
+    assert all(rules[key][0] == last for key in rules if not key.startswith('encoder.'))
+    assert {layer_id for layer_id, _, _ in rules.values()} == set(range(last + 1))
+    classifier = module.create_classifier(name, num_classes=5, img_size=imgs.shape[-1])
+    own = {key.removeprefix('encoder.') for key in model.state_dict() if key.startswith('encoder.')}
+    assert all(re.search(r'^norm\d|gamma|bias_table|[qv]_bias', key) for key in own - classifier.state_dict().keys())
+    assert model.encoder.widths == [x.shape[1] for x in model.eval().encoder(imgs)]
+    assert model.encoder.strides == [imgs.shape[-1] // x.shape[-1] for x in model.encoder(imgs)]
+
+    guard = GuardedOptimizer(
+        model.train(),
+        adamw(param_groups(model, rules, 0.05), 1e-3, (0.9, 0.95)),
+        torch.device('cpu'),
+        fp16=False,
+        clip_grad=1.0,
+    )
+    with HostReads() as reads:
+        guard.set_lr(1e-3)
+        loss, terms = model(imgs, labels)
+        guard.backward(loss)
+    assert_scalars(loss, terms)
+    assert terms.keys() == {'decode', 'aux'}
+    assert torch.allclose(sum(terms.values()), loss)
+    assert not [key for key, param in model.named_parameters() if param.grad is None or not param.grad.isfinite().all()]
+    with reads:
+        guard.step()
+    assert reads.found == []
+    copied = copy.deepcopy(model).eval()
+    logits = model.eval()(imgs)
+    assert logits.shape == (N, 5, *imgs.shape[2:])
+    assert torch.equal(copied(imgs), logits)
+
+
+@pytest.mark.parametrize(
+    ('module', 'name'),
+    [pytest.param(*p.values, id=p.id, marks=() if p.id in FIRST else pytest.mark.faults) for p in SEGMENTERS],
+)
+def test_checkpointing_a_segmenter_changes_nothing(module, name):
+    model, imgs, labels = make_segmenter(module, name, drop_path_rate=0.2)
+    again = copy.deepcopy(model)
+    assert checkpoint_blocks(again) >= 4
+    for network in (model, again):
+        torch.manual_seed(0)
+        network(imgs, labels)[0].backward()
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(again.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ('module', 'name'),
+    [pytest.param(*p.values, id=p.id, marks=() if p.id == FIRST[0] else pytest.mark.faults) for p in SEGMENTERS],
+)
+def test_a_segmenter_compiles_whole(module, name):
+    model, imgs, labels = make_segmenter(module, name)
+    model.eval()  # in training whole channels drop out
+    traces = []
+
+    def backend(graph, example_inputs):
+        traces.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        imgs = torch.randn_like(imgs)
+        assert torch.allclose(compiled(imgs, labels)[0], model(imgs, labels)[0], rtol=1e-6)
+    assert len(traces) == 1

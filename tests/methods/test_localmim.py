@@ -353,7 +353,7 @@ def test_swin_classifier_is_timms_but_for_the_pooling(window, measured):
 
 
 def test_grid_windows_wrap_around_like_the_cyclic_shift():
-    windows = grid_windows(8, 4, 2)
+    windows = grid_windows(8, 8, 4, 2)
     rolled = torch.arange(64).view(8, 8).roll((-2, -2), (0, 1)).view(2, 4, 2, 4).transpose(1, 2).flatten()
     assert torch.equal(windows.slots.argsort(), rolled)
     assert windows.mask.shape == (4, 16, 16)

@@ -10,6 +10,7 @@ from golden import golden
 from torch import nn
 
 import main_finetune
+from scripts import finetune_segmentation
 from util import build
 from util.optim import (
     OPTIMIZERS,
@@ -23,6 +24,7 @@ from util.optim import (
 )
 from util.training import Training
 
+CPU = torch.device('cpu')
 RULES = {'weight': (0, 1.0, True), 'bias': (0, 1.0, False)}
 DECAY = {'lars': 0.0}  # which takes no other
 
@@ -63,6 +65,32 @@ def test_schedules_of_mmcv(name):
     for point, theirs in case['lr_at_iter'].items():
         # the absolute bound is for their own rounding of 1 - (1 - ratio) at the very first step
         assert learning_rate(int(point) / steps, **options) == pytest.approx(theirs, rel=1e-12, abs=1e-18), point
+
+
+SEGMENTATION = golden('segmentation/schedule.json')['cases']
+
+
+@pytest.mark.parametrize('name', SEGMENTATION)
+def test_schedules_by_steps(name, tmp_path):
+    """mmcv's 'poly' with a minimum that is the same for every group: by steps, and as a run of rounds sets it."""
+    case = SEGMENTATION[name]
+    bases, steps, config = case['base_lr'], case['max_iters'], case['config']
+    warm_up, power, least = config.get('warmup_iters', 0), config['power'], config['min_lr']
+    options = dict(epochs=steps, warmup_epochs=warm_up, warmup_shape='scaled', sched='poly', power=power, min_lr=least)
+    options['warmup_lr_ratio'] = config.get('warmup_ratio', 0.0)
+    layers = nn.ModuleDict({f'{i}': nn.Linear(1, 1, bias=False) for i in range(len(bases))})
+    rules = {f'{i}.weight': (0, base / max(bases), True) for i, base in enumerate(bases)}
+    guard = GuardedOptimizer(layers, adamw(param_groups(layers, rules, 0), 1, (0.9, 0.95)), CPU, False, None)
+    argv = ['--steps', steps, '--lr', max(bases), '--min_lr', least, '--lr_power', power]
+    argv += ['--warmup_steps', warm_up, '--warmup_lr_ratio', options['warmup_lr_ratio']]
+    args = finetune_segmentation.get_args_parser().parse(list(map(str, argv)))
+    training = Training(args, layers, layers, guard, build.epoch_batches(args, 100), CPU)
+    for step, theirs in case['lr_at_iter'].items():
+        found = [learning_rate(int(step), lr=base, **options) for base in bases]
+        assert found == pytest.approx(theirs, rel=1e-8, abs=0), step
+        training.set_lr(int(step) / args.eval_freq)
+        rates = {name: group['lr'] for group in guard.inner.param_groups for name in group['names']}
+        assert [rates[f'{i}.weight'] for i in range(len(bases))] == pytest.approx(theirs, rel=1e-8, abs=0), step
 
 
 def test_smallest_learning_rate_of_scaled_groups():
@@ -220,14 +248,14 @@ def test_fp16_overflow(name):
     train_layer(guard, layer, [1.0])
     assert not torch.equal(layer.weight, before[0])
     counters = [value for value in everything(guard)[2:] if value.ndim == 0]
-    assert set(map(float, counters)) == ({1.0} if name != 'lars' else set())  # which counts nothing
+    assert set(map(float, counters)) == (set() if name in ('lars', 'sgd') else {1.0})  # which count nothing
     assert guard.counts() == {'streak': 0, 'bad_steps': 1}
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 @pytest.mark.parametrize('clip_grad', [0.5, None])
 def test_clipping(name, clip_grad):
-    """The first moment is a tenth of the first gradient, clipped if asked; that of LARS, of a bias, is all of it."""
+    """The first moment is a tenth of the first gradient, clipped if asked; LARS's and SGD's, of a bias, is all."""
     torch.manual_seed(0)
     layer = nn.Linear(4, 4)
     guard = guarded(layer, name, clip_grad=clip_grad)
@@ -235,7 +263,7 @@ def test_clipping(name, clip_grad):
     gradient = layer.bias.grad.clone()
     norm = guard.step()
     assert norm > 100
-    if name == 'lars':
+    if name in ('lars', 'sgd'):
         ours = guard.inner.state[layer.bias]['momentum_buffer'].norm() / gradient.norm()
         assert ours == pytest.approx((clip_grad or norm.item()) / norm.item(), rel=1e-4)
         return

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 import models_mirl
 from util import checkpoint
 from util.errors import CheckpointError
+from util.weights import load_published
 from util.weights.files import read_checkpoint
-from util.weights.published import INTO_MIRL, load_published
+from util.weights.published import INTO_MIRL
 
 FIXTURES = Path(__file__).parent / 'fixtures'  # written by paddle.save
 PADDLE = sorted(FIXTURES.glob('toy_*'))

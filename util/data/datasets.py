@@ -72,12 +72,20 @@ class ImageFiles(Dataset):
         rng.seed_all(self.seed, rng.SAMPLE, *item)
         return self.transform(image)
 
+    def sample(self, index: int, item: tuple[int, ...]) -> tuple[Tensor, int]:
+        """Of an image what this item is."""
+        return self.augmented(index, item), 0 if self.labels is None else int(self.labels[index])
+
+    def blank(self) -> tuple[Tensor, int]:
+        """What stands for a skipped image that is not replaced."""
+        return self.transform(Image.new('RGB', (1, 1))), SKIPPED
+
     def __getitem__(self, item: tuple[int, ...]) -> tuple[Tensor, int]:
         """Raises UserError naming an image that cannot be read, and StorageError."""
         epoch, index, *_ = item
         for attempt in itertools.count():
             try:
-                return self.augmented(index, item), 0 if self.labels is None else int(self.labels[index])
+                return self.sample(index, item)
             except RunError:
                 raise
             except Exception as error:  # Pillow raises of every kind
@@ -85,7 +93,7 @@ class ImageFiles(Dataset):
                     raise
                 self.reader.skip(self.name(index), reason(error), len(self))
             if not self.replace:
-                return self.transform(Image.new('RGB', (1, 1))), SKIPPED
+                return self.blank()
             index = int(rng.generator(self.seed, rng.REPLACEMENT, epoch, item[1], attempt).integers(len(self)))
 
     def __getitems__(self, items: list[tuple[int, ...]]) -> list[tuple[Tensor, int]] | RunError:
@@ -105,15 +113,28 @@ class EpochBatches:
     With `copies` > 1 (repeated augmentation, Hoffer et al. 2020), each image is taken that many times in a row, each
     time with an augmentation of its own, and an epoch, as long as before, sees so many times fewer images. Rank r then
     takes every W-th of the micro-step's W B samples, from its r-th on, so that copies fall to different ranks.
+
+    Given `steps`, these are a round, which is to a run of steps what an epoch is to others: the passes over the data,
+    each in its own order, follow each other in it, and items (pass, index) have the number of the pass.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, accum_iter: int, rank: int, world_size: int, seed: int, copies: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        accum_iter: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        copies: int = 1,
+        steps: int | None = None,
     ):
         self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
         self.rank, self.world_size, self.seed, self.copies = rank, world_size, seed, copies
         self.global_batch = batch_size * accum_iter * world_size
-        self.steps = num_samples // self.global_batch  # optimiser steps of an epoch
+        self.pass_steps = num_samples // self.global_batch  # optimiser steps of a pass over the data
+        self.steps = steps or self.pass_steps  # of an epoch, or of a round
+        self.unit = 'round' if steps else 'epoch'
         self.start(0)
 
     def start(self, epoch: int, step: int = 0) -> None:
@@ -124,17 +145,20 @@ class EpochBatches:
         return (self.steps - self.first_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        order = epoch_order(self.num_samples, self.seed, self.epoch)
+        before = None
         for step in range(self.first_step, self.steps):
+            number, step = divmod(self.epoch * self.steps + step, self.pass_steps)
+            if number != before:
+                before, order = number, epoch_order(self.num_samples, self.seed, number)
             for micro in range(self.accum_iter):
                 first = step * self.global_batch + micro * self.world_size * self.batch_size
                 if self.copies == 1:
                     first += self.rank * self.batch_size
-                    yield [(self.epoch, i) for i in order[np.arange(first, first + self.batch_size)].tolist()]
+                    yield [(number, i) for i in order[np.arange(first, first + self.batch_size)].tolist()]
                 else:
                     numbers = np.arange(first + self.rank, first + self.world_size * self.batch_size, self.world_size)
                     indices, copies = order[numbers // self.copies], numbers % self.copies
-                    yield [(self.epoch, *item) for item in zip(indices.tolist(), copies.tolist(), strict=True)]
+                    yield [(number, *item) for item in zip(indices.tolist(), copies.tolist(), strict=True)]
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray | KeyedOrder:
@@ -380,15 +404,15 @@ def folders_in(folder: Path) -> list[Path]:
     return list(map(Path, scan(folder, LeftOut())[0])) if os.path.isdir(folder) else []
 
 
-def nearby(data_path: Path) -> str:
-    """'; did you mean --data_path ...?' where a folder above, or a few levels below, is laid out as it should be."""
-    ahead = [data_path.parent] if data_path.name in ('train', 'val') else []
+def nearby(data_path: Path, inside: Sequence[str] = ('train', 'val')) -> str:
+    """'; did you mean --data_path ...?' where a folder above, or a few levels below, has these folders in it."""
+    ahead = [data_path.parent] if data_path.name in inside else []
     below = [data_path]
     for _ in range(3):
         below = [inner for folder in below for inner in folders_in(folder)][:20]
         ahead += below
     for folder in ahead:
-        if all(os.path.isdir(folder / split) for split in ('train', 'val')):
+        if all(os.path.isdir(folder / name) for name in inside):
             return f'; did you mean --data_path {folder}?'
     return ''
 

@@ -10,8 +10,9 @@ import errno
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -100,21 +101,24 @@ class Reader(NamedTuple):
         )
 
     def read(self, images: Store, index: int, decoder: str = decoders.PIL) -> Image.Image | decoders.Jpeg:
-        """An image in RGB, or what is left to the decoder.
+        """An image in RGB, or what is left to the decoder. Raises StorageError, and what `decode` raises."""
+        return self.content(
+            images, index, lambda file: decoders.read(decoder, file, self.max_pixels) or decode(file, self.max_pixels)
+        )
 
-        Raises StorageError if the storage stays away, and what `decode` raises.
-        """
+    def content(self, files: Store, index: int, of: Callable[[BinaryIO], Any]) -> Any:
+        """What a function makes of an open file. Raises StorageError if the storage stays away."""
         began = time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
-                with images.open(index) as file:
-                    return decoders.read(decoder, file, self.max_pixels) or decode(file, self.max_pixels)
+                with files.open(index) as file:
+                    return of(file)
             except OSError as error:
                 if not self.may_come_back(error):
                     raise
-                last, why, name = error, reason(error), printable(images.name(index))
+                last, why, name = error, reason(error), printable(files.name(index))
             if not attempt:
                 console.say(f'waiting for {name}: {why}', error=True)
         if resources.starved(last):

@@ -87,10 +87,10 @@ def collate(samples: list | RunError) -> Any:
     """A batch. Its images stay in memory as they were decoded, [N, H, W, 3]: turning them here takes long."""
     if isinstance(samples, RunError):
         return samples
-    if not isinstance(samples[0], tuple):  # of --check_data
+    if not isinstance(samples[0], tuple) or isinstance(samples[0][0], list):  # of --check_data; images of several sizes
         return default_collate(samples)
-    imgs, labels = default_collate([(image.movedim(0, -1), label) for image, label in samples])
-    return [imgs.movedim(-1, 1), labels]
+    imgs, *rest = default_collate([(image.movedim(0, -1), *rest) for image, *rest in samples])
+    return [imgs.movedim(-1, 1), *rest]
 
 
 @contextlib.contextmanager

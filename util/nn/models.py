@@ -3,8 +3,11 @@
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import nn
+
+norm_layer = partial(nn.LayerNorm, eps=1e-6)  # of MAE and what follows it; torch's own default is 1e-5
 
 
 def factory(cls: type[nn.Module], name: str, /, **sizes) -> Callable[..., nn.Module]:

@@ -18,8 +18,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from util.nn.checks import check_divides, check_heads, check_windows
-from util.nn.models import as_timm
-from util.nn.vit import norm_layer
+from util.nn.models import as_timm, norm_layer
 
 # --------------------------------------------------------------------------
 # windows
@@ -29,13 +28,14 @@ class Windows(NamedTuple):
     """L tokens in G groups of S slots; slots may stay empty."""
 
     bias_index: Tensor  # [G or 1, S, S] int64, which of the (2 * window - 1)^2 relative positions a pair has
-    mask: Tensor  # [G, S, S] float32, 0 within a window, -inf elsewhere
+    mask: Tensor | None  # [G, S, S] float32, 0 within a window, -inf elsewhere; None: a group is a window
     slots: Tensor | None  # [L] int64, the slot of each token; None: one group of all tokens, in their order
+    padded: int = 0  # G * S where empty slots are the padding of a map: zeros, which are attended to as tokens are
 
 
-def grid_coords(side: int) -> Tensor:
-    """(row, column) of all tokens of a grid in raster order, [side * side, 2]."""
-    return torch.cartesian_prod(torch.arange(side), torch.arange(side))
+def grid_coords(rows: int, cols: int, device: torch.device | None = None) -> Tensor:
+    """(row, column) of all tokens of a grid in raster order, [rows * cols, 2]."""
+    return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(cols, device=device))
 
 
 def unit_major(side: int, units: int) -> Tensor:
@@ -82,7 +82,7 @@ def group_slots(coords: Tensor, window: int, shift: int) -> Tensor:
     return torch.from_numpy(slots)
 
 
-def make_windows(coords: Tensor, slots: Tensor, groups: int, size: int, window: int, shift: int) -> Windows:
+def make_windows(coords: Tensor, slots: Tensor | None, groups: int, size: int, window: int, shift: int) -> Windows:
     """Tokens at (row, column) [L, 2], in slots [L] of G groups of S -> Windows. Arithmetic only, on any device."""
     if groups == 1:
         slots = None
@@ -98,14 +98,42 @@ def make_windows(coords: Tensor, slots: Tensor, groups: int, size: int, window: 
     return Windows(bias_index, mask, slots)
 
 
-def grid_windows(side: int, window: int, shift: int) -> Windows:
-    """All tokens of a grid, which the window divides: a group is a window of the cyclically shifted grid."""
-    coords, per_side, size = grid_coords(side), side // window, window * window
-    row, col = ((coords - shift) % side).unbind(-1)
-    slots = (row // window * per_side + col // window) * size + row % window * window + col % window
-    windows = make_windows(coords, slots, per_side**2, size, window, shift)
+def cyclic_slots(coords: Tensor, rows: int, cols: int, window: int, shift: int) -> Tensor:
+    """Slots [L] of all tokens of a grid, whose sides the window divides: it is shifted cyclically, then cut."""
+    row, col = coords.unbind(-1)
+    row, col = (row - shift) % rows, (col - shift) % cols
+    return (row // window * (cols // window) + col // window) * window**2 + row % window * window + col % window
+
+
+def one_window(window: int, device: torch.device | None = None) -> Windows:
+    """All tokens of a window."""
+    return make_windows(grid_coords(window, window, device), None, 1, window * window, window, 0)
+
+
+def grid_windows(rows: int, cols: int, window: int, shift: int) -> Windows:
+    """All tokens of a grid, whose sides the window divides: a group is a window of the cyclically shifted grid."""
+    coords, size = grid_coords(rows, cols), window * window
+    slots = cyclic_slots(coords, rows, cols, window, shift)
+    windows = make_windows(coords, slots, rows * cols // size, size, window, shift)
     # a pair's slots tell its relative position, in all groups alike
-    return windows._replace(bias_index=make_windows(grid_coords(window), slots, 1, size, window, 0).bias_index)
+    return windows._replace(bias_index=one_window(window).bias_index)
+
+
+def padded_windows(rows: int, cols: int, window: int, shift: int, device: torch.device) -> Windows:
+    """All tokens of a map of any size, which is padded below and on the right, and then shifted cyclically.
+
+    A map that is a single window is shifted too. Between windows the mask is -100, as every dense Swin has it.
+    """
+    rows_padded, cols_padded = rows + -rows % window, cols + -cols % window
+    coords, mask = grid_coords(rows_padded, cols_padded, device), None
+    slots = cyclic_slots(coords, rows_padded, cols_padded, window, shift)
+    if shift:
+        ids = torch.empty_like(coords).index_copy(0, slots, window_ids(coords, window, shift))
+        ids = ids.view(-1, window * window, 2)
+        apart = (ids.unsqueeze(2) != ids.unsqueeze(1)).any(dim=-1)
+        mask = torch.zeros(apart.shape, device=device).masked_fill(apart, -100)
+    present = slots.view(rows_padded, cols_padded)[:rows, :cols].flatten()
+    return Windows(one_window(window, device).bias_index, mask, present, len(slots))
 
 
 # --------------------------------------------------------------------------
@@ -125,16 +153,22 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """Tokens x [N, L, D] in any order -> the same; computed in the windows' G groups of S slots."""
-        (n, _, dim), (groups, size, _) = x.shape, windows.mask.shape
+        (n, _, dim), size = x.shape, windows.bias_index.shape[-1]
         qkv = self.qkv(x)
-        if windows.slots is not None:
-            qkv = qkv.new_zeros(n, groups * size, 3 * dim).index_copy(1, windows.slots, qkv)
-        qkv = qkv.view(n, groups, size, 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.flatten(2, 3)  # each [N, G * heads, S, D / heads]: groups beside heads, so that N shares the mask
+        if windows.padded:
+            empty = self.qkv.bias.to(qkv.dtype).expand(n, windows.padded, -1)
+            qkv = empty.index_copy(1, windows.slots, qkv)
+        elif windows.slots is not None:
+            qkv = qkv.new_zeros(n, windows.mask.shape[0] * size, 3 * dim).index_copy(1, windows.slots, qkv)
+        qkv = qkv.view(n, -1, size, 3, self.num_heads, dim // self.num_heads).permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[windows.bias_index].permute(0, 3, 1, 2)  # [G or 1, heads, S, S]
-        bias = (bias + windows.mask.unsqueeze(1)).flatten(0, 1).unsqueeze(0)
+        if windows.mask is None:
+            q, k, v = qkv.flatten(1, 2)  # each [N * G, heads, S, D / heads]
+        else:
+            q, k, v = qkv.flatten(2, 3)  # each [N, G * heads, S, D / heads]: so that N shares the mask
+            bias = (bias + windows.mask.unsqueeze(1)).flatten(0, 1).unsqueeze(0)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        x = x.unflatten(1, (groups, self.num_heads)).transpose(2, 3).reshape(n, groups * size, dim)
+        x = x.reshape(n, -1, self.num_heads, size, dim // self.num_heads).transpose(2, 3).reshape(n, -1, dim)
         if windows.slots is not None:
             x = x.index_select(1, windows.slots)
         return self.proj(x)
@@ -175,9 +209,19 @@ class PatchMerging(nn.Module):
         """x [N, units * r * r, D], each unit an r x r raster -> [N, units * r/2 * r/2, 2 D]."""
         n, length, dim = x.shape
         half = round((length // units) ** 0.5) // 2
-        x = x.view(n, units, half, 2, half, 2, dim)  # N, unit, row, child row, column, child column, D
+        return self.merge(x.view(n, units, half, 2, half, 2, dim))
+
+    def forward_map(self, x: Tensor) -> Tensor:
+        """A map [N, h, w, D], zero-padded to even sides -> [N, h / 2, w / 2, 2 D], rounded up."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        n, rows, cols, dim = x.shape
+        x = self.merge(x.view(n, 1, rows // 2, 2, cols // 2, 2, dim))
+        return x.view(n, rows // 2, cols // 2, -1)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """x [N, unit, row, child row, column, child column, D] -> [N, L, 2 D]."""
         x = x.permute(0, 1, 2, 4, 5, 3, 6) if self.by_column else x.permute(0, 1, 2, 4, 3, 5, 6)
-        return self.reduction(self.norm(x.reshape(n, length // 4, 4 * dim)))
+        return self.reduction(self.norm(x.reshape(len(x), -1, 4 * x.shape[-1])))
 
 
 class SwinStage(nn.Module):
@@ -190,13 +234,18 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor, windows: Sequence[Windows], units: int = 1) -> Tensor:
         """x [N, L, D], windows unshifted and shifted -> [N, L / 4, 2 D]; in the last stage [N, L, D]."""
+        x = self.forward_blocks(x, windows)
+        return x if self.downsample is None else self.downsample(x, units)
+
+    def forward_blocks(self, x: Tensor, windows: Sequence[Windows]) -> Tensor:
+        """x [N, L, D], windows unshifted and shifted -> the same, before the merging."""
         for i, block in enumerate(self.blocks):
             x = block(x, windows[i % 2])
-        return x if self.downsample is None else self.downsample(x, units)
+        return x
 
 
 # --------------------------------------------------------------------------
-# stages, classifier
+# stages, classifier, dense network
 
 
 class Grid(NamedTuple):
@@ -221,7 +270,7 @@ def stage_grids(img_size: int, patch_size: int, window_size: int) -> list[Grid]:
 
 
 def swin_stages(
-    grids: list[Grid],
+    windows: Sequence[int],
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
@@ -231,12 +280,12 @@ def swin_stages(
     drop_path_rate: float = 0.0,
     norm2_eps: float = 1e-6,
 ) -> nn.ModuleList:
-    """Four stages of doubling width; the rate of dropped paths grows linearly over all blocks."""
+    """Four stages of doubling width, with windows of these sides; drop path grows linearly over all blocks."""
     rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
     stages = []
-    for i, (grid, depth, heads) in enumerate(zip(grids, depths, num_heads, strict=True)):
+    for i, (window, depth, heads) in enumerate(zip(windows, depths, num_heads, strict=True)):
         dim = embed_dim << i
-        blocks = [SwinBlock(dim, grid.window, heads, mlp_ratio, next(rates), norm2_eps) for _ in range(depth)]
+        blocks = [SwinBlock(dim, window, heads, mlp_ratio, next(rates), norm2_eps) for _ in range(depth)]
         stages.append(SwinStage(blocks, PatchMerging(dim, by_column) if i < 3 else None))
     return nn.ModuleList(stages)
 
@@ -252,8 +301,21 @@ class GridWindows(nn.Module):
 
     def __init__(self, side: int, window: int, shift: int):
         super().__init__()
-        for name, tensor in grid_windows(side, window, shift)._asdict().items():
-            self.register_buffer(name, tensor, persistent=False)
+        windows = grid_windows(side, side, window, shift)
+        self.padded = windows.padded
+        for name in ('bias_index', 'mask', 'slots'):
+            self.register_buffer(name, getattr(windows, name), persistent=False)
+
+
+def init_swin(network: nn.Module) -> None:
+    """Linear weights and bias tables N(0, 0.02), zero bias."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, WindowAttention):
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
 
 class SwinClassifier(nn.Module):
@@ -279,26 +341,16 @@ class SwinClassifier(nn.Module):
         grids = stage_grids(img_size, patch_size, window_size)
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=norm_layer)
         rates = dict(drop_path_rate=drop_path_rate, norm2_eps=1e-5)
-        self.layers = swin_stages(grids, embed_dim, depths, num_heads, mlp_ratio, **rates)
+        self.layers = swin_stages([grid.window for grid in grids], embed_dim, depths, num_heads, mlp_ratio, **rates)
         self.windows = nn.ModuleList(
             nn.ModuleList(GridWindows(side, window, s) for s in (0, shift)) for side, window, shift in grids
         )
         self.norm = norm_layer(8 * embed_dim)
         self.head = nn.Linear(8 * embed_dim, num_classes)
-        self.init_weights()
+        init_swin(self)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
         sizes = dict(img_size=img_size, patch_size=patch_size, window_size=window_size, mlp_ratio=mlp_ratio)
         as_timm(self, 'swin_tiny_patch4_window7_224', **sizes, embed_dim=embed_dim, depths=depths, num_heads=num_heads)
-
-    def init_weights(self) -> None:
-        """Linear and bias tables N(0, 0.02), the head close to zero, zero bias."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, WindowAttention):
-                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """imgs [N, 3, H, W] -> tokens [N, L, D] of the last stage, in raster order and not normed."""
@@ -329,3 +381,53 @@ class SwinClassifier(nn.Module):
             return f'head.fc.{rest}' if first == 'head' else name
 
         return {rename(name): value for name, value in self.state_dict().items()}
+
+
+class SwinBackbone(nn.Module):
+    """The Swin of detection and segmentation: four maps of any image, under the classifier's names.
+
+    The image is zero-padded to whole patches, each block's map to whole windows *after* its norm and *before* it is
+    rolled, and an odd map before its merging. Padding is not masked. Each stage's map has a norm of its own, `norm0` to
+    `norm3`, and is taken before the merging; every norm has an epsilon of 1e-5.
+    """
+
+    def __init__(
+        self,
+        *,
+        drop_path_rate: float = 0.0,
+        patch_size: int = 4,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        self.window_size = window_size
+        self.strides = [patch_size << stage for stage in range(4)]
+        self.widths = [embed_dim << stage for stage in range(4)]
+        self.patch_embed = PatchEmbed(
+            None, patch_size, 3, embed_dim, norm_layer=norm_layer, output_fmt='NHWC', dynamic_img_pad=True
+        )
+        rates = dict(drop_path_rate=drop_path_rate)
+        self.layers = swin_stages([window_size] * 4, embed_dim, depths, num_heads, mlp_ratio, **rates)
+        for stage, width in enumerate(self.widths):
+            self.add_module(f'norm{stage}', nn.LayerNorm(width))
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-5
+        init_swin(self)
+
+    def forward(self, imgs: Tensor) -> list[Tensor]:
+        """imgs [N, 3, H, W] -> four maps [N, D, H / s, W / s] of doubling width D and stride s, rounded up."""
+        x, maps = self.patch_embed(imgs), []  # [N, h, w, D]
+        for layer, norm in zip(self.layers, (self.norm0, self.norm1, self.norm2, self.norm3), strict=True):
+            rows, cols = x.shape[1:3]
+            windows = [  # made once for all blocks
+                padded_windows(rows, cols, self.window_size, shift, x.device) for shift in (0, self.window_size // 2)
+            ]
+            x = layer.forward_blocks(x.flatten(1, 2), windows).unflatten(1, (rows, cols))
+            maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
+            if layer.downsample is not None:
+                x = layer.downsample.forward_map(x)
+        return maps

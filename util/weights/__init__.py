@@ -6,8 +6,16 @@
 
 from util.weights.exports import check_free, export, fold_probe, take_head_off
 from util.weights.files import check_file, plain_field, read_checkpoint
-from util.weights.intake import Origin, OtherFormatError, Report, check_finite, find_origin
-from util.weights.published import file_of, load_published, read_source
+from util.weights.intake import (
+    Origin,
+    OtherFormatError,
+    Report,
+    check_finite,
+    class_names,
+    find_origin,
+    is_segmentation,
+)
+from util.weights.loading import file_of, load_published, read_source
 
 __all__ = [
     'Origin',
@@ -16,10 +24,12 @@ __all__ = [
     'check_file',
     'check_finite',
     'check_free',
+    'class_names',
     'export',
     'file_of',
     'find_origin',
     'fold_probe',
+    'is_segmentation',
     'load_published',
     'plain_field',
     'read_checkpoint',

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.errors import CheckpointError, listed, printable
+from util.errors import PROGRAMS, CheckpointError, listed, printable, program
 from util.nn.pos_embed import resize_bias_table, resize_pos_embed
 from util.weights.files import plain_field
 
@@ -34,7 +34,7 @@ class Origin:
     def __str__(self) -> str:
         options = ' '.join(f'{key}={value}' for key, value in self.args['model_kwargs'].items())
         model = printable(self.args['model'], 80) + (f' --model_kwargs {printable(options, 200)}' if options else '')
-        return f'main_{self.stage}.py --model {model}'
+        return f'{program(self.stage)} --model {model}'
 
 
 def find_origin(container: dict) -> Origin | None:
@@ -45,13 +45,17 @@ def find_origin(container: dict) -> Origin | None:
     args = {key: plain_field(args[key]) for key in args}
     if not isinstance(args.get('model'), str) or not isinstance(args.get('model_kwargs'), dict):
         return None
-    return Origin('pretrain' if run.get('stage') == 'pretrain' else 'finetune', args, class_names(container))
+    stage = next((stage for stage in PROGRAMS if stage == run.get('stage')), 'finetune')
+    return Origin(stage, args, class_names(container))
 
 
 def class_names(container: dict) -> list[str] | None:
-    """The classes that a fine-tuned network of our own knows, in their order; None if the file does not tell."""
-    names = container.get('classes')
-    plain = isinstance(names, list) and 0 < len(names) <= 1_000_000
+    """The classes that a network knows, in their order, by our files and mmsegmentation's; None if not told."""
+    meta = container.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    inner = meta.get('dataset_meta')
+    names = container.get('classes') or meta.get('CLASSES') or (isinstance(inner, dict) and inner.get('classes'))
+    plain = isinstance(names, list | tuple) and 0 < len(names) <= 1_000_000
     return list(names) if plain and all(isinstance(name, str) and len(name) <= 1000 for name in names) else None
 
 
@@ -68,6 +72,7 @@ class Report:
     origin: Origin | None = None
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # 'pos_embed [1, 197, 768] -> [1, 577, 768]'
+    resizing: set[str] = field(default_factory=set)  # how
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # stay as initialised
     hint: str = ''  # what else the file holds
@@ -75,7 +80,8 @@ class Report:
     def __str__(self) -> str:
         parts = [f'{len(self.loaded)} loaded']
         rest = {'resized': self.resized, 'ignored': self.ignored, 'missing, stay as initialised': self.missing}
-        parts += [f'{len(keys)} {what} ({shortened(keys)})' for what, keys in rest.items() if keys]
+        how = {'resized': ' ' + ' and '.join(sorted(self.resizing))}
+        parts += [f'{len(keys)} {what} ({shortened(keys)}){how.get(what, "")}' for what, keys in rest.items() if keys]
         return f'{self.source}: {self.format}: ' + ', '.join(parts) + self.hint
 
 
@@ -92,7 +98,7 @@ class Format:
 
     def rename(self, key: str) -> str | None:
         """The key's name here, or None if the format's files may hold it and nothing here has use for it."""
-        if any(re.fullmatch(pattern, key) for pattern in self.ignorable):
+        if matches(key, self.ignorable):
             return None
         for pattern, replacement in self.renames:
             if re.fullmatch(pattern, key):
@@ -108,6 +114,8 @@ class Intake:
     formats: tuple[Format, ...]
     may_lack: tuple[str, ...] = ()  # keys that a file may lack
     may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
+    part: str = ''  # pattern of the prefix of what counts, where a file holds more
+    computed: tuple[str, ...] = ()  # what the model has without a file, in its own size
 
 
 COMMON_WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'module', 'student')
@@ -137,6 +145,8 @@ def load(
     report.ignored += [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
     from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
     state = torch_state(weights)
+    if intake and intake.part and (found_part := next(filter(None, map(re.compile(intake.part).match, state)), None)):
+        state = take_off(found_part[0], state, report)
     formats = intake.formats if intake else (Format(f'own names of {type(model).__name__}', set()),)
     layout, prefix = recognise(state, formats, list(target))
     report.format = layout.name + (' (Paddle)' if from_paddle else '') + report.format
@@ -157,7 +167,7 @@ def load(
         for name, value in renamed.items():
             target[name].copy_(value)
     report.loaded = sorted(renamed)
-    report.missing = [name for name in target if name not in renamed]
+    report.missing = [name for name in target if name not in renamed and not matches(name, intake.computed)]
     return report
 
 
@@ -178,6 +188,11 @@ def find_weights(container: dict, wrappers: tuple[str, ...]) -> dict:
     for _ in range(3):
         container = next((container[name] for name in wrappers if isinstance(container.get(name), dict)), container)
     return container
+
+
+def is_segmentation(container: dict) -> bool:
+    """Whether it holds a segmenter, in the names of ours or of mmsegmentation."""
+    return any('decode_head.' in str(key) for key in find_weights(container, COMMON_WRAPPERS))
 
 
 def plain_or_averaged(container: dict, found: dict, ema: bool, flag: str, report: Report) -> dict:
@@ -305,15 +320,21 @@ def prefix_rank(prefix: str) -> tuple:
     return any(map(AVERAGED.fullmatch, parts)), len(set(parts) - TRAINED), len(parts)
 
 
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def fit(renamed: State, target: State, intake: Intake, report: Report) -> None:
     """Resize tables of positions and drop what may be dropped. Changes `renamed`."""
     for name, value in list(renamed.items()):
         if not same(name, renamed, target):
-            table = resized(name, value, target[name]) if name in target else None
-            if table is not None:
+            computed = matches(name, intake.computed)
+            if name in target and not computed and (found := resized(name, value, target[name])):
+                table, how = found
                 renamed[name] = table
+                report.resizing |= {how}
                 report.resized.append(f'{name} {list(value.shape)} -> {list(table.shape)}')
-            elif any(re.fullmatch(pattern, name) for pattern in intake.may_drop):
+            elif computed or matches(name, intake.may_drop):
                 del renamed[name]
                 report.ignored.append(f'{name} {list(value.shape)}')
 
@@ -325,15 +346,16 @@ POSITIONS = (
 )
 
 
-def resized(name: str, value: Tensor, wanted: Tensor) -> Tensor | None:
-    """A table of positions in the model's size; None for all else."""
+def resized(name: str, value: Tensor, wanted: Tensor) -> tuple[Tensor, str] | None:
+    """A table of positions in the model's size, and how that was done; None for all else."""
     for ending, axis, choices, resize in POSITIONS:
         if name.endswith(ending) and value.ndim == wanted.ndim == axis + 2 and value.is_floating_point():
             old, new = value.shape[axis], wanted.shape[axis]
             extra = extra_rows(new, choices)
             others_equal = value.shape == (*wanted.shape[:axis], old, *wanted.shape[axis + 1 :])
             if others_equal and extra is not None and extra == extra_rows(old, choices):
-                return resize(value, new, extra)
+                spaced = "linearly between points at BEiT's distances"
+                return resize(value, new, extra), spaced if extra == 3 else 'bicubically'
     return None
 
 
@@ -362,7 +384,7 @@ def check(renamed: State, target: State, intake: Intake, report: Report) -> None
         name
         for name in (target | renamed)
         if not same(name, renamed, target)
-        and not (name not in renamed and any(re.fullmatch(pattern, name) for pattern in intake.may_lack))
+        and not (name not in renamed and matches(name, intake.may_lack + intake.computed))
     ]
     if differing:
         first = '; '.join(

@@ -9,7 +9,6 @@ unequal length end. Both are the model's to get right.
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 
 from util.errors import CheckpointError
 from util.nn.pos_embed import sincos_2d
-from util.weights import download
-from util.weights.files import SAFETENSORS, TORCH, read_checkpoint, read_folder
-from util.weights.intake import HEADS, Format, Intake, OtherFormatError, Report, State, find_origin, load, unique
+from util.weights.intake import HEADS, Format, Intake, State, unique
 
 # --------------------------------------------------------------------------
 # MIRL
@@ -42,12 +39,15 @@ def mirl_decoders(state: State, model: nn.Module) -> State:
 
 def sincos_table(state: State, model: nn.Module) -> State:
     """A pretraining file may lack its fixed position embedding, which fine-tuning starts from."""
+    if 'pos_embed' in state or model.pos_embed is None:
+        return state
     _, length, dim = model.pos_embed.shape
-    return state if 'pos_embed' in state else state | {'pos_embed': sincos_2d(dim, round((length - 1) ** 0.5))}
+    return state | {'pos_embed': sincos_2d(dim, round((length - 1) ** 0.5))}
 
 
 COMPUTED = (r'.*relative_position_index', r'.*attn_mask')  # from the window's size alone
 VIT_MARKS = {'patch_embed.proj.weight', 'blocks.0.attn.qkv.weight'}
+BEIT_MARKS = VIT_MARKS | {'blocks.0.attn.q_bias'}
 MIRL_MARKS = {'decoder_embed0_1.weight'}
 OUR_MIRL_MARKS = {'memory_embed.weight'}
 MAE_MARKS = {'mask_token', 'decoder_embed.weight', 'decoder_pred.weight'}
@@ -101,7 +101,7 @@ def merging_order(state: State, model: nn.Module) -> State:
 
     A model that is to be correct gets the weights in its order: the middle two of four parts are swapped.
     """
-    if model.coords != 'correct':
+    if getattr(model, 'coords', 'published') != 'correct':
         return state
     return {
         key: value[..., torch.arange(value.shape[-1]).view(4, -1)[[0, 2, 1, 3]].flatten()]
@@ -216,6 +216,11 @@ INTO_VIT = (
         adapt=sincos_table,
     ),
     Format('MAE pretraining', MAE_MARKS, ignorable=('mask_token', 'decoder_.*'), adapt=sincos_table),
+    Format(
+        'BEiT',
+        BEIT_MARKS,
+        refusal='has relative positions and LayerScale, for which this ViT has no place; the a2mim_vit models have one',
+    ),
     Format('ViT', VIT_MARKS),  # MAE's and MIRL's encoders, fine-tuned ones, timm's, our own
     *hugging_face(joined_qkv),
 )
@@ -299,9 +304,10 @@ def mmcv_mergings(state: State, model: nn.Module) -> State:
 def microsoft_vit(state: State, model: nn.Module) -> State:
     """One table of relative positions for all blocks becomes one for each; no absolute positions are positions of 0."""
     state, own = flat_tokens(state, model), model.state_dict()
+    tables = [name for name in own if name.endswith('attn.relative_position_bias_table')]
     for key in [key for key in state if key.endswith('rel_pos_bias.relative_position_bias_table') and key not in own]:
-        shared = state.pop(key)
-        state |= {name: shared for name in own if name.endswith('attn.relative_position_bias_table')}
+        if tables:
+            state |= dict.fromkeys(tables, state.pop(key))
     return {name: torch.zeros_like(own[name]) for name in ('pos_embed', 'encoder.pos_embed') if name in own} | state
 
 
@@ -379,7 +385,6 @@ OUR_A2MIM_ENCODER = Format(
     ((r'encoder\.(.*)', r'\1'),),
     ('mask_token', 'mask_gamma', r'decoder\..*'),
 )
-BEIT_MARKS = VIT_MARKS | {'blocks.0.attn.q_bias'}
 INTO_BEIT = (
     OUR_A2MIM_ENCODER,
     *into_classifier(FAMILIES['Beit']),
@@ -502,7 +507,7 @@ INTAKES = {
                 adapt=convnext_version,
             ),
             *into_classifier(FAMILIES['ConvNeXt']),
-            Format('ConvNeXt', {'stem.0.weight'}, adapt=convnext_version),
+            Format('ConvNeXt', {'stem.0.weight'}, ((r'norm3\.(.*)', r'head.norm.\1'),), adapt=convnext_version),
         ),
         may_lack=(r'head\.fc\..*',),
         may_drop=(r'head\.fc\..*',),
@@ -534,66 +539,3 @@ ENCODERS = {
     'LocalMIMSwin': 'LocalMIMSwinClassifier',
     'MixMAE': 'MixMIMClassifier',
 }
-
-
-def read_source(source: str | Path) -> dict:
-    """What the checkpoint at a path or a URL, or the export in a folder, holds. Raises CheckpointError."""
-    path = download.fetch(source)
-    return read_folder(path) if path.is_dir() else read_checkpoint(path)
-
-
-def file_of(source: str | Path) -> Path:
-    """The local file that holds the weights of a path, a URL or an exported folder."""
-    path = download.fetch(source)
-    return next((path / name for name in (SAFETENSORS, TORCH) if (path / name).is_file()), path)
-
-
-def load_published(
-    model: nn.Module,
-    source: str | Path | dict,
-    *,
-    ema: bool = False,
-    label: str = 'state dict',
-    flag: str = '--use_ema',
-    new_decoder: bool = False,
-) -> Report:
-    """Fill a pretraining model or a classifier from a published or own checkpoint.
-
-    `source` is a path, a URL with its hash (`download.py`), or a state dict in the paper's own names: torch tensors in
-    torch's layout, or numpy arrays in Paddle's. A class that INTAKES does not list takes our own checkpoints of it.
-    Names may stand under a prefix. Positions for another image size or window are resized. `ema` asks for the averaged
-    weights; `flag` is what the user knows it by; `label` is what a dict is called, such as the path that it was read
-    from. With `new_decoder`, a pretraining model takes an encoder alone, too.
-    Raises CheckpointError when the source is not for this model, naming the first five keys that differ with both
-    shapes, or holds values that are not finite; the model is then unchanged.
-    """
-    label = label if isinstance(source, dict) else str(source).partition('#')[0]
-    container = source if isinstance(source, dict) else read_source(source)
-    intake = intake_of(type(model).__name__, model)
-    try:
-        try:
-            report = load(model, container, intake, ema, flag)
-        except CheckpointError as error:
-            if not new_decoder or (intake and not isinstance(error, OtherFormatError)):
-                raise
-            report = load_encoder(model, container, ema, flag)
-    except CheckpointError as error:
-        origin = find_origin(container)
-        raise type(error)(f'{label}: {error}' + (f'; it was written by {origin}' if origin else '')) from error
-    report.source = label
-    return report
-
-
-def intake_of(name: str, network: nn.Module) -> Intake | None:
-    return INTAKES.get(name, ANY_INTAKE if type(network).__module__.startswith('timm.') else None)
-
-
-def load_encoder(model: nn.Module, container: dict, ema: bool, flag: str) -> Report:
-    """The encoder alone; what else the model has stays as initialised."""
-    network = getattr(model, 'encoder', model)
-    intake = intake_of(ENCODERS.get(type(model).__name__, type(network).__name__), network)
-    report = load(network, container, intake, ema, flag, model.encoder_state_dict())
-    shared = {value.data_ptr() for value in model.encoder_state_dict().values()}
-    report.missing += [name for name, value in model.state_dict().items() if value.data_ptr() not in shared]
-    report.format += ', encoder alone: the decoder is new'
-    return report
