@@ -178,11 +178,13 @@ def names_in(listing: Path) -> list[str]:
 def ade20k_names(listing: Path) -> list[str]:
     """The first name of each of the 150 classes in ADE20K's own list: columns between tabs, the last has names."""
     rows = [line.split('\t') for line in text_of(listing).splitlines()]
-    names = {row[0].strip(): row[-1].partition(',')[0].strip() for row in rows if row[0].strip().isdecimal()}
+    names = {row[0].strip(): row[-1].partition(',')[0].strip() for row in rows}
     found = [names.get(str(number), '') for number in range(1, ADE20K_CLASSES + 1)]
-    if not all(found):
-        raise UserError(f'{listing} is damaged: it should name classes 1 to {ADE20K_CLASSES}, but class '
-                        f'{found.index("") + 1} has no line')  # fmt: skip
+    if '' in found:
+        lacking = found.index('') + 1
+        raise UserError(
+            f'{listing} is damaged: it should name classes 1 to {ADE20K_CLASSES}, but {lacking} has no line'
+        )
     return found
 
 
