@@ -470,7 +470,7 @@ def test_ade20k(tmp_path):
     label = TestPairs(train, 40, reduce_zero=True)[0, 0][1]
     assert label.unique().tolist() == [0, 1, 255]
     (tmp_path / 'objectInfo150.txt').write_text('\n'.join(lines[:149]))
-    with pytest.raises(UserError, match='is damaged: it should name classes 1 to 150, but 150 has no line'):
+    with pytest.raises(UserError, match='is damaged: it should name 1 to 150, but 150 has no line'):
         pairs(given(tmp_path, dataset='ade20k', nb_classes=None), ['train'])
 
 

@@ -182,9 +182,7 @@ def ade20k_names(listing: Path) -> list[str]:
     found = [names.get(str(number), '') for number in range(1, ADE20K_CLASSES + 1)]
     if '' in found:
         lacking = found.index('') + 1
-        raise UserError(
-            f'{listing} is damaged: it should name classes 1 to {ADE20K_CLASSES}, but {lacking} has no line'
-        )
+        raise UserError(f'{listing} is damaged: it should name 1 to {ADE20K_CLASSES}, but {lacking} has no line')
     return found
 
 
