@@ -2,18 +2,25 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 from training import MAINS
 
+import main_finetune
+import main_pretrain
 from scripts import finetune_segmentation
 from util import optim
 from util.recipes import RECIPES, load_recipe
 
 OWN, ADE20K = '_cifar10_', '_ade20k_'
 PROGRAMS = MAINS | {'segment': finetune_segmentation}
+# what decides nothing of a network, and differs in recipes that share one
+SCHEDULE = 'config given epochs warmup_epochs lr blr min_lr batch_size effective_batch_size lr_sched lr_decay_epochs'
+NETWORKS: dict[str, nn.Module] = {}
 
 
 def stage_of(name: str) -> str:
@@ -38,6 +45,20 @@ def resolved_values(name: str) -> dict:
     about, _ = load_recipe(RECIPES / f'{name}.yaml')
     lr, _ = optim.scaled_lr(args, optim.accumulation(args))
     return vars(args) | {'lr': lr, 'accuracy': about['accuracy']}
+
+
+def network(name: str) -> nn.Module:
+    """A recipe's pretraining model or classifier of 1000 classes, without storage; shared: do not change it."""
+    args = resolve(name)
+    key = repr(sorted((flag, value) for flag, value in vars(args).items() if flag not in SCHEDULE.split()))
+    if key not in NETWORKS:
+        on_cpu = partial(torch.linspace, device='cpu')  # older timm reads its drop path rates off it
+        with torch.device('meta'), mock.patch.object(torch, 'linspace', on_cpu):
+            if stage_of(name) == 'pretrain':
+                NETWORKS[key] = main_pretrain.create_model(args).to('meta')  # sin-cos tables are made on the CPU
+            else:
+                NETWORKS[key] = main_finetune.create_classifier(args, 1000)
+    return NETWORKS[key]
 
 
 def learning_rates(args: argparse.Namespace) -> Callable[[float], dict[float, float]]:

@@ -35,10 +35,15 @@ MODULES = {name_of(path): path for path in FILES}
 
 
 @cache
+def nodes(path: Path) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
+@cache
 def imports(path: Path) -> frozenset[str]:
     """Dotted names of the modules that a file imports, wherever in the file, for typing too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -121,7 +126,7 @@ def test_who_alone_imports(path):
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_console_alone_prints(path):
     """`say`, which never ends a run."""
-    calls = [node.func.id for node in ast.walk(ast.parse(path.read_text())) if is_call(node)]
+    calls = [node.func.id for node in nodes(path) if is_call(node)]
     assert path.name == 'console.py' or 'print' not in calls
 
 
@@ -143,11 +148,10 @@ def test_published_alone_names_methods(path):
     """What is not a comment or a docstring names no method."""
     if path.name.startswith('published'):
         return
-    tree = ast.parse(path.read_text())
-    documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    documented = [n for n in nodes(path) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
     docstrings = {id(n.body[0].value) for n in documented if ast.get_docstring(n) is not None}
-    words = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    words += [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docstrings]
+    words = [n.id for n in nodes(path) if isinstance(n, ast.Name)]
+    words += [n.value for n in nodes(path) if isinstance(n, ast.Constant) and id(n) not in docstrings]
     text = ' '.join(word for word in words if isinstance(word, str)).lower()
     methods = {name.partition('_')[0] for module in METHODS for name in module.__all__} | {'mixmim'}
     assert not [method for method in methods if method in text]

@@ -16,9 +16,9 @@ def on_the_page(kind: str) -> set[int]:
 
 
 def in_the_tests(kind: str) -> set[int]:
-    """The numbers in `@pytest.mark.kind(...)` of all test functions."""
+    """The numbers in `@pytest.mark.kind(...)` of all test functions, which no other holds."""
     trees = [ast.parse(file.read_text()) for file in (ROOT / 'tests').rglob('test_*.py')]
-    tests = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    tests = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
     calls = [call for test in tests for call in test.decorator_list if isinstance(call, ast.Call)]
     return {number.value for call in calls if ast.unparse(call.func) == f'pytest.mark.{kind}' for number in call.args}
 

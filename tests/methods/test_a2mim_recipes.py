@@ -1,16 +1,12 @@
 """Recipes of A2MIM and SimMIM: the published values, learning rates and groups, resolved as a run resolves them."""
 
-from functools import partial
-from unittest import mock
-
 import pytest
 import torch
 from golden import golden
-from recipes import launch_on, published, resolve, resolved_values, stage_of
+from recipes import launch_on, network, published, resolve, resolved_values, stage_of
 from timm.layers import DropPath
 from training import MAINS
 
-import main_finetune
 import main_pretrain
 from util import build, config, optim
 from util.data import augment
@@ -273,13 +269,6 @@ NETWORKS = {
 }
 
 
-def network(args) -> torch.nn.Module:
-    """The pretraining model or the classifier of a recipe, without storage."""
-    linspace = partial(torch.linspace, device='cpu')  # from which older timm reads the rates of drop path
-    with torch.device('meta'), mock.patch.object(torch, 'linspace', linspace):
-        return main_finetune.create_classifier(args, 1000) if 'drop_path' in args else main_pretrain.create_model(args)
-
-
 def drop_path_of(network: torch.nn.Module) -> float:
     """Of the last block; timm spaces them in float32."""
     return round(max((m.drop_prob for m in network.modules() if isinstance(m, DropPath)), default=0), 6)
@@ -332,7 +321,7 @@ def test_effective_batch_on_any_number_of_gpus(name, monkeypatch):
 @pytest.mark.parametrize('name', PRETRAINING)
 def test_pretraining_networks(name):
     args = resolve(name)
-    core = network(args)
+    core = network(name)
     got = dict(
         color=core.mask_color,
         replace=core.replace,
@@ -352,7 +341,7 @@ def test_pretraining_networks(name):
 @pytest.mark.parametrize('name', FINETUNING)
 def test_fine_tuned_networks(name):
     args = resolve(name)
-    assert drop_path_of(network(args)) == TABLE[name]['drop_path']
+    assert drop_path_of(network(name)) == TABLE[name]['drop_path']
     augment.finetune_transform(args.input_size, args.crop_scale, args.hflip, args.color_jitter, args.aa, args.mean)
     resize, crop, _ = augment.eval_transform(args.eval_size or args.input_size, args.crop_pct).transforms
     assert (resize.size, crop.size) == (236 if 'rsb' in name else 256, (224, 224))
@@ -410,7 +399,7 @@ def test_groups(name):
     """Optimiser, learning rate and weight decay of every parameter, as the recipe's flags give them."""
     case, family = GROUPS[name]
     data, family, args = GOLDEN['param_groups'][case], FAMILIES[family], resolve(name)
-    core = network(args)
+    core = network(name)
     rules = build.param_rules(main_pretrain.find_method(args.model), core, args.rule_kwargs)
     groups = optim.param_groups(core, rules, args.weight_decay, getattr(args, 'layer_decay', 1.0))
     lr, _ = optim.scaled_lr(args, optim.accumulation(args))

@@ -1,18 +1,16 @@
 """LocalMIM's recipes: the published values, written down a second time, and the learning rates that follow."""
 
 import re
-from functools import partial
-from unittest import mock
+from functools import cache
 
 import pytest
 import torch
-from recipes import launch_on, learning_rates, published, resolve, resolved_values, stage_of
+from recipes import launch_on, learning_rates, network, published, resolve, resolved_values, stage_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training import draw_plan
 
-import main_finetune
 import main_pretrain
 from util import optim
 from util.errors import UserError
@@ -131,16 +129,6 @@ PARAMETERS = {
 }
 
 
-def make(name: str) -> nn.Module:
-    """A recipe's model, or classifier of 1000 classes, without storage."""
-    args = resolve(name)
-    on_cpu = partial(torch.linspace, device='cpu')  # older timm reads its drop path rates off it
-    with torch.device('meta'), mock.patch.object(torch, 'linspace', on_cpu):
-        if stage_of(name) == 'pretrain':
-            return main_pretrain.create_model(args).to('meta')  # sin-cos tables are made on the CPU
-        return main_finetune.create_classifier(args, 1000)
-
-
 def read(name: str) -> str:
     return (RECIPES / f'{name}.yaml').read_text()
 
@@ -164,7 +152,7 @@ def test_resolved_values(name):
 @pytest.mark.parametrize('name', TABLE)
 def test_models(name):
     """Each recipe's model can be made, with its published windows and size."""
-    model = make(name)
+    model = network(name)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert size == PARAMETERS[re.sub('(pretrain|finetune)_.*', r'\1', name)]
     if 'swin' in name:
@@ -172,20 +160,26 @@ def test_models(name):
         assert [len(table) for table in tables] == ([169] * 4 if 'base' in name else [729, 729, 729, 169])
 
 
-@pytest.mark.parametrize('name', TABLE)
-def test_costs(name):
-    """GFLOP an image: what a forward and backward counts to, targets aside. Cost: that many for all whole steps."""
-    args, model = resolve(name), make(name)
-    imgs = torch.empty(1, 3, args.input_size, args.input_size, device='meta')
+@cache
+def flop_of(model: nn.Module) -> int:
+    """Of a forward and backward of one image, without those of the targets."""
+    imgs = torch.empty(1, 3, 224, 224, device='meta')
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        if stage_of(name) == 'pretrain':
+        if hasattr(model, 'plan_from_noise'):
             plan = draw_plan(model, 1, 0)
             plan = type(plan)(*(tensor.to('meta') for tensor in plan))
             outputs = model.forward_decoders(model.forward_encoder(imgs, plan), plan)
         else:
             outputs = [model(imgs)]
         sum(output.sum() for output in outputs).backward()
-    flop = counter.get_total_flops()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_costs(name):
+    """GFLOP an image: what a forward and backward counts to, targets aside. Cost: that many for all whole steps."""
+    args, flop = resolve(name), flop_of(network(name))
+    assert args.input_size == 224
     [gflop] = re.findall(r'products: ([\d.]+) GFLOP', re.sub(r'\n# +', ' ', read(name)))
     assert float(gflop) == pytest.approx(flop / 1e9, rel=5e-3)
 
