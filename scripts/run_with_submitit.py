@@ -108,7 +108,7 @@ class Job:
     """What a job runs. It is pickled by value and called elsewhere, so its methods import the project's modules."""
 
     def __init__(self, stage: str, args: argparse.Namespace, options: argparse.Namespace):
-        self.module, self.program, self.args = MAINS[stage].__name__, program(stage), args
+        self.stage, self.module, self.program, self.args = stage, MAINS[stage].__name__, program(stage), args
         self.local, self.max_requeues = options.local, options.max_requeues
         self.repository, self.folder = str(REPOSITORY), os.getcwd()
         self.umask = os.umask(0o077)

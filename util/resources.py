@@ -205,6 +205,10 @@ def batch_bytes(args: argparse.Namespace) -> int:
     """Shared memory that a batch of uint8 images and its labels take, in whole pages."""
     sides = [getattr(args, 'eval_size', None) or args.input_size]
     sides += [] if getattr(args, 'eval', False) else [args.input_size]
+    if hasattr(args, 'test_scales'):  # a label for each pixel, or one image at all scales, up to four times as long
+        side = args.short_side or args.input_size
+        tested = 3 * 4 * side**2 * sum(scale**2 for scale in args.test_scales)
+        return (int(max(args.batch_size * 4 * args.input_size**2, tested)) // PAGE + 2) * PAGE
     planes = 4 if hasattr(args, 'short_side') else 3  # labels of pixels are one more
     return (args.batch_size * planes * max(sides) ** 2 // PAGE + 2) * PAGE
 

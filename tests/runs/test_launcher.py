@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pairs import make_pairs
 from submitit.core.utils import UncompletedJobError
 from training import ROOT, SHORT, arguments, environment, equal_states, load, start, train
 
@@ -46,6 +47,9 @@ LOCAL = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretra
         ('pretrain --seeds 0 0', 'one name'),
         ('pretrain --array ....yaml', 'become folders'),
         ('pretrain --job_dir a\nb', '--job_dir must be one line'),
+        ('segment --epochs 3', 'unknown argument --epochs'),
+        ('segment --model mirl_vit_tiny --steps 9 --eval_freq 2', '--eval_freq 2 must divide --steps 9'),
+        ('segment --model mirl_vit_tiny --steps 9 --warmup_steps 9', '--warmup_steps 9 must be less than --steps 9'),
     ],
 )
 def test_mistakes_end_before_anything_is_submitted(line, words):
@@ -223,3 +227,15 @@ def test_local_job_of_two_ranks_ends_well(images, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, '')
     assert len(list(tmp_path.glob('*_result.pkl'))) == 2
+
+
+@pytest.mark.faults
+def test_local_segmentation(tmp_path):
+    pairs = make_pairs(tmp_path / 'pairs')
+    flags = arguments(pairs, tmp_path / 'run', '--steps', '2', '--eval_freq', '2', '--batch_size', '2', '--seeds', '1')
+    line = [*LOCAL[:2], 'segment', '--local', '--ngpus', '2', '--job-dir', str(tmp_path / 'jobs'), *flags]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 'segment seed1' in done.stdout
+    saved = load(tmp_path / 'run' / 'seed1')
+    assert (saved['run']['stage'], saved['run']['effective_batch'], saved['run']['seed']) == ('segment', 4, 1)

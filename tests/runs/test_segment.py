@@ -122,6 +122,30 @@ def test_labels_of_other_pictures(whole, pairs, tmp_path, capsys):
 
 
 @pytest.mark.faults
+def test_a_file_of_the_published_layout(whole, pairs, tmp_path, capsys):
+    """Evaluated as it stands: the figures of the checkpoint that it was made of."""
+    state = load(whole[0])['model']
+    names = {'encoder.': 'backbone.', 'pyramid.up4.': 'neck.upsample_4x.', 'pyramid.up2.': 'neck.upsample_2x.'}
+    names |= {'blocks.': 'layers.', 'norm1.': 'ln1.', 'norm2.': 'ln2.', '.mlp.fc1.': '.ffn.layers.0.0.'}
+    names |= {'.mlp.fc2.': '.ffn.layers.1.', 'patch_embed.proj.': 'patch_embed.projection.'}
+    published = {}
+    for name, value in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        published[name] = value
+    for name in [name for name in published if name.endswith('q_bias')]:
+        bias = [published.pop(name), torch.zeros_like(state['encoder.blocks.0.attn.v_bias'])]
+        bias.append(published.pop(name.replace('q_bias', 'v_bias')))
+        published[name.replace('q_bias', 'qkv.bias')] = torch.cat(bias)
+    torch.save({'meta': {'mmseg_version': '0.30.0', 'iter': 6}, 'state_dict': published}, tmp_path / 'iter_6.pth')
+    told = []
+    for source in (whole[0] / 'checkpoint-last.pth', tmp_path / 'iter_6.pth'):
+        segment(pairs, tmp_path, *TINY, '--model', 'a2mim_vit_tiny', '--eval', '--resume', source)
+        told.append(figures(capsys.readouterr().out))
+    assert told[0] == told[1]
+
+
+@pytest.mark.faults
 def test_bf16_sgd_and_a_network_that_convolves(pairs, tmp_path, capsys):
     """And the first lines, of what BatchNorm sees."""
     flags = ['--model', 'a2mim_resnet_tiny', '--opt', 'sgd', '--lr', '0.01', '--amp_dtype', 'bf16', '--steps', '2']
