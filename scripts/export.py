@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     check_free(args.out)
     source = checkpoint.Source.read(args.checkpoint)
     if args.with_decoder:
-        source.expect('pretrain', 'is a classifier, without decoders')
+        source.expect('pretrain', 'is without decoders')
     args = source.complete(args, get_args_parser())
     if args.with_decoder:
         with source.expected(args):

@@ -51,7 +51,7 @@ def get_args_parser() -> config.Parser:
     config.add_output_args(parser, unit='round')
     config.add_hardware_args(parser)
     parser.take(main_finetune.get_args_parser(), *TAKEN)
-    parser.set_defaults(layer_decay=1.0)
+    parser.set_defaults(layer_decay=1.0, save_freq_steps=1000)  # a round takes hours
     parser.without(decoder=decoders.PIL, download=False)
 
     add = partial(parser.add_argument, heading='Data')

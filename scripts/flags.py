@@ -8,30 +8,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
+from scripts import finetune_segmentation
 from util import config
 
 README = Path(__file__).resolve().parent.parent / 'README.md'
-BEGIN, END = '<!-- flags: main_pretrain, main_finetune -->\n', '<!-- end -->'
+BEGIN, END = '<!-- flags: main_pretrain, main_finetune, finetune_segmentation -->\n', '<!-- end -->'
 
 
 def row(flag: str, either: dict[str, argparse.Action], parsers: list[config.Parser]) -> str:
     """`| flag | default of each parser | purpose |`; a dash where a parser does not take it."""
-    names = [name for name in either[flag].option_strings if not name.startswith('--no_')]
+    takers = [p.flags[flag] for p in parsers if flag in p.flags]
+    names = dict.fromkeys(name for action in takers for name in action.option_strings if not name.startswith('--no_'))
     defaults = [config.purpose_and_default(p.flags[flag])[1] if flag in p.flags else '-' for p in parsers]
     purpose, _ = config.purpose_and_default(either[flag])
     return f'| {", ".join(f"`{name}`" for name in names)} | {" | ".join(defaults)} | {purpose} |\n'
 
 
 def table() -> str:
-    """All flags by their headings, with the defaults of pretraining and fine-tuning."""
-    parsers = [main_pretrain.get_args_parser(), main_finetune.get_args_parser()]
-    either = parsers[1].flags | parsers[0].flags
-    shown = {action.option_strings[0]: action for action in either.values() if action.help != argparse.SUPPRESS}
-    text = '| flag | pretraining | fine-tuning | purpose |\n|---|---|---|---|\n'
+    """All flags by their headings, with the defaults of each program."""
+    parsers = [program.get_args_parser() for program in (main_pretrain, main_finetune, finetune_segmentation)]
+    either = parsers[2].flags | parsers[1].flags | parsers[0].flags
+    shown = {action.dest: action for action in either.values() if action.help != argparse.SUPPRESS}
+    text = '| flag | pretraining | fine-tuning | segmentation | purpose |\n|---|---|---|---|---|\n'
     text += row('--config', either, parsers)
     for heading in config.HEADINGS:
-        text += f'| **{heading}** | | | |\n'
-        text += ''.join(row(flag, either, parsers) for flag, action in shown.items() if action.heading == heading)
+        text += f'| **{heading}** | | | | |\n'
+        actions = [action for action in shown.values() if action.heading == heading]
+        text += ''.join(row(action.option_strings[0], either, parsers) for action in actions)
     return text
 
 

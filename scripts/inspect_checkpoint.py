@@ -25,16 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
+from scripts import finetune_segmentation
 from util import checkpoint, config, console, digests, resources
-from util.errors import CheckpointError, UserError, listed, printable, run_main
+from util.errors import PROGRAMS, CheckpointError, UserError, listed, printable, program, run_main
 from util.log import counted
 from util.recipes import recipes_for
 from util.resources import size
-from util.weights import OtherFormatError, Report, file_of, load_published
+from util.weights import OtherFormatError, Report, file_of, is_segmentation, load_published
 
 SIZES = (224, 192, 384, 64, 32)  # image sides to try where no table of positions tells
 MANY_HEADS = (12, 8, 6, 4, 3, 2, 1)  # numbers of attention heads to guess from
 DATA = '/data/imagenet'
+MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'segment': finetune_segmentation}
 
 
 def get_args_parser() -> config.Parser:
@@ -143,23 +145,25 @@ class Match(NamedTuple):
     args: argparse.Namespace  # model, model_kwargs, input_size, global_pool, use_ema and all defaults
     model_kwargs: dict  # of the classifier
     report: Report
-    num_classes: int  # 0: no classifier
+    num_classes: int  # 0: neither classifier nor segmenter
     decoder: bool  # whether it fills the pretraining model, too
     parameters: int  # of the network without decoder
     note: str = ''
+    segmenter: bool = False
 
 
-def defaults(**given) -> argparse.Namespace:
-    """The arguments of both mains, as if nothing but this was given."""
-    both = [vars(main.get_args_parser().parse([])) for main in (main_pretrain, main_finetune)]
-    return argparse.Namespace(**both[0] | both[1] | given)
+def defaults(segmenter: bool = False, **given) -> argparse.Namespace:
+    """The arguments of both mains, or of a segmenter's, as if nothing but this was given."""
+    mains = (finetune_segmentation,) if segmenter else (main_pretrain, main_finetune)
+    known = [vars(main.get_args_parser().parse([])) for main in mains]
+    return argparse.Namespace(**known[0] | known[-1] | given)
 
 
 def own_match(source: checkpoint.Source) -> tuple[list[Match], UserError | None]:
     """The model that a checkpoint of ours names."""
-    main = main_pretrain if source.origin.stage == 'pretrain' else main_finetune
+    parser = MAINS[source.origin.stage].get_args_parser()
     try:
-        return [match(source, source.complete(defaults(), main.get_args_parser()))], None
+        return [match(source, source.complete(defaults(source.origin.stage == 'segment'), parser))], None
     except UserError as error:
         return [], error
 
@@ -173,14 +177,22 @@ def matches_of(source: checkpoint.Source, weights: dict) -> tuple[list[Match], U
     names = [name for method in main_pretrain.METHODS for name in method.__all__]
     families = [list(group) for _, group in itertools.groupby(names, lambda n: re.match(r'[a-z0-9]+_[a-z]+', n)[0])]
     found, errors, known = [], [], sizes_of_positions(weights) or SIZES
+    options = [{}]
+    if segmenter := is_segmentation(source.container):
+        known, options = sizes_of_positions(weights) or (512,), [{}, heads_of(weights)]
+    rounds = [[defaults(segmenter, input_size=size, model_kwargs=kwargs) for size in known] for kwargs in options]
     for family in families:
         for name in family:
-            fitting, error = first_fit(source, [defaults(model=name, input_size=size) for size in known])
+            for choices in rounds:
+                choices = [argparse.Namespace(**vars(args) | {'model': name}) for args in choices]
+                fitting, error = first_fit(source, choices)
+                if fitting or 'encoder.' in str(error):  # where the heads alone differ, their options are tried
+                    break
             found += fitting
             errors += [error] if error else []
             if isinstance(error, OtherFormatError):
                 break
-    if not found and (options := vit_options(weights)):
+    if not found and not segmenter and (options := vit_options(weights)):
         for family in families:
             if '_vit' in family[0]:
                 args = defaults(model=family[0], input_size=known[0], model_kwargs=options)
@@ -214,6 +226,8 @@ def differing(error: UserError) -> int:
 
 def match(source: checkpoint.Source, args: argparse.Namespace) -> Match:
     """Raises CheckpointError if the file does not fill this model, another UserError if there is no such model."""
+    if is_segmentation(source.container):
+        return segmenter_match(source, args)
     try:
         with torch.device('meta'):
             network, report, kwargs, num_classes = main_finetune.network_of(source, args)
@@ -226,6 +240,33 @@ def match(source: checkpoint.Source, args: argparse.Namespace) -> Match:
     parameters = sum(p.numel() for p in network.parameters())
     with_decoder = None if num_classes else pretraining_args(source, args)
     return Match(with_decoder or args, kwargs, report, num_classes, bool(with_decoder), parameters)
+
+
+def segmenter_match(source: checkpoint.Source, args: argparse.Namespace) -> Match:
+    """The same of a segmenter."""
+    classes = next(
+        len(x) for key, x in tensors_of(source.container).items() if key.endswith('decode_head.conv_seg.bias')
+    )
+    with torch.device('meta'), source.expected(args):
+        network = finetune_segmentation.create_segmenter(args, classes)
+        report = load_published(network, source.container, ema=args.use_ema, label=source.path)
+    parameters = sum(p.numel() for p in network.parameters())
+    unknown = network.pyramid is not None and not source.origin
+    note = 'which blocks give maps, and how the last is pooled, no file tells' * unknown
+    return Match(args, args.model_kwargs, report, classes, False, parameters, note, segmenter=True)
+
+
+def heads_of(weights: dict) -> dict[str, str | int | bool]:
+    """A segmenter's options by the shapes of its heads' weights."""
+
+    def width(pattern: str) -> int | None:
+        return next((len(x) for key, x in weights.items() if re.search(pattern, key)), None)
+
+    uper = width(r'decode_head\.fpn_bottleneck\.conv\.weight')
+    channels = {'channels': uper or width(r'decode_head\.conv_cat\.conv\.weight')}
+    channels['aux_channels'] = width(r'auxiliary_head\.convs\.0\.conv\.weight')
+    kwargs = {'head': 'uper' if uper else 'fcn'} | {name: value for name, value in channels.items() if value}
+    return kwargs | ({'deep_stem': True} if width(r'\.stem\.7\.weight') else {})
 
 
 def pretraining_args(source: checkpoint.Source, args: argparse.Namespace) -> argparse.Namespace | None:
@@ -280,7 +321,8 @@ def about(source: checkpoint.Source, matches: list[Match]) -> dict[str, str | li
     facts, origin, known = {}, source.origin, source.container
     if origin:
         tuning = 'linear probe' if origin.args.get('probe') else 'fine-tuning'
-        facts['origin'] = f'{"pretraining" if origin.stage == "pretrain" else tuning} of this program: {origin}'
+        kind = {'pretrain': 'pretraining', 'segment': 'segmentation'}.get(origin.stage, tuning)
+        facts['origin'] = f'{kind} of this program: {origin}'
         if isinstance(known.get('epoch'), int) and isinstance(known.get('step'), int):
             done = f'{known["step"]} of {known.get("steps")} steps of it done'
             facts['position'] = f'epoch {known["epoch"]}, counted from 0, of {origin.args.get("epochs")}; {done}'
@@ -295,9 +337,9 @@ def about(source: checkpoint.Source, matches: list[Match]) -> dict[str, str | li
         scale = {name: getattr(first.args, name) for name in ('mean', 'std')}
         facts['images'] = config.as_flags(scale)
     if first.num_classes:
-        names = (origin and origin.classes) or []
+        names = source.classes or []
         facts['classes'] = f'{first.num_classes}: {listed(names, 10) or "without names"}'
-    if recipes := [r for stage in ('pretrain', 'finetune') for r in recipes_for(first.args.model, stage)]:
+    if recipes := [r for stage in PROGRAMS for r in recipes_for(first.args.model, stage)]:
         facts['recipes'] = [Path(recipe).stem for recipe in recipes]
     return facts
 
@@ -314,17 +356,18 @@ def network(match: Match) -> str:
 def model_flags(match: Match, model_kwargs: dict, with_size: bool = True) -> dict:
     """The flags that make a network, less those that have their default."""
     flags = {'model': match.args.model} | ({'model_kwargs': model_kwargs} if model_kwargs else {})
-    return flags | ({'input_size': match.args.input_size} if with_size and match.args.input_size != 224 else {})
+    usual = 512 if match.segmenter else 224
+    return flags | ({'input_size': match.args.input_size} if with_size and match.args.input_size != usual else {})
 
 
 def commands_for(path: str, source: checkpoint.Source, match: Match) -> dict[str, str]:
     """{what for: command}, of those that this file is for."""
     own, args = source.origin, match.args
-    data = data_of(own.args) if own else {'data_path': DATA}
+    data = data_of(own.args) if own else {'data_path': '/data/ade20k' if match.segmenter else DATA}
     where = Path(source.path).resolve()
     name = where.parent.name if own and where.is_file() else where.stem
     fresh = model_flags(match, match.model_kwargs)  # no model is taken from a file by a training
-    pool = {} if own or args.global_pool else {'global_pool': False}
+    pool = {} if own or getattr(args, 'global_pool', True) else {'global_pool': False}
     known = {} if own else fresh | ({'use_ema': True} if args.use_ema else {})
     answers = {} if own or not match.num_classes else pool | {'nb_classes': match.num_classes}
 
@@ -332,6 +375,13 @@ def commands_for(path: str, source: checkpoint.Source, match: Match) -> dict[str
         flags |= {'output_dir': f'runs/{name}_{output}'} if output else {}
         return shlex.join(['python', *program.split(), *words, *config.as_words(flags)])
 
+    if match.segmenter:
+        words, whole = 'scripts/finetune_segmentation.py', known | answers
+        return {
+            'evaluate it': line(f'{words} --eval', resume=path, **whole, **data),
+            'label pictures with it': line(words, 'labels', predict='photo.jpg', resume=path, **whole),
+            'train it for other classes': line(words, 'segment', **fresh, finetune=path, **data),
+        } | going_on(path, source)
     tune = fresh | pool | {'finetune': path} | ({'finetune_ema': True} if args.use_ema else {}) | data
     commands = {
         'fine-tune it': line('main_finetune.py', 'finetune', **tune),
@@ -365,11 +415,10 @@ def going_on(path: str, source: checkpoint.Source) -> dict[str, str]:
         return {}
     if known['step'] == known['steps'] and known['epoch'] + 1 == origin.args.get('epochs') and known.get('closed'):
         return {}
-    main = main_pretrain if origin.stage == 'pretrain' else main_finetune
-    names = main.get_args_parser().roles.keys() & {*origin.args.get('given', ())} - {'config', 'given'}
+    names = MAINS[origin.stage].get_args_parser().roles.keys() & {*origin.args.get('given', ())} - {'config', 'given'}
     then = {name: origin.args[name] for name in sorted(names) if origin.args.get(name) is not None}
     then |= {'output_dir': str(Path(source.path).parent), 'resume': path}
-    return {'go on with the run': shlex.join(['python', f'main_{origin.stage}.py', *config.as_words(then)])}
+    return {'go on with the run': shlex.join(['python', program(origin.stage), *config.as_words(then)])}
 
 
 if __name__ == '__main__':

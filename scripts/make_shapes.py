@@ -17,8 +17,8 @@ CLASSES = ('background', 'disk', 'square', 'triangle')
 
 
 def texture(numbers: np.random.Generator, size: int) -> np.ndarray:
-    """[size, size, 3] in 0..255: two colours in random spots, so that no colour tells what a pixel belongs to."""
-    spots = numbers.random((numbers.integers(2, 9),) * 2, dtype=np.float32)
+    """[size, size, 3] in 0..255: two colours in random spots."""
+    spots = numbers.random((numbers.integers(6, 13),) * 2, dtype=np.float32)
     mix = np.asarray(Image.fromarray(spots).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     first, second = numbers.uniform(0, 255, (2, 3))
     return mix * first + (1 - mix) * second
@@ -37,12 +37,15 @@ def shape(numbers: np.random.Generator, size: int, label: int) -> np.ndarray:
 
 
 def picture(numbers: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image, uint8 [size, size, 3], and its labels, uint8 [size, size]; later shapes hide earlier ones."""
+    """An image, uint8 [size, size, 3], and its labels, uint8 [size, size]; later shapes hide earlier ones.
+
+    No colour tells what a pixel belongs to.
+    """
     image, labels = texture(numbers, size), np.zeros((size, size), np.uint8)
     for label in numbers.integers(1, len(CLASSES), numbers.integers(2, 6)):
         inside = shape(numbers, size, label)
-        image[inside], labels[inside] = texture(numbers, size)[inside], label
-    image += numbers.normal(0, 12, image.shape)
+        image[inside], labels[inside] = numbers.uniform(0, 255, 3), label
+    image += numbers.normal(0, 8, image.shape)
     return image.clip(0, 255).astype(np.uint8), labels
 
 

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError('the images are files and folders, or shards, not both')
     files = functools.reduce(operator.add, stores)
     source = checkpoint.Source.read(args.checkpoint)
-    source.expect('pretrain', 'is a classifier, without the decoders that pictures need')
+    source.expect('pretrain', 'is without the decoders that pictures need')
     args = source.complete(args, get_args_parser())
     with source.expected(args):
         core = main_pretrain.checked_model(args)

@@ -116,7 +116,9 @@ def environment() -> dict[str, str]:
 def server():
     """Forks processes of a server that has imported the mains; nothing in it has run."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['main_pretrain', 'main_finetune', 'torch.utils.tensorboard'])
+    context.set_forkserver_preload(
+        ['main_pretrain', 'main_finetune', 'scripts.finetune_segmentation', 'torch.utils.tensorboard']
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(ROOT))  # the server does not inherit sys.path
         warm = context.Process(target=print)
@@ -173,7 +175,8 @@ def begin(argv: list[str], env: dict[str, str], streams: list[str | Path], small
 def start(line: list[str], **variables: str) -> subprocess.Popen | Forked:
     """Begin a command, whose output can be read while it runs."""
     env = environment() | variables
-    if line[0] == sys.executable and Path(line[1]).parent in (ROOT, ROOT / 'tests'):
+    of_ours = Path(line[1]).parent in (ROOT, ROOT / 'tests') or line[1] == str(ROOT / program('segment'))
+    if line[0] == sys.executable and of_ours:
         return Forked(line[1:], env)
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 

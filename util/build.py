@@ -20,6 +20,7 @@ from util.data.images import Reader
 from util.data.stores import Store
 from util.errors import UserError, closest
 from util.nn.grad_checkpoint import checkpoint_blocks
+from util.nn.upernet import HEAD_OPTIONS, MAP_OPTIONS
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
 from util.recipes import of_recipe
 
@@ -55,9 +56,9 @@ def options_of(make: Callable[..., nn.Module]) -> set[str]:
 
 
 def encoder_kwargs(method: ModuleType, name: str, model_kwargs: dict) -> dict:
-    """Of a pretraining model's options those that its encoder, and so the classifier, has too."""
-    of_pretraining = options_of(getattr(method, name)) - options_of(method.create_classifier)
-    return {option: value for option, value in model_kwargs.items() if option not in of_pretraining}
+    """Of a pretraining model's or a segmenter's options those that its encoder, and so the classifier, has too."""
+    others = {*HEAD_OPTIONS, *MAP_OPTIONS, *options_of(getattr(method, name))} - options_of(method.create_classifier)
+    return {option: value for option, value in model_kwargs.items() if option not in others}
 
 
 def options_and_reason(model_kwargs: dict, error: Exception) -> str:

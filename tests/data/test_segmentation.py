@@ -13,6 +13,7 @@ import torch
 from golden import golden
 from PIL import Image
 
+import models_localmim
 from util import pictures
 from util.data import datasets
 from util.data import segmentation as seg
@@ -209,6 +210,7 @@ def test_batches(folder):
     for imgs, label in datasets.loader(tests, datasets.eval_batches(3, 1, 0, 1), 0, False):
         assert [list(image.shape) for image in imgs] == [[1, 3, 15, 23], [1, 3, 20, 30]]
         assert list(label.shape) == [1, 40, 60]
+    assert [TestPairs(val, 20, least=20).size(10, 100, ratio) for ratio in (1.0, 0.5)] == [(8, 80), (20, 200)]
     unlabelled = TestPairs(val._replace(annotations=None), 20)
     assert (unlabelled[0, 1][1] == 255).all()
 
@@ -519,6 +521,32 @@ def test_mirrored_and_several_scales():
     both = seg.predict(sideways, imgs[0], (20, 30), flip=True)
     assert torch.allclose(both, (seg.predict(sideways, imgs[0], (20, 30)) + mirrored) / 2, atol=1e-6)
     assert not torch.allclose(both, mirrored, atol=1e-3)
+
+
+def test_inference_parity():
+    """Slide, whole, mirrored and at several scales, by a network that pads everywhere."""
+    reference = golden('segmentation/inference.json')
+    model = models_localmim.create_segmenter('localmim_swin_tiny', **reference['config']).eval()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.from_numpy(fill.weight(name.replace('encoder.', 'backbone.', 1), value.shape)))
+    imgs, size, crop, stride = (
+        segmented.images(reference['input']),
+        *map(reference.get, ('ori_shape', 'crop', 'stride')),
+    )
+    with torch.no_grad():
+        found = {'slide_logits': seg.slide_logits(model, imgs, crop, stride)}
+    found['slide_probabilities'] = seg.predict(model, imgs, size, 'slide', crop, stride)
+    found['whole_probabilities'] = whole = seg.predict(model, imgs, size)
+    found['whole_probabilities_flipped_back'] = 2 * seg.predict(model, imgs, size, flip=True) - whole
+    several = reference['multi_scale']
+    scales = [segmented.images(text.partition(', plain')[0]) for text in several['inputs']]
+    found['mean_probabilities'] = seg.predict(model, scales, size, flip=True)
+    differences = {name: segmented.difference(value, (reference | several)[name]) for name, value in found.items()}
+    assert max(differences.values()) < 1e-5, differences
+    for name, case in (('slide', reference), ('whole', reference), ('mean', several)):
+        counts = found[f'{name}_probabilities'].argmax(1).flatten().bincount(minlength=7)
+        assert counts.tolist() == case['prediction_counts' if name == 'mean' else f'{name}_prediction_counts']
 
 
 def judged(case: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -132,23 +132,35 @@ def test_any_size(size):
 
 
 @pytest.mark.parametrize('case', [0, 1], ids=['own', "timm's"])
-def test_copied_checkpointed_compiled(case):
-    """Each as the network is, for another image size too; compiled without a break."""
-    encoder = swins()[case]
-    imgs, other = torch.randn(1, 3, 37, 50), torch.randn(1, 3, 32, 32)
-    expected = [encoder(imgs), encoder(other)]
+def test_copied_checkpointed(case):
+    """Each as the network is, and close to it in bfloat16."""
+    encoder = swins(depths=(1, 2, 1, 1))[case]
+    imgs = torch.randn(1, 3, 37, 50)
+    maps = encoder(imgs)
     again = copy.deepcopy(encoder)
     assert type(again) is type(encoder)
-    assert checkpoint_blocks(again) == 8
-    torch.compiler.reset()
-    compiled = torch.compile(encoder, fullgraph=True, backend='eager')
-    for network in (again, compiled):
-        for x, maps in zip((imgs, other), expected, strict=True):
-            assert all(map(torch.equal, network(x), maps))
+    assert checkpoint_blocks(again) == 5
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert all(map(torch.allclose, encoder(imgs), expected[0], [1e9] * 4, [1.0] * 4))
-    sum(x.sum() for x in again(imgs)).backward()
-    assert all(param.grad is not None for param in again.parameters())
+        assert all(torch.allclose(x.float(), y, atol=0.3) for x, y in zip(encoder(imgs), maps, strict=True))
+    repeated = again(imgs)
+    assert all(map(torch.equal, repeated, maps))
+    for outputs in (maps, repeated):
+        sum(x.square().sum() for x in outputs).backward()
+    grads = [[param.grad for param in network.parameters()] for network in (encoder, again)]
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('case', [0, 1], ids=['own', "timm's"])
+def test_compiled(case):
+    """Without a break, in training and evaluation of one image size."""
+    encoder = swins(depths=(1, 2, 1, 1))[case]
+    torch.compiler.reset()
+    compiled = torch.compile(encoder, fullgraph=True, backend='aot_eager')
+    imgs = torch.randn(1, 3, 37, 50)
+    maps = compiled(imgs)
+    sum(x.sum() for x in maps).backward()
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(maps, encoder(imgs), strict=True))
 
 
 def test_mixmim_has_the_classifiers_tokens():

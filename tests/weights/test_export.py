@@ -300,7 +300,7 @@ def test_mistakes(tmp_path, monkeypatch):
     refused('has no classifier: ', path, out, '--head')
     refused('has no classifier of 5 classes', path, out, '--nb_classes', '5')
     refused('has no classifier of 3 classes of the class token', tuned, out, '--cls_token')
-    refused('is a classifier, without decoders', tuned, out, '--with_decoder')
+    refused('is without decoders', tuned, out, '--with_decoder')
     assert not out.exists()
     assert not list(tmp_path.glob('.*'))
 

@@ -127,9 +127,9 @@ def label_box(label: np.ndarray, size: tuple[int, int], corner: tuple[int, int],
 
 
 def acceptable(label: np.ndarray) -> bool:
-    """Whether a crop shows more than one class, none of them on three quarters of its counted pixels or more."""
+    """Whether no class has three quarters of a crop's counted pixels or more: so there are two classes at least."""
     counts = np.bincount(label.ravel(), minlength=IGNORED + 1)[:IGNORED]
-    return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < LARGEST_SHARE)
+    return bool(counts.max() < LARGEST_SHARE * counts.sum())
 
 
 def random_crop(

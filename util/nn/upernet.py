@@ -214,6 +214,7 @@ def with_heads(
     return Segmenter(encoder, pyramid, decode_head, auxiliary_head, fixed_size, loss_mean)
 
 
+MAP_OPTIONS = ('out_indices', 'rel_pos_bias', 'init_values', 'abs_pos_embed', 'deep_stem')  # of encoders for maps
 HEAD_OPTIONS = ('head', 'channels', 'aux_channels', 'pool', 'loss_mean')
 
 
