@@ -2,8 +2,8 @@
 step 2; `FAULT=nan:1:3-5` makes the loss of rank 1 not a number in optimiser steps 3 to 5 of the run, counted from 0.
 Ranks that go on after that print what they have for weights at the end of each epoch. `FAULT=raise:1:3` is a bug on
 rank 1 in step 3, `FAULT=stop:1:3` a request to it to stop. `FAULT=gpu:1:3` ends rank 1 in step 3, where the others wait
-without end, as hosts do whose GPUs wait for a lost rank. Whatever the fault, ranks but the first cannot read a
-checkpoint."""
+without end, as hosts do whose GPUs wait for a lost rank. `FAULT=wait:1:3` has rank 1 say so in step 3, and wait until
+it is asked to stop. Whatever the fault, ranks but the first cannot read a checkpoint."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ import torch
 import engine_pretrain
 import main_pretrain
 import util.run
-from util import digests, dist
+from util import digests, dist, signals
 from util.errors import run_main
 from util.run import Run
 
@@ -51,6 +51,14 @@ def forward_with_request(training, batch, global_step, micro, forward=engine_pre
     return forward(training, batch, global_step, micro)
 
 
+def forward_that_waits(training, batch, global_step, micro, forward=engine_pretrain.forward):
+    if (dist.rank(), global_step) == (int(first), int(second)):
+        print('waiting', flush=True)
+        while not signals.requested():
+            time.sleep(0.01)
+    return forward(training, batch, global_step, micro)
+
+
 def forward_on_gpu(training, batch, global_step, micro, forward=engine_pretrain.forward):
     if global_step == int(second):
         if dist.rank() == int(first):
@@ -79,6 +87,8 @@ elif kind == 'raise':
     engine_pretrain.forward = forward_with_bug
 elif kind == 'stop':
     engine_pretrain.forward = forward_with_request
+elif kind == 'wait':
+    engine_pretrain.forward = forward_that_waits
 elif kind == 'gpu':
     engine_pretrain.forward, dist.init = forward_on_gpu, init_as_on_gpus
     dist.MEETING_S = util.run.TURN_S = 0.2

@@ -181,6 +181,17 @@ def start(line: list[str], **variables: str) -> subprocess.Popen | Forked:
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
+def start_waiting(data: Path, output: Path, *more: str, step: int, ranks: int = 0) -> subprocess.Popen | Forked:
+    """Begin pretraining, whose first rank waits in this step (of the run, from 0) until it is asked to stop, or killed.
+
+    Returns once it does.
+    """
+    line = command('pretrain', data, output, *more, ranks=ranks, script='tests/faulty_run.py')
+    process = start(line, FAULT=f'wait:0:{step}')
+    read_until(process, 'waiting')
+    return process
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))

@@ -157,7 +157,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def painted(image: np.ndarray, label: np.ndarray, num_classes: int, strength: float = 0.6) -> np.ndarray:
-    """The image, uint8 [H, W, 3], under the colours of its label [H, W]; what is not counted stays as it is."""
+    """The image, uint8 [H, W, 3], under the colours of its label [H, W]; what is ignored stays as it is."""
     colours = np.zeros((256, 3))
     colours[:num_classes] = palette(num_classes)
     share = np.where(np.arange(256) < num_classes, strength, 0)[label][..., None]

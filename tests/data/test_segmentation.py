@@ -247,18 +247,18 @@ FAULTS = {  # what is done to the folder, what it is given as, and the line
     'beyond': (
         lambda f, a: write(a / '4.png', ZEROS + 3),
         {},
-        r'the annotation .*/training/4.png has the label 3, beyond the 3 classes: 0 to 2, and 255, not counted; if 0 '
+        r'the annotation .*/training/4.png has the label 3, beyond the 3 classes: 0 to 2, and 255, ignored; if 0 '
         r'stands for no class and 1 for the first: --reduce_zero_label',
     ),
     'far beyond': (
         lambda f, a: write(a / '4.png', ZEROS + 9),
         {},
-        r'has the label 9, beyond the 3 classes: 0 to 2, and 255, not counted$',
+        r'has the label 9, beyond the 3 classes: 0 to 2, and 255, ignored$',
     ),
     'beyond, reduced': (
         lambda f, a: write(a / '4.png', ZEROS + 4),
         {'reduce_zero_label': True},
-        r'has the label 4, beyond the 3 classes: 1 to 3, and 0 and 255, not counted$',
+        r'has the label 4, beyond the 3 classes: 1 to 3, and 0 and 255, ignored$',
     ),
     'colours': (
         lambda f, a: write(a / '1.png', np.stack([ZEROS, ZEROS + 9, ZEROS], -1)),
@@ -309,15 +309,15 @@ FAULTS = {  # what is done to the folder, what it is given as, and the line
         {},
         r'training/3.jpg and .*/training/3.png would share the annotation .*/training/3.png: rename one of them',
     ),
-    'nothing counted': (
+    'all ignored': (
         lambda f, a: [write(path, ZEROS + 255) for path in a.iterdir()],
         {},
-        r'train: of 6 annotations, evenly from all, every pixel is 255, which is not counted$',
+        r'train: of 6 annotations, evenly from all, every pixel is 255, ignored$',
     ),
     'zeros reduced': (
         lambda f, a: [write(path, ZEROS) for path in a.iterdir()],
         {'reduce_zero_label': True},
-        r'every pixel is 0 and 255, which is not counted; without --reduce_zero_label, 0 is a class',
+        r'every pixel is 0 and 255, ignored; without --reduce_zero_label, 0 is a class',
     ),
     'no classes': (
         None,
@@ -328,7 +328,7 @@ FAULTS = {  # what is done to the folder, what it is given as, and the line
     'many classes': (
         None,
         {'nb_classes': 300},
-        r'300 classes, but labels have 8 bits and 255 is not counted: 255 at most',
+        r'300 classes, but labels have 8 bits and 255 is ignored: 255 at most',
     ),
     'names and number': (
         lambda f, a: (f / 'classes.txt').write_text('sky\nsea\n'),
@@ -430,10 +430,10 @@ def test_what_is_accepted(tmp_path):
     assert whole[0, at['2']][1].unique().tolist() == [0, 1]
     first, facts = train.notes
     assert first.startswith('train: 6 images, 4 classes; not taken as images: by ending 1 (.txt)')
-    assert first.endswith('1 annotations without an image (alone.png)')
+    assert first.endswith('1 annotation without an image (alone.png)')
     assert facts == (
         'train: of 6 annotations, evenly from all: 3 of 4 classes seen; never sun; '
-        '16.7% of the pixels not counted (255); 1 annotations without a counted pixel'
+        '16.7% of the pixels ignored (255); 1 annotation ignored as a whole'
     )
     [alone] = pairs(given(tmp_path, nb_classes=None), ['val'])
     assert list(alone.images) == list(val.images)
@@ -470,7 +470,7 @@ def test_ade20k(tmp_path):
     label = TestPairs(train, 40, reduce_zero=True)[0, 0][1]
     assert label.unique().tolist() == [0, 1, 255]
     (tmp_path / 'objectInfo150.txt').write_text('\n'.join(lines[:149]))
-    with pytest.raises(UserError, match='is damaged: it should name classes 1 to 150, but class 150 has no line'):
+    with pytest.raises(UserError, match='is damaged: it should name 1 to 150, but 150 has no line'):
         pairs(given(tmp_path, dataset='ade20k', nb_classes=None), ['train'])
 
 
@@ -569,7 +569,7 @@ def test_miou(case):
     prediction, label = (torch.from_numpy(x) for x in judged(case))
     found, theirs = Confusion(case['num_classes']), case['mmseg_0.11']
     if case['tag'] == 'beyond':
-        with pytest.raises(UserError, match='a label is 6, beyond the 6 classes: 0 to 5, and 255, not counted'):
+        with pytest.raises(UserError, match='a label is 6, beyond the 6 classes: 0 to 5, and 255, ignored'):
             found.update(prediction, label)
         return
     for one in zip(prediction, label, strict=True):

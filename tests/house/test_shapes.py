@@ -24,5 +24,5 @@ def test_shapes(tmp_path):
 
 def test_sizes_do_not_tell_classes():
     """A disk, a square and a triangle of the same draws have the same area, but for what the border cuts."""
-    areas = [make_shapes.shape(np.random.default_rng(3), 400, label).sum() for label in (1, 2, 3)]
+    areas = [make_shapes.shape(np.random.default_rng(0), 400, label).sum() for label in (1, 2, 3)]
     assert max(areas) < 1.02 * min(areas)

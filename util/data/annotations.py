@@ -1,7 +1,7 @@
 """Folders of images and their annotations: which belong together, what their labels say, and what is wrong with them.
 
-An annotation is a PNG of 8 bits whose pixels are the numbers of classes, in gray or as places in a palette; 255 is not
-counted. Mistakes in annotations train without a complaint, and badly: each of them ends in one line, or in a fact for
+An annotation is a PNG of 8 bits whose pixels are the numbers of classes, in gray or as places in a palette; 255 is
+ignored. Mistakes in annotations train without a complaint, and badly: each of them ends in one line, or in a fact for
 the log.
 """
 
@@ -19,8 +19,9 @@ from util.data.datasets import LeftOut
 from util.data.images import FORMATS, Reader
 from util.data.stores import Files, folder_of
 from util.errors import RunError, UserError, listed, printable
+from util.log import counted
 
-IGNORED = 255  # the label of pixels that are not counted
+IGNORED = 255  # the label of ignored pixels
 LOOKED_AT = 100  # annotations of each split, before a run
 ADE20K, ADE20K_CLASSES, ADE20K_NAMES = 'ade20k', 150, 'objectInfo150.txt'
 CLASSES = 'classes.txt'
@@ -39,12 +40,12 @@ class PairSplit(NamedTuple):
 
 
 def reduces(args: argparse.Namespace) -> bool:
-    """Whether label 0 is not counted and class k is label k + 1: by default ADE20K's alone."""
+    """Whether label 0 is ignored and class k is label k + 1: by default ADE20K's alone."""
     return args.dataset == ADE20K if args.reduce_zero_label is None else args.reduce_zero_label
 
 
 def reduce_zero_label(label: np.ndarray) -> np.ndarray:
-    """uint8 labels: 0 becomes 255, which is not counted, as 255 is; all others are one less."""
+    """uint8 labels: 0 becomes 255, which is ignored, as 255 is; all others are one less."""
     reduced = label - np.uint8(1)
     reduced[label == IGNORED] = IGNORED
     return reduced
@@ -53,7 +54,7 @@ def reduce_zero_label(label: np.ndarray) -> np.ndarray:
 def known_labels(num_classes: int, reduce_zero: bool = False) -> str:
     first = int(reduce_zero)
     zero = f'0 and {IGNORED}' if reduce_zero else f'{IGNORED}'
-    return f'{first} to {num_classes - 1 + first}, and {zero}, not counted'
+    return f'{first} to {num_classes - 1 + first}, and {zero}, ignored'
 
 
 # --------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def class_names(args: argparse.Namespace) -> list[str]:
     if number < 2:
         raise UserError('a single class: there is nothing to tell it from; what is not of it is a class too')
     if number > IGNORED:
-        raise UserError(f'{number} classes, but labels have 8 bits and {IGNORED} is not counted: {IGNORED} at most')
+        raise UserError(f'{number} classes, but labels have 8 bits and {IGNORED} is ignored: {IGNORED} at most')
     return names or list(map(str, range(number)))
 
 
@@ -177,11 +178,11 @@ def names_in(listing: Path) -> list[str]:
 def ade20k_names(listing: Path) -> list[str]:
     """The first name of each of the 150 classes in ADE20K's own list: columns between tabs, the last has names."""
     rows = [line.split('\t') for line in text_of(listing).splitlines()]
-    names = {row[0].strip(): row[-1].partition(',')[0].strip() for row in rows if row[0].strip().isdecimal()}
+    names = {row[0].strip(): row[-1].partition(',')[0].strip() for row in rows}
     found = [names.get(str(number), '') for number in range(1, ADE20K_CLASSES + 1)]
-    if not all(found):
-        raise UserError(f'{listing} is damaged: it should name classes 1 to {ADE20K_CLASSES}, but class '
-                        f'{found.index("") + 1} has no line')  # fmt: skip
+    if '' in found:
+        lacking = found.index('') + 1
+        raise UserError(f'{listing} is damaged: it should name 1 to {ADE20K_CLASSES}, but {lacking} has no line')
     return found
 
 
@@ -214,7 +215,7 @@ def split_of(args: argparse.Namespace, split: str) -> PairSplit:
     found, alone = annotations_of(files, images, annotations)
     notes = left.notes()
     if alone:
-        notes.append(f'{len(alone)} annotations without an image ({listed(alone)})')
+        notes.append(f'{counted(len(alone), "annotation")} without an image ({listed(alone)})')
     return PairSplit(files, found, classes, notes)
 
 
@@ -298,7 +299,7 @@ def looked_at(split: PairSplit, args: argparse.Namespace, name: str) -> PairSpli
     """The split, with a line on what it holds and another on what at most a hundred annotations, evenly from all, say.
 
     Evenly, since the first ones by name are often of one folder, scene or day. Raises UserError for what is wrong with
-    these, and where none of their pixels is counted; one that cannot be read is left for the run to meet.
+    these, and where all of their pixels are ignored; one that cannot be read is left for the run to meet.
     """
     reader = Reader(args.max_pixels, args.data_retries, folder_of(args.data_path))
     total, reduce_zero = len(split.images), reduces(args)
@@ -315,7 +316,7 @@ def looked_at(split: PairSplit, args: argparse.Namespace, name: str) -> PairSpli
             continue
         label_counts = np.bincount(label.ravel(), minlength=256)
         checked(np.flatnonzero(label_counts).astype(np.uint8), len(split.classes), reduce_zero, path)
-        empty += label_counts[[0, IGNORED] if reduce_zero else [IGNORED]].sum() == label.size
+        empty += int(label_counts[[0, IGNORED] if reduce_zero else [IGNORED]].sum() == label.size)
         raw, read = raw + label_counts, read + 1
     first = f'{name}: {total} images, {len(split.classes)} classes'
     notes = ['; '.join([first, *split.notes])]
@@ -325,20 +326,20 @@ def looked_at(split: PairSplit, args: argparse.Namespace, name: str) -> PairSpli
 
 
 def facts(raw: np.ndarray, classes: list[str], reduce_zero: bool, where: str, empty: int) -> str:
-    """A line on how often which number is stored in annotations, int64 [256]. Raises UserError if none is counted."""
+    """A line on how often which number is stored in annotations, int64 [256]. Raises UserError if all is ignored."""
     first = int(reduce_zero)
     counts, pixels = raw[first : first + len(classes)], raw.sum()
     zero = f'0 and {IGNORED}' if reduce_zero else f'{IGNORED}'
     if not counts.any():
         drop = '; without --reduce_zero_label, 0 is a class' if reduce_zero and raw[0] else ''
-        raise UserError(f'{where}, every pixel is {zero}, which is not counted{drop}')
+        raise UserError(f'{where}, every pixel is {zero}, ignored{drop}')
     unseen = [name for name, count in zip(classes, counts, strict=True) if not count]
     parts = [f'{where}: {len(classes) - len(unseen)} of {len(classes)} classes seen']
     if unseen:
         parts.append(f'never {listed(unseen, 8)}')
-    parts.append(f'{100 * (1 - counts.sum() / pixels):.1f}% of the pixels not counted ({zero})')
+    parts.append(f'{100 * (1 - counts.sum() / pixels):.1f}% of the pixels ignored ({zero})')
     if empty:
-        parts.append(f'{empty} annotations without a counted pixel')
+        parts.append(f'{counted(empty, "annotation")} ignored as a whole')
     if not reduce_zero and set(np.flatnonzero(raw)) == {0, IGNORED}:
         parts.append(f'they hold 0 and {IGNORED} alone: if {IGNORED} is to be a class, write 1 for it')
     if reduce_zero and raw[0] and not counts[-1]:

@@ -2,7 +2,7 @@
 
 Training's transforms, inference and metric are those of mmsegmentation 0.11, which the papers' code was written for, in
 numbers; none of its libraries is needed. Images and labels are numpy arrays up to the batch, uint8 [H, W, 3] and
-[H, W]; 255 in a label is a pixel that is not counted. Sizes are (height, width).
+[H, W]; pixels labelled 255 are ignored. Sizes are (height, width).
 """
 
 import argparse
@@ -127,7 +127,7 @@ def label_box(label: np.ndarray, size: tuple[int, int], corner: tuple[int, int],
 
 
 def acceptable(label: np.ndarray) -> bool:
-    """Whether no class has three quarters of a crop's counted pixels or more: so there are two classes at least."""
+    """Whether no class has three quarters or more of a crop's pixels, ignored ones apart: it has two at least."""
     counts = np.bincount(label.ravel(), minlength=IGNORED + 1)[:IGNORED]
     return bool(counts.max() < LARGEST_SHARE * counts.sum())
 
@@ -270,7 +270,7 @@ class PairFiles(ImageFiles):
         self.split, self.reduce_zero = split, reduce_zero
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and label, in full size; without annotations nothing of the label is counted."""
+        """Image and label, in full size; without annotations all of the label is ignored."""
         image = np.asarray(self.image(index))
         if self.split.annotations is None:
             return image, np.full(image.shape[:2], IGNORED, np.uint8)
@@ -357,7 +357,7 @@ class TestPairs(PairFiles):
         return images, torch.from_numpy(np.ascontiguousarray(label))
 
     def blank(self) -> tuple[list[Tensor], Tensor]:
-        """Nothing of its label is counted."""
+        """All of its label is ignored."""
         images = [torch.zeros(3, self.short_side, self.short_side, dtype=torch.uint8) for _ in self.scales]
         return images, torch.full((1, 1), IGNORED, dtype=torch.uint8)
 
@@ -457,7 +457,7 @@ def predict(
 
 
 class Confusion:
-    """Pixels by their label and prediction, [K, K]; those labelled 255 are not counted."""
+    """Pixels by their label and prediction, [K, K]; those labelled 255 are ignored."""
 
     def __init__(self, num_classes: int, device: torch.device | str = 'cpu'):
         self.num_classes = num_classes
