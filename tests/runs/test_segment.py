@@ -90,7 +90,8 @@ def test_what_a_run_leaves(whole, pairs, tmp_path, capsys):
     assert re.search(r'square +IoU +\d', told)
     assert not list(tmp_path.iterdir())
     others = {figures(told)}
-    for flags in (['--test_flip'], ['--test_scales', '1', '2'], ['--stride', '1', '--short_side', '40'], ['--short_side', '40']):
+    larger = ['--short_side', '40']
+    for flags in (['--test_flip'], ['--test_scales', '1', '2'], larger, [*larger, '--stride', '1']):
         segment(pairs, tmp_path, '--eval', '--resume', folder / 'checkpoint-last.pth', *flags)
         others.add(figures(capsys.readouterr().out))
     assert len(others) == 5
