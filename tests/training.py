@@ -210,6 +210,24 @@ def read_until(process: subprocess.Popen | Forked, text: str) -> None:
     pytest.fail(f'{text!r} never came; stderr: {process.stderr.read()}')
 
 
+def without_initialisation(monkeypatch) -> None:
+    """Make networks without filling them: the large ones take seconds to draw."""
+    for name in ('xavier_uniform_', 'normal_', 'trunc_normal_', 'kaiming_uniform_', 'kaiming_normal_', 'uniform_'):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    for name in ('normal_', 'uniform_', 'erfinv_', 'clamp_', 'mul_', 'add_'):  # what timm's truncated normal calls
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
+
+
+@contextlib.contextmanager
+def shapes():
+    """Networks that are made here are shapes alone, and made at once."""
+    on_cpu = functools.partial(torch.linspace, device='cpu')  # older timm reads its drop path rates off it
+    with torch.device('meta'), pytest.MonkeyPatch.context() as patch:
+        without_initialisation(patch)
+        patch.setattr(torch, 'linspace', on_cpu)
+        yield
+
+
 def draw_plan(model, n: int, seed: int = 0):
     """A plan for n samples, a function of the seed."""
     return model.plan_from_noise(rng.uniform(np.random.default_rng(seed), model.noise_shape(n)))
