@@ -64,11 +64,18 @@ def load(output: Path, name: str = 'checkpoint-last.pth') -> dict:
     return torch.load(output / name, weights_only=True)
 
 
-def command(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, script: str = '') -> list[str]:
-    """The command line of a run in processes of its own; with `ranks`, under torchrun; `script` replaces the main."""
+def command(
+    stage: str, data: Path, output: Path, *more: str, ranks: int = 0, script: str = '', torchrun: bool = False
+) -> list[str]:
+    """The command line of a run in processes of its own; `script` replaces the main.
+
+    With `ranks`, under a launcher: torchrun, or what stands in for it and forks them.
+    """
     launcher = [sys.executable]
-    if ranks:
+    if torchrun:
         launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--master_port={free_port()}']
+    elif ranks:
+        launcher += [str(ROOT / 'tests/launcher.py'), str(ranks), str(free_port())]
     return [*launcher, str(ROOT / (script or program(stage))), *arguments(data, output, *more)]
 
 
