@@ -182,8 +182,7 @@ def begin(argv: list[str], env: dict[str, str], streams: list[str | Path], small
 def start(line: list[str], **variables: str) -> subprocess.Popen | Forked:
     """Begin a command, whose output can be read while it runs."""
     env = environment() | variables
-    of_ours = Path(line[1]).parent in (ROOT, ROOT / 'tests') or line[1] == str(ROOT / program('segment'))
-    if line[0] == sys.executable and of_ours:
+    if line[0] == sys.executable and Path(line[1]).parent in (ROOT, ROOT / 'tests', ROOT / 'scripts'):
         return Forked(line[1:], env)
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
