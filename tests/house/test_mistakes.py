@@ -113,7 +113,7 @@ STEPS = ['--epochs', '9', '--warmup_epochs', '1', '--lr_sched', 'step', '--lr_de
         (['--warmup_lr_ratio', '2'], r'--warmup_lr_ratio must be at least 0 and at most 1, got 2'),
         (['--warmup_shape', 'cosine'], r'invalid choice: .?cosine'),
         (['--cosine_start', 'one'], r'invalid choice: .?one'),
-        (['--opt', 'sgd'], r'invalid choice: .?sgd'),
+        (['--opt', 'rmsprop'], r'invalid choice: .?rmsprop'),
         (['--opt_eps', '0'], r'--opt_eps must be more than 0 and finite, got 0'),
         (['--rule_kwargs', 'decay=1'], r'param_rules has no option decay; known: none'),
         (['--lr', '0'], r'--lr must be more than 0 and finite, got 0'),
