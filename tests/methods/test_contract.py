@@ -99,7 +99,9 @@ FIRST = ('mirl_vit_tiny', 'a2mim_resnet_tiny')  # without those that take second
 
 def first(names, models):
     """Those of these names by default, the others with `--faults`: they take seconds."""
-    return [pytest.param(*model, id=model[1], marks=() if model[1] in names else pytest.mark.faults) for model in models]
+    return [
+        pytest.param(*model, id=model[1], marks=() if model[1] in names else pytest.mark.faults) for model in models
+    ]
 
 
 def test_every_method_file_is_listed():
@@ -391,8 +393,6 @@ class Crossings(TorchDispatchMode):
         if len({x.device.type for x in tensors}) > 1:
             self.found.append(func.name())
         return result
-
-
 
 
 @pytest.mark.parametrize(('module', 'name'), first(FIRST, TINY))
