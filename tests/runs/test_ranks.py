@@ -77,7 +77,8 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
     assert (status['state'], status['exit_code']) == ('failed', 6)
     assert line == f'rank 0: {status["message"]}'
     assert not processes_of(tmp_path)
-    assert not alive(first) and not alive(victim)
+    assert not alive(first)
+    assert not alive(victim)
 
     if number == signal.SIGKILL:  # on from there, with the same bytes in the end as if nothing had been
         done = run('pretrain', images, tmp_path, *FLAGS, '--resume', 'auto', ranks=2)
