@@ -17,17 +17,17 @@ CLASSES = ('background', 'disk', 'square', 'triangle')
 
 
 def texture(numbers: np.random.Generator, size: int) -> np.ndarray:
-    """[size, size, 3] in 0..255: two colours in random spots."""
+    """[size, size, 3] in 0..255: two dark colours in random spots."""
     spots = numbers.random((numbers.integers(6, 13),) * 2, dtype=np.float32)
     mix = np.asarray(Image.fromarray(spots).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
-    first, second = numbers.uniform(0, 255, (2, 3))
+    first, second = numbers.uniform(0, 120, (2, 3))
     return mix * first + (1 - mix) * second
 
 
 def shape(numbers: np.random.Generator, size: int, label: int) -> np.ndarray:
-    """[size, size]: the pixels of a shape of this class, anywhere, turned; its size does not tell its class either."""
+    """[size, size]: the pixels of a shape of this class, slightly turned; its size does not tell its class."""
     row, column = np.mgrid[:size, :size] - numbers.uniform(0.1 * size, 0.9 * size, (2, 1, 1))
-    radius, turn = numbers.uniform(0.12, 0.26) * size, numbers.uniform(0, 2 * np.pi)
+    radius, turn = numbers.uniform(0.14, 0.26) * size, np.pi / 2 + numbers.uniform(-0.2, 0.2)
     if label == 1:
         return np.hypot(row, column) < radius
     sides = {2: 4, 3: 3}[label]
@@ -39,12 +39,12 @@ def shape(numbers: np.random.Generator, size: int, label: int) -> np.ndarray:
 def picture(numbers: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """An image, uint8 [size, size, 3], and its labels, uint8 [size, size]; later shapes hide earlier ones.
 
-    No colour tells what a pixel belongs to.
+    Shapes are of one bright colour, which does not tell their class.
     """
     image, labels = texture(numbers, size), np.zeros((size, size), np.uint8)
-    for label in numbers.integers(1, len(CLASSES), numbers.integers(2, 6)):
+    for label in numbers.integers(1, len(CLASSES), numbers.integers(1, 5)):
         inside = shape(numbers, size, label)
-        image[inside], labels[inside] = numbers.uniform(0, 255, 3), label
+        image[inside], labels[inside] = numbers.uniform(100, 255, 3), label
     image += numbers.normal(0, 8, image.shape)
     return image.clip(0, 255).astype(np.uint8), labels
 

@@ -2,13 +2,11 @@
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from torch import nn
-from training import MAINS
+from training import MAINS, shapes
 
 import main_finetune
 import main_pretrain
@@ -52,8 +50,7 @@ def network(name: str) -> nn.Module:
     args = resolve(name)
     key = repr(sorted((flag, value) for flag, value in vars(args).items() if flag not in SCHEDULE.split()))
     if key not in NETWORKS:
-        on_cpu = partial(torch.linspace, device='cpu')  # older timm reads its drop path rates off it
-        with torch.device('meta'), mock.patch.object(torch, 'linspace', on_cpu):
+        with shapes():
             if stage_of(name) == 'pretrain':
                 NETWORKS[key] = main_pretrain.create_model(args).to('meta')  # sin-cos tables are made on the CPU
             else:

@@ -64,11 +64,18 @@ def load(output: Path, name: str = 'checkpoint-last.pth') -> dict:
     return torch.load(output / name, weights_only=True)
 
 
-def command(stage: str, data: Path, output: Path, *more: str, ranks: int = 0, script: str = '') -> list[str]:
-    """The command line of a run in processes of its own; with `ranks`, under torchrun; `script` replaces the main."""
+def command(
+    stage: str, data: Path, output: Path, *more: str, ranks: int = 0, script: str = '', torchrun: bool = False
+) -> list[str]:
+    """The command line of a run in processes of its own; `script` replaces the main.
+
+    With `ranks`, under a launcher: torchrun, or what stands in for it and forks them.
+    """
     launcher = [sys.executable]
-    if ranks:
+    if torchrun:
         launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--master_port={free_port()}']
+    elif ranks:
+        launcher += [str(ROOT / 'tests/launcher.py'), str(ranks), str(free_port())]
     return [*launcher, str(ROOT / (script or program(stage))), *arguments(data, output, *more)]
 
 
@@ -175,8 +182,7 @@ def begin(argv: list[str], env: dict[str, str], streams: list[str | Path], small
 def start(line: list[str], **variables: str) -> subprocess.Popen | Forked:
     """Begin a command, whose output can be read while it runs."""
     env = environment() | variables
-    of_ours = Path(line[1]).parent in (ROOT, ROOT / 'tests') or line[1] == str(ROOT / program('segment'))
-    if line[0] == sys.executable and of_ours:
+    if line[0] == sys.executable and Path(line[1]).parent in (ROOT, ROOT / 'tests', ROOT / 'scripts'):
         return Forked(line[1:], env)
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
@@ -208,6 +214,24 @@ def read_until(process: subprocess.Popen | Forked, text: str) -> None:
                 return
         time.sleep(0.01)
     pytest.fail(f'{text!r} never came; stderr: {process.stderr.read()}')
+
+
+def without_initialisation(monkeypatch) -> None:
+    """Make networks without filling them: the large ones take seconds to draw."""
+    for name in ('xavier_uniform_', 'normal_', 'trunc_normal_', 'kaiming_uniform_', 'kaiming_normal_', 'uniform_'):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    for name in ('normal_', 'uniform_', 'erfinv_', 'clamp_', 'mul_', 'add_'):  # what timm's truncated normal calls
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
+
+
+@contextlib.contextmanager
+def shapes():
+    """Networks that are made here are shapes alone, and made at once."""
+    on_cpu = functools.partial(torch.linspace, device='cpu')  # older timm reads its drop path rates off it
+    with torch.device('meta'), pytest.MonkeyPatch.context() as patch:
+        without_initialisation(patch)
+        patch.setattr(torch, 'linspace', on_cpu)
+        yield
 
 
 def draw_plan(model, n: int, seed: int = 0):

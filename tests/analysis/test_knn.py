@@ -248,7 +248,8 @@ def test_networks_are_judged(images, trained, tmp_path, capsys, monkeypatch):
     for name, value in {**ranks, 'RANK': '0', 'LOCAL_RANK': '0', 'GLOO_SOCKET_IFNAME': 'lo'}.items():
         monkeypatch.setenv(name, value)
     analysed(images, tmp_path / 'two', *flags)
-    assert other.wait(60) == 0, other.stderr.read()
+    _, said = other.communicate(60)
+    assert other.returncode == 0, said
     for file in ('knn.json', 'features-ours.npz', 'features-random.npz'):
         assert (tmp_path / 'two' / file).read_bytes() == (tmp_path / file).read_bytes()
 

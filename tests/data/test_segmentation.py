@@ -210,7 +210,8 @@ def test_batches(folder):
     for imgs, label in datasets.loader(tests, datasets.eval_batches(3, 1, 0, 1), 0, False):
         assert [list(image.shape) for image in imgs] == [[1, 3, 15, 23], [1, 3, 20, 30]]
         assert list(label.shape) == [1, 40, 60]
-    assert [TestPairs(val, 20, least=20).size(10, 100, ratio) for ratio in (1.0, 0.5)] == [(8, 80), (20, 200)]
+    by_scales = {scales: TestPairs(val, 20, scales, least=20) for scales in [(1.0,), (0.5,), (0.5, 1.0)]}
+    assert [pairs.size(10, 100, scales[-1]) for scales, pairs in by_scales.items()] == [(8, 80), (20, 200), (20, 200)]
     unlabelled = TestPairs(val._replace(annotations=None), 20)
     assert (unlabelled[0, 1][1] == 255).all()
 
@@ -509,6 +510,9 @@ def test_slide_equals_whole():
         slid = seg.predict(model, imgs, (25, 35), 'slide', crop, stride)
         assert torch.allclose(slid, seg.predict(model, imgs, (25, 35)), atol=1e-6)
     assert seg.predict(Pointwise(30), imgs, (25, 35), 'slide').sum(1).allclose(torch.ones(1, 25, 35))
+    for mode, message in (('slides', "mode 'slides' is not one of whole, slide"), ('slide', 'needs a crop')):
+        with pytest.raises(ValueError, match=message):
+            seg.predict(Pointwise(), imgs, (25, 35), mode)
 
 
 def test_mirrored_and_several_scales():

@@ -111,7 +111,7 @@ def test_random_kills_of_ranks(images, tmp_path, measured):
     rng, kills = random.Random(2), 0
 
     def go(folder: Path, seconds: float | None) -> int | None:
-        line = command('pretrain', images, folder, *flags, ranks=2)
+        line = command('pretrain', images, folder, *flags, ranks=2, torchrun=True)
         with open(folder.with_suffix('.log'), 'ab') as log:
             process = subprocess.Popen(line, stdout=log, stderr=log, env=environment(), start_new_session=True)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -20,9 +20,8 @@ def test_elastic_restarts(images, tmp_path):
     whole, worked = load(tmp_path / 'whole'), 0
     for i in range(RESTARTS):
         folder = tmp_path / f'run {i}'
-        line = command(
-            'pretrain', images, folder, *FLAGS, '--resume', 'auto', ranks=2, script='tests/faults/slow_rank.py'
-        )
+        flags, script = [*FLAGS, '--resume', 'auto'], 'tests/faults/slow_rank.py'
+        line = command('pretrain', images, folder, *flags, ranks=2, script=script, torchrun=True)
         line[line.index('--nproc_per_node=2') + 1] = '--standalone'  # in place of a fixed port
         line.insert(line.index('--standalone'), '--max_restarts=1')
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from timm.layers import LayerNorm2d
-from training import draw_plan
+from training import draw_plan, shapes
 
 import models_a2mim
 from models_a2mim import create_classifier, param_rules
@@ -157,9 +157,10 @@ def test_any_encoder(name):
     same = (site.to_map(seen[0]) == site.to_map(seen[1])).all(dim=1, keepdim=True)
     assert torch.equal(same.float(), patch_mask_to_pixels(plan.mask, site.side // model.cells))
 
-    stock = timm.create_model(name, num_classes=0, **({'img_size': size} if takes_img_size(name) else {}))
-    stock.load_state_dict(model.encoder_state_dict(), strict=True)
-    rules = param_rules(create_classifier('a2mim_timm', name=name, num_classes=5, img_size=size))
+    with shapes():
+        stock = timm.create_model(name, num_classes=0, **({'img_size': size} if takes_img_size(name) else {}))
+        rules = param_rules(create_classifier('a2mim_timm', name=name, num_classes=5, img_size=size))
+    stock.load_state_dict(model.encoder_state_dict(), strict=True, assign=True)
     assert min(rules.values())[0] == 0
     assert len({layer_id for layer_id, _, _ in rules.values()}) > 3
 
@@ -188,7 +189,7 @@ def takes_img_size(name: str) -> bool:
     ids=lambda value: value.get('name') if isinstance(value, dict) else '',
 )
 def test_what_has_no_place_for_the_token_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with shapes(), pytest.raises(ValueError, match=message):
         models_a2mim.a2mim_timm(**{'img_size': 64, **options})
 
 
@@ -218,7 +219,7 @@ def test_what_has_no_place_for_the_token_is_refused(options, message):
     ],
 )
 def test_what_cannot_be(make, options, message):
-    with pytest.raises(ValueError, match=message):
+    with shapes(), pytest.raises(ValueError, match=message):
         getattr(models_a2mim, make)(**options)
 
 
@@ -362,7 +363,7 @@ PARAMETERS = {  # millions, with a head of 1000 classes
 
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_sizes(name):
-    with torch.device('meta'):
+    with shapes():
         count = sum(p.numel() for p in create_classifier(name).parameters()) / 1e6
     assert count == pytest.approx(PARAMETERS[name], abs=0.06 if 'vit' in name else 0.006)
 

@@ -5,7 +5,6 @@ import functools
 import math
 import re
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from timm.layers import DropPath
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import HostReads, draw_plan
+from training import HostReads, draw_plan, shapes, without_initialisation
 
 import main_pretrain
 from main_pretrain import METHODS
@@ -37,6 +36,7 @@ QUICK = {
     'localmim_swin_pico': 64,
     'mixmae_tiny': 32,
 }
+COMPILED_LATER = QUICK.keys() - {'mirl_vit_tiny', 'localmim_swin_pico'}  # the delicate one: windows by the plan
 QUICK |= {module.__all__[0]: 32 for module in METHODS if not QUICK.keys() & set(module.__all__)}  # of a new method
 TINY = [(module, name) for module, name in MODELS if name in QUICK]
 # a published size of each architecture, whose others differ from it in numbers alone
@@ -94,19 +94,21 @@ def ids(models):
     return [name for _, name in models]
 
 
+FIRST = ('mirl_vit_tiny', 'a2mim_resnet_tiny')  # without those that take seconds
+
+
+def first(names, models):
+    """Those of these names by default, the others with `--faults`: they take seconds."""
+    return [
+        pytest.param(*model, id=model[1], marks=() if model[1] in names else pytest.mark.faults) for model in models
+    ]
+
+
 def test_every_method_file_is_listed():
     files = {path.stem for path in Path(__file__).parents[2].glob('models_*.py')}
     assert files == {module.__name__ for module in METHODS}
     names = ids(MODELS)
     assert len(names) == len(set(names))
-
-
-def without_initialisation(monkeypatch):
-    """Make networks without filling them: the large ones take seconds to draw."""
-    for name in ('xavier_uniform_', 'normal_', 'trunc_normal_', 'kaiming_uniform_', 'kaiming_normal_', 'uniform_'):
-        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
-    for name in ('normal_', 'uniform_', 'erfinv_', 'clamp_', 'mul_', 'add_'):  # what timm's truncated normal calls
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
 
 
 def without_storage(model, mode):
@@ -124,8 +126,7 @@ def without_storage(model, mode):
 @pytest.mark.parametrize(('module', 'name'), MODELS, ids=ids(MODELS))
 def test_contract(module, name):
     """Of every size, in shapes: plan, optimiser rules, and the classifier that the encoder belongs to."""
-    on_cpu = functools.partial(torch.linspace, device='cpu')  # older timm reads its drop path rates off it
-    with torch.device('meta'), mock.patch.object(torch, 'linspace', on_cpu):
+    with shapes():
         model = getattr(module, name)(img_size=size_of(name))
         classifier = module.create_classifier(name, num_classes=5, img_size=size_of(name))
 
@@ -158,16 +159,14 @@ def assert_scalars(loss, terms):
     assert all(term.shape == () and not term.requires_grad for term in terms.values())
 
 
-@pytest.mark.parametrize(
-    ('module', 'name'),
-    [pytest.param(*model, id=model[1], marks=() if model[1] in PUBLISHED else pytest.mark.faults) for model in MODELS],
-)
+@pytest.mark.parametrize(('module', 'name'), first(PUBLISHED, MODELS))
 def test_loss_and_gradients(module, name, monkeypatch):
     """In shapes: a float32 scalar, detached scalars; every trainable parameter gets a gradient."""
     without_initialisation(monkeypatch)
-    model = getattr(module, name)(img_size=size_of(name))
+    options = {'img_size': size_of(name), **({'depths': (2, 2, 2, 2)} if re.search('swin|mixmae', name) else {})}
+    model = getattr(module, name)(**options)
     imgs, plan = batch(model, name)
-    classifier = module.create_classifier(name, num_classes=5, img_size=size_of(name))
+    classifier = module.create_classifier(name, num_classes=5, **options)
     with FakeTensorMode() as mode:
         model, classifier = without_storage(model, mode), without_storage(classifier, mode)
         imgs, plan = mode.from_tensor(imgs), type(plan)(*map(mode.from_tensor, plan))
@@ -224,9 +223,9 @@ def test_checkpointing_changes_nothing(module, name):
     assert torch.equal(copied.eval()(imgs, plan)[0], model.eval()(imgs, plan)[0])
 
 
-@pytest.mark.parametrize('name', ['mirl_vit_tiny', 'a2mim_resnet_tiny'])
-def test_checkpointing_compiles_whole(name):
-    model = without_drop_path(make(main_pretrain.find_method(name), name))
+@pytest.mark.parametrize(('module', 'name'), first(FIRST[1:], [model for model in TINY if model[1] in FIRST]))
+def test_checkpointing_compiles_whole(module, name):
+    model = without_drop_path(make(module, name))
     again = copy.deepcopy(model)
     checkpoint_blocks(again)
     imgs, plan = batch(model, name)
@@ -343,7 +342,7 @@ def test_options(module, name):
         make(img_size=63)
 
 
-@pytest.mark.parametrize(('module', 'name'), TINY, ids=ids(TINY))
+@pytest.mark.parametrize(('module', 'name'), first(QUICK.keys() - COMPILED_LATER, TINY))
 def test_compiles_whole_without_recompiling(module, name):
     """`fullgraph=True` raises at a graph break; a second plan must not trace again."""
     model = without_drop_path(make(module, name)).eval()  # in training, running statistics move between the two
@@ -396,13 +395,7 @@ class Crossings(TorchDispatchMode):
         return result
 
 
-FIRST = ('mirl_vit_tiny', 'a2mim_resnet_tiny')  # without those that take seconds
-
-
-@pytest.mark.parametrize(
-    ('module', 'name'),
-    [pytest.param(*model, id=model[1], marks=() if model[1] in FIRST else pytest.mark.faults) for model in TINY],
-)
+@pytest.mark.parametrize(('module', 'name'), first(FIRST, TINY))
 def test_a_forward_stays_on_its_gpu(module, name):
     """In shapes alone, which needs no GPU."""
     model, gpu = make(module, name), torch.device('cuda', 0)
@@ -438,11 +431,7 @@ def test_class_token_or_a_clear_word(module, name):
 # --------------------------------------------------------------------------
 # segmenters, which a method may have
 
-SEGMENTERS = [
-    pytest.param(module, name, id=name, marks=pytest.mark.faults if name == 'a2mim_timm' else ())  # takes seconds
-    for module, name in TINY
-    if hasattr(module, 'create_segmenter')
-]
+SEGMENTERS = [(module, name) for module, name in TINY if hasattr(module, 'create_segmenter')]
 
 
 def make_segmenter(module, name, drop_path_rate=0.0):
@@ -452,7 +441,7 @@ def make_segmenter(module, name, drop_path_rate=0.0):
     return model, torch.randn(N, 3, size, size), torch.randint(5, (N, size, size)).index_fill_(1, torch.arange(9), 255)
 
 
-@pytest.mark.parametrize(('module', 'name'), SEGMENTERS)
+@pytest.mark.parametrize(('module', 'name'), first(QUICK.keys() - {'a2mim_timm'}, SEGMENTERS))
 def test_segmenter(module, name):
     """A step that never waits, gradients for all, rules for all; logits of a copy; what heads count on."""
     model, imgs, labels = make_segmenter(module, name)
@@ -491,10 +480,7 @@ def test_segmenter(module, name):
     assert torch.equal(copied(imgs), logits)
 
 
-@pytest.mark.parametrize(
-    ('module', 'name'),
-    [pytest.param(*p.values, id=p.id, marks=() if p.id in FIRST else pytest.mark.faults) for p in SEGMENTERS],
-)
+@pytest.mark.parametrize(('module', 'name'), first(FIRST, SEGMENTERS))
 def test_checkpointing_a_segmenter_changes_nothing(module, name):
     model, imgs, labels = make_segmenter(module, name, drop_path_rate=0.2)
     again = copy.deepcopy(model)
@@ -508,10 +494,7 @@ def test_checkpointing_a_segmenter_changes_nothing(module, name):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ('module', 'name'),
-    [pytest.param(*p.values, id=p.id, marks=() if p.id == FIRST[0] else pytest.mark.faults) for p in SEGMENTERS],
-)
+@pytest.mark.parametrize(('module', 'name'), first(FIRST[:1], SEGMENTERS))
 def test_a_segmenter_compiles_whole(module, name):
     model, imgs, labels = make_segmenter(module, name)
     model.eval()  # in training whole channels drop out

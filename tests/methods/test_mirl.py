@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training import draw_plan
+from training import draw_plan, shapes
 
 import models_mirl
 from util.nn.patches import gather_tokens, patch_mask_to_pixels, patch_stats, patchify, unpatchify
@@ -89,9 +89,9 @@ def test_heads_are_unit_per_input_feature(model):
     ],
 )
 def test_published_sizes(name, trainable, classifier):
-    with torch.device('meta'):
+    with shapes():
         model = getattr(models_mirl, name)()
-    network = models_mirl.create_classifier(name)
+        network = models_mirl.create_classifier(name)
     if trainable:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
     assert sum(p.numel() for p in network.parameters()) == classifier

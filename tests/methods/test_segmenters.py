@@ -18,6 +18,7 @@ from segmented import (
 import models_a2mim
 import models_localmim
 import models_mirl
+import models_mixmae
 from scripts import finetune_segmentation
 from util.errors import UserError
 from util.nn.upernet import FCNHead, Segmenter, UPerHead
@@ -325,6 +326,26 @@ def test_a_method_without_segmenters(monkeypatch):
         UserError, match=r'models_mirl.py has no create_segmenter: mirl_vit_tiny cannot learn to segment'
     ):
         finetune_segmentation.create_segmenter(args, 5)
+
+
+@pytest.mark.parametrize('head', ['uper', 'fcn'])
+@pytest.mark.parametrize(
+    ('module', 'name'),
+    [
+        (models_mirl, 'mirl_vit_tiny'),
+        (models_localmim, 'localmim_swin_pico'),
+        (models_mixmae, 'mixmae_tiny'),
+        (models_a2mim, 'simmim_swin_pico'),
+        (models_a2mim, 'a2mim_convnext_pico'),
+        (models_a2mim, 'a2mim_resnet_tiny'),
+    ],
+)
+def test_every_trainable_parameter_has_a_gradient(module, name, head):
+    """Several processes wait for each other's, and would for ever."""
+    model = module.create_segmenter(name, 5, img_size=32, head=head)
+    imgs, label = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
+    model(imgs, label)[0].backward()
+    assert [name for name, param in model.named_parameters() if param.requires_grad and param.grad is None] == []
 
 
 @pytest.mark.parametrize('mean', ['all', 'counted'])

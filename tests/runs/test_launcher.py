@@ -231,14 +231,9 @@ def test_local_job_is_requeued(images, tmp_path):
 def test_local_job_of_two_ranks_ends_well(images, tmp_path):
     """Both leave their results to submitit, without which the launcher would call the job failed."""
     flags = arguments(images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')
-    done = subprocess.run(
-        [*LOCAL, '2', '--job-dir', str(tmp_path), *flags],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=environment(),
-    )
-    assert (done.returncode, done.stderr) == (0, '')
+    process = start([*LOCAL, '2', '--job-dir', str(tmp_path), *flags])
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, '')
     assert len(list(tmp_path.glob('*_result.pkl'))) == 2
 
 

@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from training import SHORT, command, free_port, load, processes_of, read_until, run, same, start, train
+from training import SHORT, Forked, command, free_port, load, processes_of, read_until, run, same, start, train
 
 import engine_finetune
 from util import errors, run_folder
 from util.errors import DisagreementError, UserError
 from util.optim import GuardedOptimizer
 from util.run import Run
+from util.run_folder import alive
 
 FLAGS = [*SHORT, '--batch_size', '4', '--save_freq_steps', '2', '--dist_timeout', '5']  # 8 steps of 2 ranks an epoch
 
@@ -34,9 +35,9 @@ def whole(images, tmp_path_factory):
     return load(folder)
 
 
-def start_ranks(images, folder, *flags: str, ranks: int = 2) -> subprocess.Popen:
-    """Ranks under torchrun, in their sixth step."""
-    process = start(command('pretrain', images, folder, *FLAGS, *flags, ranks=ranks))
+def start_ranks(images, folder, *flags: str, ranks: int = 2, torchrun: bool = True) -> subprocess.Popen | Forked:
+    """Ranks under a launcher, in their sixth step."""
+    process = start(command('pretrain', images, folder, *FLAGS, *flags, ranks=ranks, torchrun=torchrun))
     read_until(process, '[5/8]')
     return process
 
@@ -61,8 +62,8 @@ def error_lines(text: str) -> list[str]:
     ],
 )
 def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp_path, measured):
-    process = start_ranks(images, tmp_path, '--epochs', '100')
-    victim = json.loads((tmp_path / '.ranks' / '1.json').read_text())['pid']
+    process = start_ranks(images, tmp_path, '--epochs', '100', torchrun=number == signal.SIGSTOP)
+    first, victim = (json.loads((tmp_path / '.ranks' / f'{rank}.json').read_text())['pid'] for rank in (0, 1))
     began = time.monotonic()
     os.kill(victim, number)
     # --dist_timeout, the ranks' wait for each other's word, torchrun's for a rank that hangs before it kills it, and
@@ -76,6 +77,8 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
     assert (status['state'], status['exit_code']) == ('failed', 6)
     assert line == f'rank 0: {status["message"]}'
     assert not processes_of(tmp_path)
+    assert not alive(first)
+    assert not alive(victim)
 
     if number == signal.SIGKILL:  # on from there, with the same bytes in the end as if nothing had been
         done = run('pretrain', images, tmp_path, *FLAGS, '--resume', 'auto', ranks=2)

@@ -21,6 +21,7 @@ from util.data import datasets
 from util.errors import StorageError
 from util.optim import GuardedOptimizer
 from util.run import Run
+from util.run_folder import alive
 
 FLAGS = [*SHORT, '--batch_size', '16', '--use_ema']  # 4 steps an epoch
 MOMENTS = {  # what is running when the signal comes, and where the run is to stop: epoch and step
@@ -321,28 +322,36 @@ def test_how_often_ranks_meet(slowest, expected, monkeypatch):
 
 
 def test_no_rank_outlives_its_torchrun(images, tmp_path):
-    """SIGKILL leaves torchrun no time to end its ranks. Here a few words of Python stand in for it."""
-    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
-    line = [*torchrun, *command('pretrain', images, tmp_path, *SHORT, '--epochs', '500')]
+    """SIGKILL leaves torchrun no time to end its ranks."""
+    line = command('pretrain', images, tmp_path, *SHORT, '--epochs', '500', ranks=1)
     process = start(line, TORCHELASTIC_RUN_ID='stand-in')
     read_until(process, '[3/8]')
     process.kill()
-    out, _ = process.communicate(timeout=90)  # returns when the last process that holds the pipe has ended
-    assert 'stopped on request at epoch' in out
+    wait_for_end(tmp_path)
+    assert 'stopped on request at epoch' in process.stdout.read()
 
 
 def test_no_rank_waits_without_its_torchrun(images, tmp_path):
     """It waits for another rank, which never comes, and obeys nothing that Python would have to do."""
-    torchrun = [sys.executable, '-c', 'import subprocess, sys; subprocess.run(sys.argv[1:])']
     place = {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
     place |= {'MASTER_PORT': str(free_port()), 'TORCHELASTIC_RUN_ID': 'stand-in'}
-    process = start([*torchrun, *command('pretrain', images, tmp_path, *SHORT)], **place)
+    process = start(command('pretrain', images, tmp_path, *SHORT, ranks=1), **place)
     while not (tmp_path / 'status.json').exists():
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(1)
     process.kill()
-    process.communicate(timeout=90)  # returns when the last process that holds the pipe has ended; not in 600 s
+    wait_for_end(tmp_path)  # not in 600 s
+
+
+def wait_for_end(folder: Path) -> None:
+    """Of the process that writes there."""
+    pid = json.loads((folder / 'status.json').read_text())['pid']
+    for _ in range(900):
+        if not alive(pid):
+            return
+        time.sleep(0.1)
+    pytest.fail(f'process {pid} is still there')
 
 
 def test_a_launcher_that_is_gone_already():

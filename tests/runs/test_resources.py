@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
-from training import SHORT, arguments, load, train
+from training import SHORT, arguments, load, server, train
 
 import engine_finetune
 import engine_pretrain
@@ -213,7 +213,7 @@ def test_a_checkpoint_without_memory_is_not_damaged(tmp_path):
     folder.mkdir()
     torch.save({'epoch': 0, 'step': 0}, folder / checkpoint.PREVIOUS)
     (folder / checkpoint.LAST).symlink_to(paths[0])
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+    with ProcessPoolExecutor(1, server()) as pool:
         ends = list(pool.map(read_with_little_memory, [*paths, folder]))
     for path, (line, code) in zip([*paths, folder / checkpoint.LAST], ends, strict=True):
         assert line.startswith(f'out of memory in reading {path}, of 134.2 MB')

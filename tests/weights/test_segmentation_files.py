@@ -1,5 +1,7 @@
 """Segmentation checkpoints into segmenters, and pretrained files of any origin into their encoders, key by key."""
 
+import copy
+import functools
 import re
 
 import pytest
@@ -25,18 +27,16 @@ FULL_SIZE = {  # the list of a file's keys: its model, options
     'a2mim_resnet50_fcn_v1c': ('a2mim_resnet50', dict(deep_stem=True)),
 }
 HEADS = dict(num_classes=5, channels=8, aux_channels=8)
-TINY = {  # model: its image side in pretraining and in segmentation, further options of both
-    'mirl_vit_tiny': (32, 64, {}),
-    'localmim_vit_tiny': (32, 64, {}),
-    'a2mim_vit_tiny': (32, 64, {}),
-    'a2mim_resnet_tiny': (32, 64, {}),
-    'a2mim_convnext_pico': (64, 64, {}),
-    'localmim_swin_pico': (64, 64, {}),
-    'simmim_swin_pico': (64, 64, {}),
-    'mixmae_tiny': (32, 64, {}),
+TINY = {  # model: its image side in pretraining; in segmentation it is 64
+    'mirl_vit_tiny': 32,
+    'localmim_vit_tiny': 32,
+    'a2mim_vit_tiny': 32,
+    'a2mim_resnet_tiny': 32,
+    'a2mim_convnext_pico': 64,
+    'localmim_swin_pico': 64,
+    'simmim_swin_pico': 64,
+    'mixmae_tiny': 32,
 }
-
-
 OWN = {'args': {'model': 'mirl_vit_tiny', 'model_kwargs': {}}, 'run': {'stage': 'segment'}, 'classes': list('abcde')}
 
 
@@ -47,17 +47,23 @@ def drawn(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@functools.cache
+def template(make, *args, **options) -> nn.Module:
+    return make(*args, **options)
+
+
 def segmenter(model: str, **options) -> nn.Module:
-    side = TINY[model][1] if model in TINY else 64
-    return drawn(find_method(model).create_segmenter(model, **{'img_size': side, **HEADS, **options}))
+    options = {'img_size': 64, **HEADS, **options}
+    return drawn(copy.deepcopy(template(find_method(model).create_segmenter, model, **options)))
 
 
 def pretraining(name: str) -> nn.Module:
-    return drawn(getattr(find_method(name), name)(img_size=TINY[name][0]))
+    return drawn(copy.deepcopy(template(getattr(find_method(name), name), img_size=TINY[name])))
 
 
 def classifier(name: str, **options) -> nn.Module:
-    return drawn(find_method(name).create_classifier(name, num_classes=3, img_size=TINY[name][0], **options))
+    create = find_method(name).create_classifier
+    return drawn(copy.deepcopy(template(create, name, num_classes=3, img_size=TINY[name], **options)))
 
 
 def assert_accounted(report, model: nn.Module, file: dict, both: int = 0) -> None:
@@ -215,8 +221,8 @@ def test_own_checkpoints(name, tmp_path):
     source, averaged, target = (segmenter(name) for _ in range(3))
     file = {'model': source.state_dict(), 'ema': averaged.state_dict(), **OWN}
     checkpoint.save(tmp_path / 'a.pth', file)
-    for ema, expected in ((False, source), (True, averaged)):
-        report = load_published(target, tmp_path / 'a.pth', ema=ema)
+    for given, ema, expected in ((file, False, source), (tmp_path / 'a.pth', True, averaged)):
+        report = load_published(target, given, ema=ema)
         assert not report.missing + report.ignored + report.resized
         assert report.format.startswith('our segmentation')
         assert report.origin.stage == 'segment'
@@ -388,21 +394,24 @@ def test_a_plain_vit_computes_the_same():
     sizes = dict(embed_dim=32, depth=4, num_heads=2, out_indices=(0, 1, 2, 3))
     imgs = torch.randn(2, 3, 64, 64)
     source.norm_pre = nn.Identity()
-    for name, file in files.items():
-        for options in ({}, dict(rel_pos_bias=False, init_values=None), dict(init_values=0.1)):
-            for model in ('mirl_vit_base', 'localmim_vit_base', 'a2mim_vit_base'):
-                if options.get('init_values', 1) is None and model == 'a2mim_vit_base' and name == 'timm':
-                    continue
-                target = segmenter(model, **sizes, **options)
-                report = load_published(target, file)
-                assert not [key for key in report.missing if key.startswith('encoder.')]
-                beit = type(target.encoder).__name__ == 'Beit'
-                assert any('k_bias' in line for line in report.ignored) == beit
-                with torch.no_grad():
-                    ours = target.encoder(imgs)
-                    theirs = source.forward_intermediates(imgs, norm=False, intermediates_only=True)
-                worst = max((a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True))
-                assert worst < 1e-5, (name, model, options)
+    plain = dict(rel_pos_bias=False, init_values=None)
+    for name, file, model, options in (
+        *((name, file, 'mirl_vit_base', {}) for name, file in files.items()),
+        ('MAE', files['MAE'], 'localmim_vit_base', plain),
+        ('Hugging Face', files['Hugging Face'], 'a2mim_vit_base', plain),
+        ('timm', files['timm'], 'a2mim_vit_base', dict(init_values=0.1)),
+        ('MAE', files['MAE'], 'mirl_vit_base', dict(init_values=0.1)),
+    ):
+        target = segmenter(model, **sizes, **options)
+        report = load_published(target, file)
+        assert not [key for key in report.missing if key.startswith('encoder.')]
+        beit = type(target.encoder).__name__ == 'Beit'
+        assert any('k_bias' in line for line in report.ignored) == beit
+        with torch.no_grad():
+            ours = target.encoder(imgs)
+            theirs = source.forward_intermediates(imgs, norm=False, intermediates_only=True)
+        worst = max((a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True))
+        assert worst < 1e-5, (name, model, options)
 
 
 def test_fewer_blocks():

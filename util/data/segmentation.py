@@ -324,8 +324,8 @@ class TrainPairs(PairFiles):
 class TestPairs(PairFiles):
     """For evaluation; an item is (uint8 images [3, h, w], one for each test scale; uint8 label of the original size).
 
-    Of a scale below 1, an image whose short side would be less than `least` is resized to that instead: where a network
-    of a fixed size is tested at several scales.
+    At other scales than 1 alone, an image whose short side would be less than `least` is resized to that instead: where
+    a network of a fixed size is tested at several scales.
     """
 
     __test__ = False  # pytest would take it for tests
@@ -345,7 +345,7 @@ class TestPairs(PairFiles):
     def size(self, height: int, width: int, ratio: float) -> tuple[int, int]:
         """At test scale."""
         size = rescaled_size(height, width, scale_of(self.short_side, ratio))
-        if not self.least or ratio >= 1 or min(size) >= self.least:
+        if not self.least or list(self.scales) == [1] or min(size) >= self.least:
             return size
         factor = self.least / min(height, width)
         return int(height * factor + 0.5), int(width * factor + 0.5)
@@ -435,11 +435,15 @@ def predict(
 
     'whole': the network takes the whole image; 'slide': windows of it, by default of the network's fixed size and two
     thirds of it apart. The logits are resized to `size`, and probabilities averaged over scales and, with `flip`, the
-    mirrored images.
+    mirrored images. Raises ValueError for another mode, and for a crop that nothing tells.
     """
+    if mode not in ('whole', 'slide'):
+        raise ValueError(f'mode {mode!r} is not one of whole, slide')
     imgs = [imgs] if isinstance(imgs, Tensor) else imgs
     if mode == 'slide':
-        crop = crop or model.fixed_size
+        crop = crop or getattr(model, 'fixed_size', None)
+        if crop is None:
+            raise ValueError("mode 'slide' of a network that takes any size needs a crop")
         stride = stride or tuple(2 * side // 3 for side in both(crop))
     views = [(scale, mirrored) for scale in imgs for mirrored in ((False, True) if flip else (False,))]
     total = None

@@ -211,6 +211,10 @@ def with_heads(
     else:
         decode_head = FCNHead(widths[-1], channels, num_classes, convs=2, concat=True)
     auxiliary_head = FCNHead(widths[-2], aux_channels, num_classes)
+    if head == 'fcn':  # with the last two maps taken alone, nothing trains what only others go through
+        norms = [getattr(encoder, f'norm{i}', None) for i in range(len(widths) - 2)]
+        for module in (pyramid.up4, pyramid.up2) if pyramid else filter(None, norms):
+            module.requires_grad_(False)
     return Segmenter(encoder, pyramid, decode_head, auxiliary_head, fixed_size, loss_mean)
 
 
