@@ -25,6 +25,7 @@ from main_pretrain import find_method
 from util import agreement, build, checkpoint, config, dist, dry_run, labelling, predictions, resources, rng
 from util.config import AT_LEAST_1, Switch, number
 from util.data import datasets, decoders, named, segmentation
+from util.data.annotations import listing_of
 from util.data.images import Reader
 from util.data.segmentation import PairSplit
 from util.errors import UserError, printable, run_main
@@ -217,7 +218,7 @@ def trained_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Mo
     source.expect('segment', f'has no segmentation heads: train them, with --finetune {args.resume}')
     args = source.complete(args, get_args_parser())
     names = source.classes
-    if names and not args.nb_classes:
+    if names and not args.nb_classes and (args.predict or not listing_of(args).is_file()):
         args = argparse.Namespace(**vars(args) | {'nb_classes': len(names)})
     if args.predict and not args.nb_classes:
         raise UserError(f'{source.path} does not say how many classes it knows: --nb_classes is needed')

@@ -41,7 +41,7 @@ from scripts import finetune_segmentation
 from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.dry_run import figure
-from util.errors import STOPPED, UserError, closest, program, run_main
+from util.errors import STOPPED, UserError, closest, run_main
 from util.recipes import find_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -105,10 +105,15 @@ def get_args_parser() -> config.Parser:
 
 
 class Job:
-    """What a job runs. It is pickled by value and called elsewhere, so its methods import the project's modules."""
+    """What a job runs. It is pickled by value and called elsewhere, where the project cannot be imported yet.
+
+    So its methods import the project's modules, and name no global that is one of them or holds one.
+    """
 
     def __init__(self, stage: str, args: argparse.Namespace, options: argparse.Namespace):
-        self.stage, self.module, self.program, self.args = stage, MAINS[stage].__name__, program(stage), args
+        from util.errors import program
+
+        self.stage, self.program, self.args = stage, program(stage), args
         self.local, self.max_requeues = options.local, options.max_requeues
         self.repository, self.folder = str(REPOSITORY), os.getcwd()
         self.umask = os.umask(0o077)
@@ -125,7 +130,7 @@ class Job:
         sys.path.insert(0, self.repository)
         sys.argv[:] = [self.program]
         self.set_environment(submitit.JobEnvironment())
-        main = importlib.import_module(self.module)
+        main = importlib.import_module(self.program.removesuffix('.py').replace('/', '.'))
         from util.errors import AT_THE_END, run_main
 
         paths = submitit.JobEnvironment().paths

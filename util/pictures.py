@@ -169,16 +169,18 @@ def labelled(
 ) -> np.ndarray:
     """A row per image, uint8 [H, W, 3], a column per name: its label [H, W] as colours, or without labels the image.
 
-    Panels are `width` pixels wide, by default as wide as the widest image. The legend below names the classes in the
-    labels, those with the most pixels first.
+    Panels are `width` pixels wide, but narrower where they would be more than four times as high; by default as wide as
+    the widest image. The legend below names the classes in the labels, those with the most pixels first.
     """
+    tallest = segmentation.LONGEST * width if width else max(image.shape[0] for image in images)
     width = width or max(image.shape[1] for image in images)
     whole = max(NARROWEST, MARGIN + (width + MARGIN) * len(labels))
     counts = sum(np.bincount(np.ravel(label), minlength=256) for column in labels.values() for label in column or ())
+    factors = [min(width / image.shape[1], tallest / image.shape[0]) for image in images]
     drawn = [
         [
             Image.fromarray(painted(image, column[row], len(classes)) if column else image).resize(
-                (width, max(1, round(width * image.shape[0] / image.shape[1])))
+                [max(1, round(factors[row] * side)) for side in image.shape[1::-1]]
             )
             for column in labels.values()
         ]

@@ -626,6 +626,9 @@ def test_labels_drawn_over_images(folder, tmp_path):
     drawn = pictures.some_labelled(label_of, TestPairs(val, 20, [1.0, 2.0]), 2)
     assert asked == [(2, (1, 3, 20, 30), (20, 30))] * 2
     assert drawn.shape[1] == pictures.MARGIN + 3 * (320 + pictures.MARGIN)
+    long = np.zeros((2000, 1, 3), np.uint8), np.zeros((2000, 1), np.uint8)
+    assert pictures.overlay(*long, ['sky']).shape[0] < 2100
+    assert pictures.labelled([long[0]], {'truth': [long[1]]}, ['sky'], width=320).shape[0] < 4 * 320 + 100
 
 
 def test_a_long_legend_is_cut():

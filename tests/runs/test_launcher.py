@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import pytest
 from pairs import make_pairs
 from submitit.core.utils import UncompletedJobError
@@ -133,6 +134,18 @@ def test_request_to_be_queued_again_that_is_not_granted(monkeypatch, capsys):
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith('job 7 is not queued again: its --max_requeues 3 are used up; ')
     assert line.endswith(', submit it with --output_dir runs/x --resume auto')
+
+
+def test_a_job_is_loaded_where_the_project_cannot_be_imported(tmp_path, monkeypatch):
+    [options, args] = launcher.parse(['segment', '--local', '--model', 'mirl_vit_tiny', '--steps', '10'])
+    cloudpickle.register_pickle_by_value(launcher)  # as that of a program that runs is
+    try:
+        job = cloudpickle.dumps(launcher.Job('segment', *args.values(), options))
+    finally:
+        cloudpickle.unregister_pickle_by_value(launcher)
+    monkeypatch.delenv('PYTHONPATH', raising=False)
+    load = 'import pickle, sys; assert callable(pickle.load(sys.stdin.buffer))'
+    subprocess.run([sys.executable, '-c', load], input=job, cwd=tmp_path, check=True)
 
 
 def test_job_folder_is_ours_alone(tmp_path):

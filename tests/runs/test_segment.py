@@ -274,12 +274,20 @@ def test_mistakes_with_a_checkpoint(whole, pairs, tmp_path):
     (other / 'classes.txt').write_text('background\nsquare\ncircle')
     with pytest.raises(UserError, match=r"trained for other classes: .* alone has 'disk'; .* alone has 'circle'"):
         segment(other, tmp_path / 'out', '--eval', '--resume', last)
+    (other / 'classes.txt').write_text('background\nsquare\ndisk\nstar')
+    with pytest.raises(UserError, match=r"trained for other classes: .* alone has 'star'"):
+        segment(other, tmp_path / 'out', '--eval', '--resume', last)
     train('pretrain', make_images(tmp_path / 'images'), tmp_path / 'pretrain', '--batch_size', '16', '--epochs', '1')
     pretrained = tmp_path / 'pretrain' / 'checkpoint-last.pth'
     with pytest.raises(UserError, match='has no segmentation heads: train them, with --finetune'):
         segment(pairs, tmp_path / 'out', '--eval', '--resume', pretrained)
     with pytest.raises(UserError, match=r'is a checkpoint of main_pretrain\.py; use --finetune'):
         segment(pairs, tmp_path / 'out', *SHORT, '--resume', pretrained)
+
+
+def test_annotations_are_not_pretrained_on(pairs, tmp_path):
+    with pytest.raises(UserError, match=rf'annotations holds images, too: .*--data_path {pairs}/images/train$'):
+        train('pretrain', pairs, tmp_path, '--epochs', '1')
 
 
 # --------------------------------------------------------------------------

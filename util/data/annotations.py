@@ -132,13 +132,16 @@ def stored_of(split: PairSplit, index: int, size: tuple[int, int], reader: Reade
 # names of classes
 
 
+def listing_of(args: argparse.Namespace) -> Path:
+    return args.data_path / (ADE20K_NAMES if args.dataset == ADE20K else CLASSES)
+
+
 def class_names(args: argparse.Namespace) -> list[str]:
     """Those of `classes.txt` or of ADE20K's list, else '0', '1', ... up to --nb_classes.
 
     Raises UserError where the file and --nb_classes differ, and where there is neither.
     """
-    folder, given = args.data_path, args.nb_classes
-    listing = folder / (ADE20K_NAMES if args.dataset == ADE20K else CLASSES)
+    given, listing = args.nb_classes, listing_of(args)
     if args.dataset == ADE20K:
         names = ade20k_names(listing) if listing.is_file() else list(map(str, range(ADE20K_CLASSES)))
         source = 'ADE20K'

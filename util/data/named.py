@@ -211,10 +211,19 @@ def images_to_train_on(args: argparse.Namespace) -> Split:
             return shards.unlabelled(args.data_path)
         folder, left = datasets.pretraining_folder(args.data_path), datasets.LeftOut()
         files = datasets.list_images(folder, left)
+        check_not_pairs(folder, files)
         return Split(files, None, [], ['; '.join([f'{folder}: {len(files)} images', *left.notes()])])
     found = labelled_images(args.dataset, args.data_path, 'train', args.download)
     line = f'{args.dataset}, train: {len(found.images)} images of {len(found.classes)} classes; no label is used'
     return Split(found.images, None, [], [line])
+
+
+def check_not_pairs(folder: Path, files: Files) -> None:
+    """Raise UserError for the folder of a segmentation, whose annotations would be pretrained on as if pictures."""
+    images, annotations = folder / 'images', folder / 'annotations'
+    if os.path.isdir(images) and any(name.startswith(f'{annotations}/') for name in files):
+        inner = next((images / name for name in ('train', 'training') if os.path.isdir(images / name)), images)
+        raise UserError(f'{annotations} holds images, too: are they annotations of {images}? --data_path {inner}')
 
 
 def labelled_splits(args: argparse.Namespace, splits: tuple[str, ...], classes: list[str] | None = None) -> list[Split]:
