@@ -423,6 +423,7 @@ def test_a_request_to_be_queued_again_without_scontrol(error, monkeypatch, capsy
         save=lambda *args, **kwargs: done.append('saved'),
         folder=SimpleNamespace(close=lambda *args: None),
         args=argparse.Namespace(output_dir='runs/x'),
+        sampler=SimpleNamespace(unit='epoch'),
     )
     with pytest.raises(SystemExit) as caught:
         Run.stop(run, signals.REQUEUE, SimpleNamespace(number=0, steps=4), 1)
