@@ -131,7 +131,7 @@ def test_pictures_take_the_network_from_its_file(images, pretrained, tuned, tmp_
     was = r'written by main_pretrain\.py --model mirl_vit_tiny --model_kwargs decoder_dim=24, not for --model '
     for flags, words in (
         (['--checkpoint', pretrained, val, '--model', 'mixmae_tiny'], rf'^\S+ was {was}mixmae_tiny, which cannot'),
-        (['--checkpoint', tuned, val], r'is without the decoders .*written by main_finetune\.py --model mirl_vit_tiny$'),
+        (['--checkpoint', tuned, val], r'without the decoders .*written by main_finetune\.py --model mirl_vit_tiny$'),
         (['--checkpoint', pretrained, 'photo.jpg'], r'^no such file or folder: photo\.jpg$'),
         (['--checkpoint', pretrained, '--model_kwargs', 'a=1', val], r'got .*val.; write images before --model_kwargs'),
     ):
