@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrain a tiny network without labels, train it to segment disks, squares and triangles, evaluate, and predict:
-# minutes on two cores. It calls only the programs that you would call for ADE20K.
+# less than four minutes on two cores. It calls only the programs that you would call for ADE20K.
 #
 #   bash scripts/shapes.sh
 #   SEED=1 MODEL=mixmae_tiny OUTPUT=runs/mixmae_shapes bash scripts/shapes.sh
