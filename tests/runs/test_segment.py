@@ -220,6 +220,13 @@ def test_a_step_that_diverged(pairs, tmp_path, monkeypatch, capsys):
     assert re.search(r'rank 0, micro-step 0: loss \d.*\n  finite in float32', capsys.readouterr().out)
 
 
+def test_channels_last():
+    """Off on a CPU, where it takes longer; elsewhere up to the network, and always to the flag."""
+    parser = finetune_segmentation.get_args_parser()
+    for flags, value in ((['cpu'], False), (['cuda'], None), (['cpu', '--channels_last'], True)):
+        assert parser.parse(['--device', *flags]).channels_last is value
+
+
 # --------------------------------------------------------------------------
 # mistakes
 
