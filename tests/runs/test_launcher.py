@@ -215,10 +215,11 @@ def test_local_job_is_requeued(images, tmp_path):
     """SIGUSR2 in the third step, as ahead of a time limit: submitit starts the job again, which resumes."""
     folder = tmp_path / 'job'
     process = start([*LOCAL, '1', '--job-dir', str(folder), *arguments(images, folder, *SHORT)])
-    job = int(process.stdout.readline().removeprefix('job ').partition(':')[0])
-    file = folder / f'{job}_0_log.out'
-    while not (file.exists() and '[3/8]' in file.read_text()):
+    while not (logs := [log for log in folder.glob('*_0_log.out') if '[3/8]' in log.read_text()]):
+        assert process.poll() is None
         time.sleep(0.02)
+    [file] = logs
+    job = int(file.name.partition('_')[0])
     os.kill(int(Path(f'/proc/{job}/task/{job}/children').read_text()), signal.SIGUSR2)
     _, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (0, '')
