@@ -393,6 +393,12 @@ def test_mistakes(name, tmp_path):
     print(error.value)
 
 
+def test_pairs_are_no_classes(tmp_path):
+    """Folders of pairs that are given to fine-tuning: their annotations are not to be advised."""
+    make_pairs(tmp_path)
+    assert datasets.advice(tmp_path, 'train') == '; it is laid out for scripts/finetune_segmentation.py'
+
+
 def test_levels(tmp_path):
     """A folder too high or too low."""
     make_pairs(tmp_path / 'data/ade')

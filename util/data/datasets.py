@@ -405,7 +405,12 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def nearby(data_path: Path, inside: Sequence[str] = ('train', 'val')) -> str:
-    """'; did you mean --data_path ...?' where a folder above, or a few levels below, has these folders in it."""
+    """'; did you mean --data_path ...?' where a folder above, or a few levels below, has these folders in it.
+
+    Whose pairs of images and annotations are given as classes is told the program for them.
+    """
+    if 'images' not in inside and all(os.path.isdir(data_path / name) for name in ('images', 'annotations')):
+        return '; it is laid out for scripts/finetune_segmentation.py'
     ahead = [data_path.parent] if data_path.name in inside else []
     below = [data_path]
     for _ in range(3):
