@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 
+import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from util import start
@@ -16,6 +17,7 @@ from util import start
 
 def program(*argv: str) -> None:
     sys.argv[:] = argv
+    torch.set_num_threads(1)  # in one thread: of a pool that was forked, several at once might find none
     importlib.reload(start)  # what a program does first
     try:
         runpy.run_path(argv[0], run_name='__main__')
