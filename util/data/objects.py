@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from util.data import node
+from util.data import datasets, node
 from util.data.annotations import LOOKED_AT, size_of
 from util.data.images import Reader
 from util.data.named import Misfit, files_below, names_of
@@ -105,7 +105,7 @@ def read(images: Path, listing: Path, train: bool, masks: bool = True, keep_empt
         raise UserError(f'{error}') from error
     left_out = [(len(entries) - len(ids), 'image', ' without objects')]
     if train:
-        left_out += [(counts['crowds'], 'crowd region', ''), (counts['outside'], 'object', ' outside of its image')]
+        left_out += [(counts['crowds'], 'crowd region', ''), (counts['outside'], 'object', ' outside of the image')]
     words = ', '.join(f'{counted(number, what)}{more}' for number, what, more in left_out if number)
     note = f'{counted(len(ids), "image")}, {counted(total, "annotation")}, {len(known)} classes'
     return CocoSplit(
@@ -258,19 +258,30 @@ def check_alike(splits: dict[str, CocoSplit], args: argparse.Namespace) -> None:
 
 
 def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
+    """The images to train with ('train') or to test on ('val'), as the arguments say where they are."""
     listing, images = listing_of(args, name), folder_of(args, name)
-    for path, there, flag in ((listing, listing.is_file(), 'json'), (images, images.is_dir(), 'images')):
+    for path, there, flag in (
+        (listing, listing.is_file(), f'{name}_json'),
+        (images, images.is_dir(), f'{name}_images'),
+    ):
         if not there:
-            given = getattr(args, f'{name}_{flag}')
-            inside = given and args.data_path / given
-            hint = f'; did you mean --{name}_{flag} {inside}?' if inside and inside.exists() else ''
-            kind = 'file' if flag == 'json' else 'folder'
-            layout = '' if given else f': {args.data_path} should hold {LAYOUT}, or --{name}_{flag} names it'
-            raise UserError(f'no such {kind}: {path}{layout}{hint}')
+            raise UserError(f'no such {"file" if flag.endswith("json") else "folder"}: {path}{advice(args, flag)}')
     how = name == 'train', not args.box_only, args.keep_empty
     key = ('coco', listing, images, *how)
     split = node.once_a_node(key, lambda: looked_at(read(images, listing, *how), args))
     return split._replace(notes=[f'{name}: {note}' for note in split.notes])
+
+
+def advice(args: argparse.Namespace, flag: str) -> str:
+    """What to do where the file or folder of a flag is missing."""
+    if given := getattr(args, flag):
+        inside = args.data_path / given
+        return f'; did you mean --{flag} {inside}?' if inside.exists() else ''
+    folder = args.data_path / 'annotations'
+    hint = datasets.nearby(args.data_path, ('annotations', 'val2017'))
+    if folder.is_dir() and not hint:
+        hint = f'; {folder} holds {listed(sorted(path.name for path in folder.iterdir()), 5) or "nothing"}'
+    return f'; {args.data_path} should hold {LAYOUT}, or --{flag} says where it is{hint}'
 
 
 def listing_of(args: argparse.Namespace, name: str) -> Path:
