@@ -24,6 +24,7 @@ from util.log import counted
 
 LAYOUT = 'annotations/instances_train2017.json and instances_val2017.json, train2017/ and val2017/'
 THINNEST = 1e-5  # pixels of a side of a box that is an object
+NUMBERS = {int, float}
 FAR = 10  # times an image's longer side: how far polygons may reach
 
 
@@ -123,7 +124,7 @@ def parsed(listing: Path) -> dict[str, list[dict]]:
     """Images, annotations and categories in a JSON."""
     parts = ('images', 'annotations', 'categories')
     try:
-        content = json.loads(listing.read_bytes())
+        content = json.loads(listing.read_bytes(), parse_constant=refuse)
     except OSError as error:
         raise UserError(f'cannot read {listing}: {error.strerror}') from error
     except (ValueError, RecursionError) as error:
@@ -136,6 +137,11 @@ def parsed(listing: Path) -> dict[str, list[dict]]:
                 f'{listing} has no list of {part}: it should hold {listed(parts)}, not {holds or "nothing"}'
             )
     return content
+
+
+def refuse(word: str) -> None:
+    """Of NaN and Infinity, which Python's JSON would take."""
+    raise ValueError(f'it holds {word}')
 
 
 def by_id(rows: list[dict], what: str, listing: Path) -> dict[int, dict]:
@@ -178,7 +184,7 @@ def annotation_fault(row: dict, entries: dict[int, dict], label_of: dict[int, in
         return f'is of the image {image}, which is not among its images'
     if category not in label_of:
         return f'is of the category {category}, which is not among its categories'
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+    if not set(map(type, numbers)) <= NUMBERS or not all(map(math.isfinite, numbers)):
         return 'has a bbox or an area that is not of numbers'
     if not masks:
         return ''
@@ -207,11 +213,11 @@ def segmentation_fault(segmentation: Any, height: int, width: int) -> str:
         case [_, *_]:
             far = FAR * max(height, width)
             for part in segmentation:
-                if not isinstance(part, list) or len(part) % 2 or not all(isinstance(x, int | float) for x in part):
+                if not isinstance(part, list) or len(part) % 2 or not set(map(type, part)) <= NUMBERS:
                     return 'has a polygon that is not a list x, y, x, y, ... of numbers'
                 if len(part) < 6:
                     return f'has a polygon of {counted(len(part) // 2, "point")}: it takes three'
-                if not all(-far < x < far for x in part):
+                if not -far < min(part) <= max(part) < far:
                     return 'has a polygon far outside of its image'
             return ''
         case {'size': [int(rows), int(columns)], 'counts': list() | str() as counts}:
