@@ -44,6 +44,7 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
+from util.nn.pyramid import GeneralizedRCNN, detector_rules, encoder_of
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
 
 
@@ -410,7 +411,7 @@ class MixMIMBackbone(MixMIMEncoder):
         self.init_weights()
 
     def forward(self, imgs: Tensor) -> list[Tensor]:
-        """imgs [N, 3, H, W], normalised -> each stage's map [N, D, H / s, W / s] of width D and stride s, rounded up."""
+        """imgs [N, 3, H, W], normalised -> a stage's map [N, D, H / s, W / s] of width D and stride s, rounded up."""
         stages = enumerate(self.forward_stages(imgs))
         return [getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous() for i, x in stages]
 
@@ -452,19 +453,18 @@ globals().update(factories(MixMAE, ENCODERS, PRETRAINING))
 
 
 def param_rules(
-    model: MixMIMEncoder | Segmenter, *, head_layer: str = 'published'
+    model: MixMIMEncoder | Segmenter | GeneralizedRCNN, *, head_layer: str = 'published'
 ) -> dict[str, tuple[int, float, bool]]:
     """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as the published optimiser groups them.
 
     Layer ids: 0 = patch embedding; i + 1 = block i; a patch merging has that of the block after it. The rest, the head
     included, has the last block's id, one below the top (`model.last_layer`), and so learns at layer_decay times the
     rate; `head_layer='own'` puts the head at the top, at the full rate. 1-D parameters are not decayed; mask token and
-    bias tables are. A segmenter's heads and the norms of its maps are at the top, and it decays as a Swin does. Raises
-    ValueError for another `head_layer`.
+    bias tables are. The heads of a segmenter or a detector and the norms of its maps are at the top, and it decays as
+    a Swin does. Raises ValueError for another `head_layer`.
     """
     check_choice('head_layer', head_layer, ('published', 'own'))
-    segments = isinstance(model, Segmenter)
-    encoder = model.encoder if segments else model
+    dense, encoder = isinstance(model, Segmenter | GeneralizedRCNN), encoder_of(model)
 
     def layer_id(name: str) -> int:
         match name.split('.'):
@@ -476,10 +476,11 @@ def param_rules(
                 return sum(encoder.depths[: int(stage) + 1]) + 1
             case ['head', _] if head_layer == 'own':
                 return encoder.last_layer
-        return encoder.last_layer if segments else encoder.last_layer - 1
+        return encoder.last_layer if dense else encoder.last_layer - 1
 
-    if segments:
-        return segmenter_rules(model, layer_id, encoder.last_layer, swin_decays)
+    if dense:
+        rules = segmenter_rules if isinstance(model, Segmenter) else detector_rules
+        return rules(model, layer_id, encoder.last_layer, swin_decays)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1) for name, param in model.named_parameters() if param.requires_grad
     }
