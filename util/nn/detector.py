@@ -10,14 +10,14 @@ What differs from torchvision's Mask R-CNN is what the published recipes have: e
 x1, y1 in pixels; class 0 is the background. Maps may come in low precision: whatever follows a head is float32.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, freeze_batch_norm_2d
-from timm.models.resnet import ResNet
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -29,7 +29,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from util.nn.checks import check_choice
-from util.nn.pyramid import FPN, SimpleFeaturePyramid
+from util.nn.pyramid import NORMS, with_neck
 
 Sizes = Sequence[tuple[int, int]]  # height and width of each image
 
@@ -325,38 +325,6 @@ class Detector(GeneralizedRCNN):
         return {**losses, **region_losses} if self.training else detections
 
 
-class Neck(nn.Module):
-    """An encoder's last map alone; or, with a pyramid, the maps that it makes of it."""
-
-    def __init__(self, encoder: nn.Module, pyramid: nn.Module | None = None):
-        super().__init__()
-        self.encoder, self.pyramid = encoder, pyramid
-
-    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
-        last = self.encoder(imgs)[-1]
-        return {'0': last} if self.pyramid is None else self.pyramid(last)
-
-
-def take_layer4(encoder: nn.Module) -> nn.Module:
-    """A ResNet's last stage, which is no longer in it: its only map is then the stage before."""
-    if not isinstance(encoder, ResNet) or len(encoder.widths) < 2:
-        raise ValueError("neck 'c4' takes layer3 and layer4 of a ResNet, which this encoder has not")
-    layer4, encoder.layer4 = encoder.layer4, nn.Sequential()
-    for attribute in ('map_indices', 'widths', 'strides'):
-        setattr(encoder, attribute, getattr(encoder, attribute)[-2:-1])
-    return layer4
-
-
-def with_neck(encoder: nn.Module, neck: str, width: int, norm: str | None) -> tuple[nn.Module, list[int], int]:
-    """The network that gives a detector its maps by name, their strides, and how many channels each has."""
-    if neck == 'c4':
-        return Neck(encoder), list(encoder.strides), encoder.widths[-1]
-    if neck == 'simple':
-        pyramid = SimpleFeaturePyramid(encoder.widths[0], width, stride=encoder.strides[0])
-        return Neck(encoder, pyramid), [4, 8, 16, 32, 64], width
-    return FPN(encoder, width, norm), [*encoder.strides, 2 * encoder.strides[-1]], width
-
-
 def box_layers(kind: str, channels: int, conv_width: int, fc_width: int, norm: Callable | None) -> nn.Module:
     """The layers between the pooled map of a region, 7 x 7, and the predictor."""
     if kind == '2fc':
@@ -366,29 +334,14 @@ def box_layers(kind: str, channels: int, conv_width: int, fc_width: int, norm: C
 
 def initialise(heads: RegionHeads) -> None:
     """The published initial weights of what torchvision starts otherwise: predictors start near zero."""
-    stds = {'cls_score': 0.01, 'bbox_pred': 0.001, 'mask_fcn_logits': 0.001}
-    for name, layer in heads.named_modules():
-        if (std := stds.get(name.rpartition('.')[2])) is not None:
+    parts = [heads.box_head, heads.box_predictor, heads.mask_predictor]
+    for name, layer in itertools.chain(*(part.named_modules() for part in parts if part is not None)):
+        if std := {'cls_score': 0.01, 'bbox_pred': 0.001, 'mask_fcn_logits': 0.001}.get(name):
             nn.init.normal_(layer.weight, std=std)
         elif isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and layer.bias is not None:
+        if getattr(layer, 'bias', None) is not None:
             nn.init.zeros_(layer.bias)
-
-
-NORMS = {None: None, 'frozen': None, 'ln': partial(LayerNorm2d, eps=1e-6), 'bn': nn.BatchNorm2d}
-
-
-def check_options(encoder: nn.Module, num_classes: int, neck: str, box_head: str, norm: str | None) -> None:
-    check_choice('neck', neck, ('simple', 'fpn', 'c4'))
-    check_choice('box_head', box_head, ('2fc', '4conv1fc'))
-    if norm not in NORMS:
-        check_choice('norm', norm, tuple(filter(None, NORMS)))
-    maps = {'simple': 1, 'fpn': 4}.get(neck)
-    if maps and len(encoder.strides) != maps:
-        raise ValueError(f'neck {neck!r} takes {maps} map(s) of the encoder, which has {len(encoder.strides)}')
-    if num_classes < 1:
-        raise ValueError(f'num_classes {num_classes} must be at least 1; the background is not counted')
 
 
 def create_detector(
@@ -423,19 +376,22 @@ def create_detector(
     not fit.
     """
     neck = neck or ('simple' if len(backbone.strides) == 1 else 'fpn')
-    check_options(backbone, num_classes, neck, box_head, norm)
+    check_choice('box_head', box_head, ('2fc', '4conv1fc'))
+    if norm is not None:
+        check_choice('norm', norm, (*NORMS, 'frozen'))
+    if num_classes < 1:
+        raise ValueError(f'num_classes {num_classes} must be at least 1; the background is not counted')
+    new_norm, last, top = NORMS.get(norm), getattr(backbone, 'layer4', None), backbone.widths[-1]
     if norm == 'frozen':
         backbone = freeze_batch_norm_2d(backbone)
-    new_norm, top = NORMS[norm], backbone.widths[-1]
-    layer4 = take_layer4(backbone) if neck == 'c4' else None
-    network, strides, channels = with_neck(backbone, neck, width, norm)
-    anchors = Anchors([anchor_sizes] if layer4 else [[size] for size in anchor_sizes], (0.5, 1, 2), strides)
-    kept = proposals or ((12000, 2000, 6000, 1000) if layer4 else (2000, 1000, 1000, 1000))
-    if len(kept) != 4 or len(anchors.sizes) != len(strides):
-        raise ValueError(
-            f'proposals {list(kept)} must be four numbers, and anchor_sizes {list(anchor_sizes)} one for each stride '
-            f'of {strides}'
-        )
+    network = with_neck(backbone, neck, width, None if norm == 'frozen' else norm)
+    c4, strides, channels = neck == 'c4', network.strides, network.out_channels
+    anchors = Anchors([anchor_sizes] if c4 else [[size] for size in anchor_sizes], (0.5, 1, 2), strides)
+    if len(anchors.sizes) != len(strides):
+        raise ValueError(f'anchor_sizes {list(anchor_sizes)} must be one for each map, of strides {strides}')
+    kept = proposals or ((12000, 2000, 6000, 1000) if c4 else (2000, 1000, 1000, 1000))
+    if len(kept) != 4:
+        raise ValueError(f'proposals {list(kept)} must be four: before and after, in training and then in test')
     before, after = (dict(training=kept[i], testing=kept[i + 2]) for i in (0, 1))
     rpn = ProposalNetwork(
         *(anchors, ProposalHead(channels, anchors.num_anchors_per_location()[0], rpn_depth)),
@@ -443,12 +399,12 @@ def create_detector(
     )
     options = dict(fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=roi_samples, positive_fraction=0.25)
     options |= dict(bbox_reg_weights=None, score_thresh=score_threshold, nms_thresh=nms, detections_per_img=detections)
-    dim, mask_dim = (top, top) if layer4 else (fc_width, conv_width)
+    dim, mask_dim = (top, top) if c4 else (fc_width, conv_width)
     options |= dict(box_predictor=FastRCNNPredictor(dim, num_classes + 1))
     options |= dict(mask_predictor=MaskRCNNPredictor(mask_dim, conv_width, num_classes + 1) if masks else None)
-    if layer4:
+    if c4:
         extra_norm = nn.Identity() if norm == 'frozen' else (new_norm or nn.BatchNorm2d)(top)
-        heads = C4Heads(layer4, extra_norm, box_roi_pool=RegionPool(strides, 14), **options)
+        heads = C4Heads(last, extra_norm, box_roi_pool=RegionPool(strides, 14), **options)
     else:
         heads = RegionHeads(
             RegionPool(strides[:-1], 7),
