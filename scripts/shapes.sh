@@ -25,7 +25,8 @@ case $TASK in
   detect)
     program=scripts/finetune_detection.py default_model=a2mim_resnet_tiny default_size=96 default_output=runs/detected
     form=(--coco) images=train2017 val=val2017 figure='box AP' unit=''
-    budget=(--steps 280 --eval_freq 140 --drop_path 0 --augment none --lr_sched cosine --clip_grad 1 --width 64)
+    budget=(--steps 280 --eval_freq 140 --drop_path 0 --augment none --test_size "${INPUT_SIZE:-96}" --max_size "${INPUT_SIZE:-96}"
+            --lr_sched cosine --weight_decay 0.05 --layer_decay 1 --clip_grad 1 --width 64)
     budget+=(--detector_kwargs anchor_sizes='(8, 16, 32, 64, 128)' rpn_samples=64 proposals='(200, 100, 200, 100)'
              roi_samples=32 fc_width=128 conv_width=32 mask_convs=2)
     ;;
@@ -87,8 +88,8 @@ cat << TABLE
 
 $MODEL at $INPUT_SIZE px, seed $SEED               $figure on val   time
   pretraining                                     $(printf '%6d s' "$pretrain_s")
-  trained from it, evaluated in a new process     $(figures "$OUTPUT/eval.txt") %   $pretrained_s s
-  same budget from random weights                 $(figures "$OUTPUT/scratch.txt") %   $(cat "$OUTPUT/scratch_s") s
+  trained from it, evaluated in a new process     $(figures "$OUTPUT/eval.txt")$unit   $pretrained_s s
+  same budget from random weights                 $(figures "$OUTPUT/scratch.txt")$unit   $(cat "$OUTPUT/scratch_s") s
 pictures: $OUTPUT/predictions
 curves:   .venv/bin/tensorboard --logdir $OUTPUT
 install $install_s s, run $((SECONDS - began - install_s)) s

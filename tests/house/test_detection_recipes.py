@@ -1,9 +1,10 @@
 """The recipes for COCO: the published values, written down a second time, and the networks that they make."""
 
 import pytest
-from recipes import COCO, detection_network, resolve, resolved_values
+import torch
+from recipes import COCO, resolve, resolved_values
 
-import main_pretrain
+from scripts import finetune_detection
 from util import optim
 from util.recipes import RECIPES, load_recipe
 
@@ -14,7 +15,9 @@ LSJ = dict(augment='lsj', scale_range=[0.1, 2], input_size=1024, test_size=1024,
 VITDET = (
     SCHEDULE
     | LSJ
-    | dict(effective_batch_size=64, steps=184_375, decay_steps=[163_889, 177_546], warmup_steps=250, lr=1e-4, opt='adamw')
+    | dict(
+        effective_batch_size=64, steps=184_375, decay_steps=[163_889, 177_546], warmup_steps=250, lr=1e-4, opt='adamw'
+    )
     | dict(weight_decay=0.1, layer_decay=0.7, drop_path=0.1, neck='simple', box_head='4conv1fc', norm='ln', rpn_depth=2)
 )
 FPN = dict(neck='fpn', box_head='2fc', norm='none', rpn_depth=1, layer_decay=1, opt='adamw')
@@ -24,7 +27,9 @@ THREE = (
     SCHEDULE
     | FPN
     | LONGEST
-    | dict(augment='crop', steps=36 * 7330, decay_steps=[27 * 7330, 33 * 7330], lr=1e-4, weight_decay=0.05, drop_path=0.2)
+    | dict(
+        augment='crop', steps=36 * 7330, decay_steps=[27 * 7330, 33 * 7330], lr=1e-4, weight_decay=0.05, drop_path=0.2
+    )
 )
 C4 = (
     SCHEDULE
@@ -76,3 +81,10 @@ def test_ours_say_so(name):
     ours = 'resnet50' not in name
     assert path.read_text().startswith('# Our settings; not published. ') is ours
     assert (load_recipe(path)[0]['source'] == OURS) is ours
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_networks(name):
+    with torch.device('meta'):
+        network = finetune_detection.create_detector(resolve(name), 80)
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
