@@ -26,7 +26,7 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from scripts import finetune_segmentation
+from scripts import finetune_detection, finetune_segmentation
 from util import build, checkpoint, config, console, diagnosis, dist, resources
 from util.data import augment, datasets, decoders, named, segmentation
 from util.data.images import Reader
@@ -194,6 +194,7 @@ class Replay:
             'pretrain': (main_pretrain, self.prepare_pretrain),
             'finetune': (main_finetune, self.prepare_finetune),
             'segment': (finetune_segmentation, self.prepare_segment),
+            'detect': (finetune_detection, self.prepare_detect),
         }[record['stage']]
         self.args = args = main.get_args_parser().parse([])
         record['args'].setdefault('decoder', decoders.PIL)  # that of older versions
