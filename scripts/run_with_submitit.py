@@ -46,7 +46,12 @@ from util.errors import STOPPED, UserError, closest, run_main
 from util.recipes import find_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'segment': finetune_segmentation, 'detect': finetune_detection}
+MAINS = {
+    'pretrain': main_pretrain,
+    'finetune': main_finetune,
+    'segment': finetune_segmentation,
+    'detect': finetune_detection,
+}
 NAME = r'[A-Za-z0-9._-]{1,100}'
 JOB_ID = r'\d+(_\d+)?'
 LOOK_S = 5  # how long a new job is watched while it is pending; SLURM needs a moment to find its reason

@@ -107,7 +107,7 @@ def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -
 def in_parallel(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """What is called for the loss: the network compiled and distributed, as the arguments say.
 
-    Of a network whose `compiled` names a part of it, that alone is compiled: what follows has shapes that depend on data.
+    Of a network whose `compiled` names a part of it, that alone is: the shapes of what follows depend on data.
     """
     mode, part, model = COMPILE_MODES[args.compile_mode], getattr(core, 'compiled', ''), core
     if args.compile and part:

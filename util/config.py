@@ -24,7 +24,7 @@ from util import dist, optim
 from util.data import decoders, named
 from util.errors import UserError, closest
 from util.log import info
-from util.recipes import find_recipe, of_recipe, read_recipe
+from util.recipes import find_recipe, of_recipe, read_recipe, recipe_value
 
 HEADINGS = (  # of --help, in this order
     *('Model', 'Batch', 'Learning rate', 'Optimiser', 'Weight average', 'Data', 'Augmentation', 'Loss', 'Evaluation'),
@@ -226,7 +226,7 @@ class Parser(argparse.ArgumentParser):
 
         `instead_of` are other flags' values, which are not taken from a recipe where this flag is given. `of_network`:
         it decides what a network is, or how that sees an image, and is known to its checkpoint (checkpoint.Source);
-        `of_file` is what tells it in a checkpoint of a program that has no such flag, also to a run that begins with it.
+        `of_file` is what tells it in a checkpoint of a program without this flag, also to a run that begins with it.
         `settle(args, given)` makes the value from all that was parsed, the flag's own None where it has none; `given`:
         on the command line. `presets` are, for each value of the flag, the defaults that other flags then have.
         """

@@ -171,7 +171,8 @@ def numbers(stats: dict[str, Any]) -> list[str]:
 
 def pixels(split: coco.CocoSplit, args: argparse.Namespace) -> float:
     """How many pixels of an image the network is given in a test: a mean, without padding."""
-    return np.mean([math.prod(coco.shortest_edge(*size, args.test_size, args.max_size)) for size in split.sizes.tolist()])
+    tested = (coco.shortest_edge(*size, args.test_size, args.max_size) for size in split.sizes.tolist())
+    return float(np.mean([*map(math.prod, tested)]))
 
 
 # --------------------------------------------------------------------------
@@ -203,30 +204,31 @@ class Photos(datasets.ImageFiles):
         return torch.zeros(3, 1, 1, dtype=torch.uint8), {}
 
 
-def write(
-    finder: Finder, batches: datasets.Loader, files: list[Path], split: coco.CocoSplit, folder: Path
-) -> None:
+def write(finder: Finder, batches: datasets.Loader, files: list[Path], split: coco.CocoSplit, folder: Path) -> None:
     """Draw what is found on each image, and list it in one JSON, laid out as COCO's annotations with scores."""
     images, found = batches.dataset, []
-    for [item], ([image], [about]) in zip(batches.batch_sampler, batches, strict=True):
-        if printable(images.name(item[1])) in images.reader.skipped():
+    for [(_, index)], ([image], [about]) in zip(batches.batch_sampler, batches, strict=True):
+        if printable(images.name(index)) in images.reader.skipped():
             continue
         with finder.testing():
             of_image = as_results(finder(image, about['size']), **about, categories=split.categories)
-        drawn = pictures.detected(np.asarray(images.image(item[1])), of_image, split)
-        put(files[item[1]], Image.fromarray(drawn))
-        height, width = about['size']
-        found.append(({'id': item[1], 'file_name': images.name(item[1]), 'height': height, 'width': width}, of_image))
+        drawn = pictures.detected(np.asarray(images.image(index)), of_image, split)
+        put(files[index], Image.fromarray(drawn))
+        entry = {'id': index, 'file_name': images.name(index)} | dict(
+            zip(('height', 'width'), about['size'], strict=True)
+        )
+        found.append((entry, of_image))
     every = sorted(itertools.chain(*dist.gather_to_main(found)), key=lambda pair: pair[0]['id'])
     if dist.is_main():
         content = {
             'images': [image for image, _ in every],
             'annotations': [result for _, results in every for result in results],
-            'categories': [dict(zip(('id', 'name'), pair)) for pair in zip(split.categories, split.classes)],
+            'categories': split.truth()['categories'],
         }
         put_bytes(folder / 'detections.json', json.dumps(content).encode())
     dist.barrier()
     skipped = images.reader.skipped()
     if skipped:
         info(f'bad images skipped: {len(skipped)}, listed in {images.reader.listing}')
-    info(f'what is in {counted(len(files) - len(skipped), "image")} is in {folder}/detections.json, and drawn beside it')
+    many = counted(len(files) - len(skipped), 'image')
+    info(f'the detections of {many} are in {folder / "detections.json"}, and drawn in {folder / "drawings"}')

@@ -127,8 +127,11 @@ def endless(batches: datasets.Loader) -> Iterator[Batch]:
 def of_size(batch: Batch, n: int) -> Batch:
     """The first n images of a batch, or more than it has, repeated."""
     return [
-        [part[i % len(part)] for i in range(n)] if isinstance(part, list)
-        else part[:n] if n <= len(part) else part[torch.arange(n) % len(part)]
+        [part[i % len(part)] for i in range(n)]
+        if isinstance(part, list)
+        else part[:n]
+        if n <= len(part)
+        else part[torch.arange(n) % len(part)]
         for part in batch
     ]
 
