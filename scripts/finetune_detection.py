@@ -25,6 +25,7 @@ from util import agreement, build, checkpoint, config, detecting, dist, dry_run,
 from util.config import ABOVE_0, AT_LEAST_1, KeyValues, Switch
 from util.data import coco, decoders, named
 from util.data.images import Reader
+from util.data.objects import CocoSplit
 from util.detecting import Finder
 from util.errors import UserError, printable, run_main
 from util.log import info
@@ -187,7 +188,7 @@ def detection_loss(training: Training) -> LossOf:
 # evaluation and prediction
 
 
-def trained_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Module, coco.CocoSplit, list[str]]:
+def trained_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Module, CocoSplit, list[str]]:
     """The arguments, completed by the checkpoint of --resume, its network, what to test it on, and lines to tell.
 
     Rank 0 alone reads the file, and has its weights.
@@ -237,7 +238,7 @@ def test_checkpoint(args: argparse.Namespace) -> None:
         batches = detecting.loader(detecting.Photos(split, args), args, device)
         detecting.write(finder, batches, files, split, args.output_dir / 'predictions')
     else:
-        batches = detecting.loader(coco.test_images(split, args), args, device)
+        batches = detecting.loader(coco.test_images(split, args, Reader.of(args, 'bad_images_val.txt')), args, device)
         file = args.output_dir / 'predictions.json'
         stats = detecting.evaluate(finder, batches, split, args.box_only, into=file)
         for name, numbers in detecting.class_table(stats, split)[1:]:
@@ -262,7 +263,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
     args = config.in_passes(args, build.epoch_batches(args, len(train.images)).pass_steps)
     config.check_schedule(args)
     args = argparse.Namespace(**vars(args) | {'categories': train.categories})
-    sampler = build.epoch_batches(args, len(train.images))
+    sampler = build.epoch_batches(args, len(train.images), None if args.augment == 'lsj' else train.wide)
     with Run(args, 'detect', sampler, get_args_parser().roles, train.classes) as run:
         if run.nothing_left():
             return
@@ -285,7 +286,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         loss_of = detection_loss(training)
         networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
         finders = {name: Finder(network, args, device) for name, network in networks.items()}
-        val_batches = detecting.loader(coco.test_images(val, args), args, device)
+        val_batches = detecting.loader(coco.test_images(val, args, Reader.of(args, 'bad_images_val.txt')), args, device)
         if args.dry_run:
             trial = partial(forward, training, loss_of=loss_of)
             return dry_run.report(run, batches, trial, detecting.pixels(val, args), train=train, val=val)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from util import build, dist, pictures
 from util.data import coco, datasets, named
 from util.data.images import Reader
+from util.data.jitter import resizing
+from util.data.objects import CocoSplit
 from util.data.stores import Names
 from util.errors import UserError, printable
 from util.labelling import put, put_bytes
@@ -73,43 +75,38 @@ def whole_masks(found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
         yield paste_masks(found['masks'][some], found['boxes'][some], size).cpu().numpy()
 
 
-def as_results(found: Found, image_id: int, size: tuple[int, int], categories: Sequence[int]) -> list[dict]:
+def as_results(found: Found, about: dict, split: CocoSplit) -> list[dict]:
     """COCO's list of results: boxes x, y, width, height, masks as RLE, ids of categories."""
-    boxes = torch.cat([found['boxes'][:, :2], found['boxes'][:, 2:] - found['boxes'][:, :2]], 1)
-    columns = boxes.tolist(), found['labels'].tolist(), found['scores'].tolist()
-    results = [
-        {'image_id': image_id, 'category_id': categories[label - 1], 'bbox': box, 'score': score}
-        for box, label, score in zip(*columns, strict=True)
-    ]
+    columns = (found[key] for key in ('boxes', 'labels', 'scores'))
+    results = coco.results(about['image_id'], split.categories, *columns)
     if 'masks' in found:
-        rles = itertools.chain(*(coco.packed(masks) for masks in whole_masks(found, size)))
+        rles = itertools.chain(*(coco.packed(masks) for masks in whole_masks(found, about['size'])))
         results = [result | {'segmentation': rle} for result, rle in zip(results, rles, strict=True)]
     return results
 
 
-def results(finder: Finder, batches: datasets.Loader, categories: Sequence[int]) -> list[dict]:
+def results(finder: Finder, batches: datasets.Loader, split: CocoSplit) -> list[dict]:
     """Those of the images of all ranks, in the order of their ids, on rank 0; an empty list on others."""
-    own, images = [], batches.dataset
+    own = []
     dist.share_running_statistics(finder.core)
     with finder.testing():
-        for [item], ([image], [about]) in zip(batches.batch_sampler, batches, strict=True):
-            if printable(images.name(item[1])) not in images.reader.skipped():
-                found = finder(image, about['size'])
-                own.append((about['image_id'], as_results(found, about['image_id'], about['size'], categories)))
+        for [image], [about] in batches:
+            if about['image_id'] != datasets.SKIPPED:
+                own.append((about['image_id'], as_results(finder(image, about['size']), about, split)))
     dist.barrier()  # hosts notice a lost rank, before any of them waits for a GPU
     every = sorted(itertools.chain(*dist.gather_to_main(own)), key=lambda of_image: of_image[0])
     return list(itertools.chain(*(of_image for _, of_image in every)))
 
 
 def evaluate(
-    finder: Finder, batches: datasets.Loader, split: coco.CocoSplit, box_only: bool, into: Path | None = None
+    finder: Finder, batches: datasets.Loader, split: CocoSplit, box_only: bool, into: Path | None = None
 ) -> dict[str, Any]:
     """COCO's figures: 'box_AP', 'box_AP50' and so on, with masks 'mask_AP' and so on, in per cent; -1: nothing counts.
 
     Of all ranks' images, each exactly once. 'box_per_category_AP' is a dict by the categories' ids. The results are
     written `into` a file, which pycocotools reads. Raises UserError where no image can be read.
     """
-    found, skipped = results(finder, batches, split.categories), batches.dataset.reader.skipped()
+    found, skipped = results(finder, batches, split), batches.dataset.reader.skipped()
 
     def figures() -> dict[str, dict]:
         if len(skipped) >= len(split.images):
@@ -131,7 +128,7 @@ def per_cent(value: float | dict) -> Any:
     return 100 * value if value >= 0 else value
 
 
-def report(stats: dict[str, Any], split: coco.CocoSplit, reader: Reader) -> None:
+def report(stats: dict[str, Any], split: CocoSplit, reader: Reader) -> None:
     """The figures of an evaluation, the worst classes, and how many images were skipped."""
     if skipped := reader.skipped():
         info(f'bad images skipped: {len(skipped)}, listed in {reader.listing}')
@@ -144,7 +141,7 @@ def report(stats: dict[str, Any], split: coco.CocoSplit, reader: Reader) -> None
     info(f'lowest box AP of {counted(len(known), "class").replace("classs", "classes")} that are annotated: {listed}')
 
 
-def class_figures(stats: dict[str, Any], split: coco.CocoSplit) -> dict[str, dict[str, float]]:
+def class_figures(stats: dict[str, Any], split: CocoSplit) -> dict[str, dict[str, float]]:
     """AP of each class by its name, of boxes and of masks."""
     names = {str(number): name for number, name in zip(split.categories, split.classes, strict=True)}
     return {
@@ -154,7 +151,7 @@ def class_figures(stats: dict[str, Any], split: coco.CocoSplit) -> dict[str, dic
     }
 
 
-def class_table(stats: dict[str, Any], split: coco.CocoSplit) -> list[list]:
+def class_table(stats: dict[str, Any], split: CocoSplit) -> list[list]:
     """A row for each class; empty where nothing is annotated."""
     figures = class_figures(stats, split)
     rows = [
@@ -169,7 +166,7 @@ def numbers(stats: dict[str, Any]) -> list[str]:
     return [name for name, value in stats.items() if not isinstance(value, dict)]
 
 
-def pixels(split: coco.CocoSplit, args: argparse.Namespace) -> float:
+def pixels(split: CocoSplit, args: argparse.Namespace) -> float:
     """How many pixels of an image the network is given in a test: a mean, without padding."""
     tested = (coco.shortest_edge(*size, args.test_size, args.max_size) for size in split.sizes.tolist())
     return float(np.mean([*map(math.prod, tested)]))
@@ -179,52 +176,47 @@ def pixels(split: coco.CocoSplit, args: argparse.Namespace) -> float:
 # pictures without annotations
 
 
-def pictures_of(args: argparse.Namespace, classes: list[str], categories: list[int] | None) -> coco.CocoSplit:
+def pictures_of(args: argparse.Namespace, classes: list[str], categories: list[int] | None) -> CocoSplit:
     """The pictures of --predict; without known ids of its categories, they are counted from 1."""
     images = named.images_at(args.predict)
     ids, sizes = np.arange(len(images)), np.zeros((len(images), 2), np.int64)
     categories = categories or list(range(1, len(classes) + 1))
-    return coco.CocoSplit(images, Names.of([]), ids, sizes, classes, categories, [])
+    return CocoSplit(images, Names.of([]), ids, sizes, classes, categories, [])
 
 
 class Photos(datasets.ImageFiles):
     """Pictures to find objects in; an item is what one to be tested is, its id its place among them."""
 
-    def __init__(self, split: coco.CocoSplit, args: argparse.Namespace):
+    def __init__(self, split: CocoSplit, args: argparse.Namespace):
         super().__init__(split.images, None, None, args.seed, Reader.of(args, 'bad_images_val.txt'), replace=False)
         self.short, self.longest = args.test_size, args.max_size
 
     def sample(self, index: int, item: tuple[int, ...]) -> tuple[Tensor, dict]:
         image = self.image(index)
         size = image.size[::-1]
-        image = coco.resizing(*size, coco.shortest_edge(*size, self.short, self.longest)).image(image)
+        image = resizing(*size, coco.shortest_edge(*size, self.short, self.longest)).image(image)
         return torch.from_numpy(np.array(image)).movedim(-1, 0), {'image_id': index, 'size': size}
 
     def blank(self) -> tuple[Tensor, dict]:
-        return torch.zeros(3, 1, 1, dtype=torch.uint8), {}
+        return torch.zeros(3, 1, 1, dtype=torch.uint8), {'image_id': datasets.SKIPPED}
 
 
-def write(finder: Finder, batches: datasets.Loader, files: list[Path], split: coco.CocoSplit, folder: Path) -> None:
-    """Draw what is found on each image, and list it in one JSON, laid out as COCO's annotations with scores."""
+def write(finder: Finder, batches: datasets.Loader, files: list[Path], split: CocoSplit, folder: Path) -> None:
+    """Draw what is found on each image, and list it in one JSON, laid out as COCO's annotations, with scores."""
     images, found = batches.dataset, []
-    for [(_, index)], ([image], [about]) in zip(batches.batch_sampler, batches, strict=True):
-        if printable(images.name(index)) in images.reader.skipped():
+    for [image], [about] in batches:
+        if (index := about['image_id']) == datasets.SKIPPED:
             continue
         with finder.testing():
-            of_image = as_results(finder(image, about['size']), **about, categories=split.categories)
-        drawn = pictures.detected(np.asarray(images.image(index)), of_image, split)
-        put(files[index], Image.fromarray(drawn))
-        entry = {'id': index, 'file_name': images.name(index)} | dict(
-            zip(('height', 'width'), about['size'], strict=True)
-        )
-        found.append((entry, of_image))
+            of_image = as_results(finder(image, about['size']), about, split)
+        put(files[index], Image.fromarray(pictures.detected(np.asarray(images.image(index)), of_image, split)))
+        height, width = about['size']
+        found.append(({'id': index, 'file_name': images.name(index), 'height': height, 'width': width}, of_image))
     every = sorted(itertools.chain(*dist.gather_to_main(found)), key=lambda pair: pair[0]['id'])
     if dist.is_main():
-        content = {
-            'images': [image for image, _ in every],
-            'annotations': [result for _, results in every for result in results],
-            'categories': split.truth()['categories'],
-        }
+        results = [result for _, of_image in every for result in of_image]
+        content = {'images': [image for image, _ in every], 'annotations': results}
+        content |= {'categories': split.truth()['categories']}
         put_bytes(folder / 'detections.json', json.dumps(content).encode())
     dist.barrier()
     skipped = images.reader.skipped()
