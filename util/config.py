@@ -605,7 +605,7 @@ def add_step_args(
         settle=round_steps,
         help='steps of a round, which ends with an evaluation; must divide --steps; default: a tenth of them',
     )
-    add('--lr', type=ABOVE_0, default=lr, help='learning rate')
+    add('--lr', type=ABOVE_0, default=lr, instead_of='lr_batch', help='learning rate')
     add('--min_lr', type=number(float, 0), default=0.0, help='where the schedule ends, for all parameters')
     add(
         '--warmup_steps',
@@ -642,6 +642,7 @@ def add_decay_args(parser: Parser) -> None:
         settle=decay_at,
         help="of --lr_sched step; default: a recipe's in proportion to --steps, else 8/9 and 26/27 of them",
     )
+    add('--lr_batch', type=AT_LEAST_1, help='images of a step that --lr is for: it grows with their number')
     add('--decay_rate', type=number(float, above=0, most=1), default=0.1, help='factor at each of --decay_steps')
 
 

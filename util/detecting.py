@@ -68,6 +68,18 @@ class Finder:
         self.core.train(was_training)
 
 
+def drawable(found: Found, size: tuple[int, int]) -> Found:
+    """What is likely an object, with its masks in the size of the image, bool [n, H, W]."""
+    likely = {name: values[found['scores'] >= DRAWN] for name, values in found.items()}
+    return likely | ({'masks': paste_masks(likely['masks'], likely['boxes'], size)} if 'masks' in likely else {})
+
+
+def drawing(finder: Finder, images: coco.CocoFolder) -> np.ndarray:
+    """A few images with what is annotated and what was found: [height, width, 3] uint8."""
+    with finder.testing():
+        return pictures.some_detected(lambda image, size: drawable(finder(image, size), size), images)
+
+
 def whole_masks(found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The masks in the size of the image, bool [n, H, W], a few at a time."""
     for some in torch.arange(len(found['boxes'])).split(MASKS_AT_ONCE):
@@ -208,8 +220,10 @@ def write(finder: Finder, batches: datasets.Loader, files: list[Path], split: Co
         if (index := about['image_id']) == datasets.SKIPPED:
             continue
         with finder.testing():
-            of_image = as_results(finder(image, about['size']), about, split)
-        put(files[index], Image.fromarray(pictures.detected(np.asarray(images.image(index)), of_image, split)))
+            objects = finder(image, about['size'])
+            of_image, likely = as_results(objects, about, split), drawable(objects, about['size'])
+        drawn = pictures.detected(np.asarray(images.image(index)), likely, split.classes)
+        put(files[index], Image.fromarray(drawn))
         height, width = about['size']
         found.append(({'id': index, 'file_name': images.name(index), 'height': height, 'width': width}, of_image))
     every = sorted(itertools.chain(*dist.gather_to_main(found)), key=lambda pair: pair[0]['id'])
