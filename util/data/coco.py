@@ -20,7 +20,7 @@ from torch import Tensor
 from util.data import objects
 from util.data.datasets import SKIPPED, ImageFiles
 from util.data.images import Reader
-from util.data.jitter import KINDS, Augment, Geometry, jitter, shortest_edge  # noqa: F401
+from util.data.jitter import KINDS, Augment, Geometry, jitter, resizing, shortest_edge  # noqa: F401
 from util.data.objects import CocoSplit, check_size, corners, has_area, read, segmentation_fault
 from util.errors import UserError
 from util.rng import SAMPLE, generator
@@ -71,9 +71,20 @@ def packed(masks: np.ndarray) -> list[dict]:
 
 
 def splits(args: argparse.Namespace, names: Sequence[str] = ('train', 'val')) -> tuple[CocoSplit, ...]:
-    """`objects.splits`, of a program that will need pycocotools."""
+    """Those of --data_path, or of --train_json, --train_images, --val_json and --val_images.
+
+    Raises UserError for whatever is wrong with folders, JSONs and the sizes of the images that are looked at, for
+    splits of different categories, and where pycocotools is missing.
+    """
+    found = [split_of(args, name) for name in names]
+    objects.check_alike(dict(zip(names, found, strict=True)), args)
+    return tuple(found)
+
+
+def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
+    """One of them: 'train' or 'val'."""
     tools()
-    return objects.splits(args, names)
+    return objects.split_of(args, name)
 
 
 class CocoFolder(ImageFiles):
@@ -145,6 +156,11 @@ class CocoFolder(ImageFiles):
             target['masks'] = torch.from_numpy(np.array(masks, np.uint8).reshape(-1, *steps[-1].size))
         return target
 
+    def original(self, index: int) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """An image as it is, uint8 [H, W, 3], and its objects, but crowds."""
+        image = np.asarray(self.image(index))
+        return image, self.target(index, [resizing(*image.shape[:2], image.shape[:2])])
+
     def blank(self) -> tuple[Tensor, dict[str, Any]]:
         """Evaluation leaves it out."""
         return torch.zeros(3, 32, 32, dtype=torch.uint8), {'image_id': SKIPPED, 'size': (32, 32)}
@@ -175,37 +191,15 @@ def training_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) 
     return CocoFolder(split, train=True, transform=augment, masks=not args.box_only, seed=args.seed, reader=reader)
 
 
-def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) -> CocoFolder:
+def test_images(split: CocoSplit, args: argparse.Namespace) -> CocoFolder:
     """As the arguments ask for."""
+    reader = Reader.of(args, 'bad_images_val.txt')
     size = Augment('shortest_edge', sizes=[args.test_size], longest=args.max_size, hflip=0.0)
     return CocoFolder(split, train=False, transform=size, masks=not args.box_only, reader=reader)
 
 
 # --------------------------------------------------------------------------
 # results
-
-
-def results(
-    image_id: int,
-    categories: Sequence[int],
-    boxes: Tensor,
-    labels: Tensor,
-    scores: Tensor,
-    masks: Tensor | np.ndarray | None = None,
-) -> list[dict]:
-    """What was detected in an image, in its original pixels, as JSON holds it.
-
-    Boxes are [n, 4], labels [n] 1 to K, and masks bool [n, H, W]; `categories` are the ids of the labels.
-    """
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
-    columns = [boxes, labels.tolist(), scores.double().tolist()]
-    found = [
-        {'image_id': image_id, 'category_id': categories[label - 1], 'bbox': box, 'score': score}
-        for box, label, score in zip(*columns, strict=True)
-    ]
-    for result, rle in zip(found, packed(masks) if masks is not None and len(masks) else (), strict=False):
-        result['segmentation'] = rle
-    return found
 
 
 def of_kind(predictions: list[dict], kind: str) -> list[dict]:
@@ -217,10 +211,11 @@ def of_kind(predictions: list[dict], kind: str) -> list[dict]:
 def evaluate(
     truth: dict[str, list[dict]], predictions: list[dict], kinds: Sequence[str] = ('bbox', 'segm')
 ) -> dict[str, dict[str, Any]]:
-    """{kind: {name: number}} of predictions, as `results` gives them, by what a JSON says (`CocoSplit.truth`).
+    """{kind: {name: number}} of predictions by what a JSON says (`CocoSplit.truth`).
 
+    A prediction has an `image_id`, a `category_id`, a `score`, and of `bbox` and `segmentation` what is evaluated.
     COCO's twelve numbers in 0..1, -1 where nothing counts, and `per_category_AP` by category id, as text. Where scores
-    tie, the order of results within an image matters; images are taken by their ids.
+    tie, the order of predictions of an image matters; images are taken by their ids.
     """
     tools()
     from pycocotools.coco import COCO

@@ -243,20 +243,18 @@ def unpacked(counts: str) -> list[int]:
 # folders
 
 
-def splits(args: argparse.Namespace, names: Sequence[str] = ('train', 'val')) -> tuple[CocoSplit, ...]:
-    """Those of --data_path, or of --train_json, --train_images, --val_json and --val_images.
-
-    Raises UserError for whatever is wrong with folders, JSONs, the sizes of the images that are looked at, and for
-    splits of different categories.
-    """
-    found = [split_of(args, name) for name in names]
-    for name, split in zip(names, found, strict=True):
-        if (split.categories, split.classes) != (found[0].categories, found[0].classes):
+def check_alike(splits: dict[str, CocoSplit], args: argparse.Namespace) -> None:
+    """Raise UserError for splits whose JSONs list different categories."""
+    (first, ours), *others = splits.items()
+    for name, theirs in others:
+        known, wanted = (dict(zip(split.categories, split.classes, strict=True)) for split in (ours, theirs))
+        if known != wanted:
+            number = min(n for n in known | wanted if known.get(n) != wanted.get(n))
+            named = (printable(names.get(number, 'not there'), 40) for names in (known, wanted))
             raise UserError(
-                f'{listing_of(args, names[0])} and {listing_of(args, name)} do not list the same categories: '
-                f'{difference(found[0], split)}'
+                f'{listing_of(args, first)} and {listing_of(args, name)} do not list the same categories: '
+                f'{number} is {" and ".join(named)}'
             )
-    return tuple(found)
 
 
 def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
@@ -281,16 +279,6 @@ def listing_of(args: argparse.Namespace, name: str) -> Path:
 
 def folder_of(args: argparse.Namespace, name: str) -> Path:
     return getattr(args, f'{name}_images') or args.data_path / f'{name}2017'
-
-
-def difference(ours: CocoSplit, theirs: CocoSplit) -> str:
-    """The first category that is not the same in both, or which one has and the other has not."""
-    pairs = (dict(zip(split.categories, split.classes, strict=True)) for split in (ours, theirs))
-    first, second = pairs
-    number = min(n for n in {**first, **second} if first.get(n) != second.get(n))
-    return (
-        f'{number} is {printable(first.get(number, "missing"), 40)} and {printable(second.get(number, "missing"), 40)}'
-    )
 
 
 def looked_at(split: CocoSplit, args: argparse.Namespace) -> CocoSplit:
