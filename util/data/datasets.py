@@ -228,8 +228,8 @@ def loader(
     )
 
 
-def to_device(item: Tensor | tuple, device: torch.device) -> Any:
-    """A tensor, or (named) tuples of them, on the device.
+def to_device(item: Any, device: torch.device) -> Any:
+    """A tensor, or (named) tuples, lists and dicts of them, on the device.
 
     From pinned memory, so that the host does not wait, and on a stream of its own: the host is ahead of the GPU, which
     takes the next batch beside the step that it is at.
@@ -255,10 +255,14 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def each(function: Callable[[Tensor], Tensor], item: Tensor | tuple) -> Any:
-    """The item with a function's results in place of its tensors."""
+def each(function: Callable[[Tensor], Tensor], item: Any) -> Any:
+    """The item with a function's results in place of its tensors; other leaves, such as numbers, as they are."""
     if isinstance(item, Tensor):
         return function(item)
+    if isinstance(item, dict):
+        return {key: each(function, part) for key, part in item.items()}
+    if not isinstance(item, list | tuple):
+        return item
     parts = [each(function, part) for part in item]
     return type(item)(*parts) if hasattr(item, '_fields') else type(item)(parts)
 
