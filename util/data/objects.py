@@ -44,7 +44,7 @@ class CocoSplit(NamedTuple):
     images: Files
     objects: Names
     ids: np.ndarray  # int64 [N], of the images
-    sizes: np.ndarray  # int64 [N, 2], height and width
+    sizes: np.ndarray  # int64 [N, 2], height and width; 0: not known
     classes: list[str]  # of labels 1 to K
     categories: list[int]  # their ids
     notes: list[str]
@@ -60,6 +60,9 @@ class CocoSplit(NamedTuple):
         return self.sizes[:, 1] > self.sizes[:, 0]
 
     def of(self, index: int) -> list[CocoObject]:
+        """Those of an image; none where nothing is annotated."""
+        if not len(self.objects):
+            return []
         return [CocoObject(*columns) for columns in json.loads(self.objects[index])]
 
     def take(self, indices: np.ndarray) -> 'CocoSplit':
@@ -318,7 +321,7 @@ def looked_at(split: CocoSplit, args: argparse.Namespace) -> CocoSplit:
 def check_size(split: CocoSplit, index: int, size: tuple[int, int]) -> None:
     """Raise UserError for an image that is not of the (height, width) which the JSON gives it."""
     height, width = split.sizes[index].tolist()
-    if size == (height, width):
+    if size == (height, width) or not height:
         return
     turned = " (turned? EXIF's rotation is ignored)" if size == (width, height) else ''
     name = printable(split.images.name(index))
