@@ -10,14 +10,14 @@ What differs from torchvision's Mask R-CNN is what the published recipes have: e
 x1, y1 in pixels; class 0 is the background. Maps may come in low precision: whatever follows a head is float32.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, freeze_batch_norm_2d
-from timm.models.resnet import ResNet
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -29,7 +29,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from util.nn.checks import check_choice
-from util.nn.pyramid import FPN, SimpleFeaturePyramid
+from util.nn.pyramid import NORMS, with_neck
 
 Sizes = Sequence[tuple[int, int]]  # height and width of each image
 
@@ -75,8 +75,9 @@ class ProposalNetwork(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, deltas: Tensor, labels: list[Tensor], targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(chosen) > 0 for chosen in self.fg_bg_sampler(labels))
-        sampled, count = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
+        chosen, count = self.fg_bg_sampler(labels), self.fg_bg_sampler.batch_size_per_image * len(labels)
+        positive, negative = (torch.where(torch.cat(mask))[0] for mask in chosen)
+        sampled = torch.cat([positive, negative])
         objectness_loss = F.binary_cross_entropy_with_logits(
             objectness.flatten()[sampled], torch.cat(labels)[sampled], reduction='sum'
         )
@@ -91,8 +92,8 @@ class ProposalNetwork(RegionProposalNetwork):
 class RegionPool(MultiScaleRoIAlign):
     """torchvision's, but aligned by half a pixel and with as many samples as a bin has pixels; strides are given."""
 
-    def __init__(self, names: Sequence[str], strides: Sequence[int], side: int):
-        super().__init__(list(names), side, sampling_ratio=0)
+    def __init__(self, strides: Sequence[int], side: int):
+        super().__init__([str(i) for i in range(len(strides))], side, sampling_ratio=0)
         self.strides = list(strides)
 
     def levels(self, boxes: Tensor) -> Tensor:
@@ -118,20 +119,23 @@ class RegionPool(MultiScaleRoIAlign):
         return pooled
 
 
-def box_losses(scores: Tensor, deltas: Tensor, labels: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of classes; L1 of the boxes of objects, divided by the number of all regions.
+def fastrcnn_loss(
+    class_logits: Tensor, box_regression: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of all regions; L1 of the boxes of objects over the number of all regions.
 
-    Scores [R, K + 1], deltas [R, 4 (K + 1)], labels [R_i] and wanted deltas [R_i, 4] of each image. torchvision's box
+    Logits [R, K + 1], deltas [R, 4 (K + 1)], labels [R_i] and wanted deltas [R_i, 4] of each image. torchvision's box
     loss is smooth.
     """
-    labels, targets = torch.cat(labels), torch.cat(targets)
+    labels, targets = torch.cat(labels), torch.cat(regression_targets)
     rows = torch.where(labels > 0)[0]
-    chosen = deltas.view(len(labels), -1, 4)[rows, labels[rows]]
-    return F.cross_entropy(scores, labels), F.l1_loss(chosen, targets[rows], reduction='sum') / max(1, len(labels))
+    deltas = box_regression.view(len(labels), -1, 4)[rows, labels[rows]]
+    box_loss = F.l1_loss(deltas, targets[rows], reduction='sum') / max(1, len(labels))
+    return F.cross_entropy(class_logits, labels), box_loss
 
 
-def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
-    """What is in each box of its object's mask, 0 or 1, [R, side, side]; torchvision's are shares of a pixel.
+def project_masks_on_boxes(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
+    """What each box has of its object's mask, 0 or 1, [R, side, side]. torchvision's are shares of a pixel.
 
     Masks [n, H, W], boxes [R, 4], and which of the n objects each box is of, [R].
     """
@@ -140,10 +144,22 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Te
     return (pooled[:, 0] >= 0.5).to(boxes.dtype)
 
 
-def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy of each region's own class: logits [R, K + 1, s, s], labels [R], targets [R, s, s]."""
+def maskrcnn_loss(
+    mask_logits: Tensor,
+    proposals: list[Tensor],
+    gt_masks: list[Tensor],
+    gt_labels: list[Tensor],
+    mask_matched_idxs: list[Tensor],
+) -> Tensor:
+    """Mean binary cross-entropy of the mask of each region's own class.
+
+    Logits [R, K + 1, s, s]; of each image the regions [R_i, 4], masks [n, H, W] and labels [n] of its objects, and
+    which object each region is of, [R_i].
+    """
+    targets = map(partial(project_masks_on_boxes, side=mask_logits.shape[-1]), gt_masks, proposals, mask_matched_idxs)
+    labels = torch.cat([label[objects] for label, objects in zip(gt_labels, mask_matched_idxs, strict=True)])
     rows = torch.arange(len(labels), device=labels.device)
-    return F.binary_cross_entropy_with_logits(logits[rows, labels], targets)
+    return F.binary_cross_entropy_with_logits(mask_logits[rows, labels], torch.cat(list(targets)))
 
 
 class RegionHeads(RoIHeads):
@@ -157,16 +173,16 @@ class RegionHeads(RoIHeads):
         return self.box_roi_pool(maps, boxes, sizes)
 
     def mask_features(
-        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes, features: Tensor | None
+        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes, known: list[Tensor] | None = None
     ) -> Tensor:
-        """What masks are made from; `features` of these boxes are those of `region_features`, where they are known."""
+        """What masks are made from; `known` are these boxes' features, of each image, where there are some already."""
         return self.mask_head(self.mask_roi_pool(maps, boxes, sizes))
 
     def forward(
         self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: Sizes, targets: list[dict] | None = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections of each image in eval mode, losses in train mode; the other is empty."""
-        maps = {name: full(maps[name]) for name in self.box_roi_pool.featmap_names}
+        maps = {name: full(x) for name, x in maps.items()}
         if self.training:
             proposals, objects, labels, wanted = self.select_training_samples(proposals, targets)
         features = self.region_features(maps, proposals, sizes)
@@ -175,44 +191,44 @@ class RegionHeads(RoIHeads):
             found = zip(*self.postprocess_detections(scores, deltas, proposals, sizes), strict=True)
             detections = [dict(boxes=boxes, labels=labels, scores=scores) for boxes, scores, labels in found]
             return self.with_masks(maps, detections, sizes) if self.has_mask() else detections, {}
-        losses = dict(zip(('loss_classifier', 'loss_box_reg'), box_losses(scores, deltas, labels, wanted), strict=True))
+        losses = {}
+        losses['loss_classifier'], losses['loss_box_reg'] = fastrcnn_loss(scores, deltas, labels, wanted)
         if self.has_mask():
-            masks = [target['masks'] for target in targets]
-            losses['loss_mask'] = self.loss_of_masks(maps, sizes, features, proposals, objects, labels, masks)
+            losses['loss_mask'] = self.loss_of_masks(maps, proposals, sizes, features, objects, labels, targets)
         return [], losses
 
     def loss_of_masks(
         self,
         maps: dict[str, Tensor],
+        proposals: list[Tensor],
         sizes: Sizes,
         features: Tensor,
-        proposals: list[Tensor],
         objects: list[Tensor],
         labels: list[Tensor],
-        masks: list[Tensor],
+        targets: list[dict],
     ) -> Tensor:
-        """Of the regions that are an object's. Where none is, one region counts for nothing, so that BatchNorm has
-        values and every parameter a gradient."""
+        """Of the regions that are an object's.
+
+        Where no region is, the first one goes through the head and counts for nothing: BatchNorm needs values, and
+        every parameter a gradient.
+        """
         rows = [torch.where(label > 0)[0] for label in labels]
-        nothing = not any(map(len, rows))
-        if nothing:
-            rows = [torch.arange(len(label), device=label.device)[: i == 0] for i, label in enumerate(labels)]
-        boxes = [proposal[row] for proposal, row in zip(proposals, rows, strict=True)]
-        starts = [sum(map(len, labels[:i])) for i in range(len(labels))]
-        rows_of_all = torch.cat([row + start for row, start in zip(rows, starts, strict=True)])
-        logits = full(self.mask_predictor(self.mask_features(maps, boxes, sizes, features[rows_of_all])))
+        if nothing := not any(map(len, rows)):
+            rows[0] = torch.arange(len(labels[0]), device=labels[0].device)[:1]
+        boxes, known, objects = (
+            [part[row] for part, row in zip(parts, rows, strict=True)]
+            for parts in (proposals, features.split([len(label) for label in labels]), objects)
+        )
+        logits = full(self.mask_predictor(self.mask_features(maps, boxes, sizes, known)))
         if nothing:
             return 0 * logits.abs().sum()
-        targets = [
-            mask_targets(mask, box, of_image[row], logits.shape[-1])
-            for mask, box, of_image, row in zip(masks, boxes, objects, rows, strict=True)
-        ]
-        return mask_loss(logits, torch.cat(labels)[rows_of_all], torch.cat(targets))
+        masks, classes = ([target[key] for target in targets] for key in ('masks', 'labels'))
+        return maskrcnn_loss(logits, boxes, masks, classes, objects)
 
     def with_masks(self, maps: dict[str, Tensor], detections: list[dict[str, Tensor]], sizes: Sizes) -> list[dict]:
         """Add to each image's detections the probabilities [n, s, s] of their masks; `paste_masks` enlarges them."""
         boxes, labels = ([found[key] for found in detections] for key in ('boxes', 'labels'))
-        logits = full(self.mask_predictor(self.mask_features(maps, boxes, sizes, None)))
+        logits = full(self.mask_predictor(self.mask_features(maps, boxes, sizes)))
         chosen = logits[torch.arange(len(logits), device=logits.device), torch.cat(labels)].sigmoid()
         for found, masks in zip(detections, chosen.split([len(label) for label in labels]), strict=True):
             found['masks'] = masks
@@ -230,9 +246,9 @@ class C4Heads(RegionHeads):
         return self.norm(self.layer4(self.box_roi_pool(maps, boxes, sizes)))
 
     def mask_features(
-        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes, features: Tensor | None
+        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes, known: list[Tensor] | None = None
     ) -> Tensor:
-        return self.region_features(maps, boxes, sizes) if features is None else features
+        return torch.cat(known) if known else self.region_features(maps, boxes, sizes)
 
 
 @torch.no_grad()
@@ -309,80 +325,23 @@ class Detector(GeneralizedRCNN):
         return {**losses, **region_losses} if self.training else detections
 
 
-class Neck(nn.Module):
-    """An encoder's last map alone; or, with a pyramid, the maps that it makes of it."""
-
-    def __init__(self, encoder: nn.Module, pyramid: nn.Module | None = None):
-        super().__init__()
-        self.encoder, self.pyramid = encoder, pyramid
-
-    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
-        last = self.encoder(imgs)[-1]
-        return {'0': last} if self.pyramid is None else self.pyramid(last)
-
-
-def take_layer4(encoder: nn.Module) -> nn.Module:
-    """A ResNet's last stage, which is no longer in it: its only map is then the stage before."""
-    if not isinstance(encoder, ResNet) or len(encoder.widths) < 2:
-        raise ValueError("neck 'c4' takes layer3 and layer4 of a ResNet, which this encoder has not")
-    layer4, encoder.layer4 = encoder.layer4, nn.Sequential()
-    for attribute in ('map_indices', 'widths', 'strides'):
-        setattr(encoder, attribute, getattr(encoder, attribute)[-2:-1])
-    return layer4
-
-
-def with_neck(encoder: nn.Module, neck: str, width: int, norm: str | None) -> tuple[nn.Module, list[int], int]:
-    """The network that gives a detector its maps by name, their strides, and how many channels each has."""
-    if neck == 'c4':
-        return Neck(encoder), list(encoder.strides), encoder.widths[-1]
-    if neck == 'simple':
-        pyramid = SimpleFeaturePyramid(encoder.widths[0], width, stride=encoder.strides[0])
-        return Neck(encoder, pyramid), [4, 8, 16, 32, 64], width
-    return FPN(encoder, width, norm), [*encoder.strides, 2 * encoder.strides[-1]], width
-
-
 def box_layers(kind: str, channels: int, conv_width: int, fc_width: int, norm: Callable | None) -> nn.Module:
     """The layers between the pooled map of a region, 7 x 7, and the predictor."""
     if kind == '2fc':
-        layers = TwoMLPHead(channels * 49, fc_width)
-    else:
-        layers = FastRCNNConvFCHead((channels, 7, 7), [conv_width] * 4, [fc_width], norm)
-    for layer in layers.modules():
-        if isinstance(layer, nn.Linear):
+        return TwoMLPHead(channels * 49, fc_width)
+    return FastRCNNConvFCHead((channels, 7, 7), [conv_width] * 4, [fc_width], norm)
+
+
+def initialise(heads: RegionHeads) -> None:
+    """The published initial weights of what torchvision starts otherwise: predictors start near zero."""
+    parts = [heads.box_head, heads.box_predictor, heads.mask_predictor]
+    for name, layer in itertools.chain(*(part.named_modules() for part in parts if part is not None)):
+        if std := {'cls_score': 0.01, 'bbox_pred': 0.001, 'mask_fcn_logits': 0.001}.get(name):
+            nn.init.normal_(layer.weight, std=std)
+        elif isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
+        if getattr(layer, 'bias', None) is not None:
             nn.init.zeros_(layer.bias)
-    return layers
-
-
-def box_predictor(dim: int, num_classes: int) -> FastRCNNPredictor:
-    predictor = FastRCNNPredictor(dim, num_classes + 1)
-    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
-        nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
-    return predictor
-
-
-def mask_predictor(dim: int, conv_width: int, num_classes: int) -> MaskRCNNPredictor:
-    predictor = MaskRCNNPredictor(dim, conv_width, num_classes + 1)
-    nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
-    for layer in (predictor.conv5_mask, predictor.mask_fcn_logits):
-        nn.init.zeros_(layer.bias)
-    return predictor
-
-
-NORMS = {None: None, 'frozen': None, 'ln': partial(LayerNorm2d, eps=1e-6), 'bn': nn.BatchNorm2d}
-
-
-def check_options(encoder: nn.Module, num_classes: int, neck: str, box_head: str, norm: str | None) -> None:
-    check_choice('neck', neck, ('simple', 'fpn', 'c4'))
-    check_choice('box_head', box_head, ('2fc', '4conv1fc'))
-    if norm not in NORMS:
-        check_choice('norm', norm, tuple(filter(None, NORMS)))
-    maps = {'simple': 1, 'fpn': 4}.get(neck)
-    if maps and len(encoder.strides) != maps:
-        raise ValueError(f'neck {neck!r} takes {maps} map(s) of the encoder, which has {len(encoder.strides)}')
-    if num_classes < 1:
-        raise ValueError(f'num_classes {num_classes} must be at least 1; the background is not counted')
 
 
 def create_detector(
@@ -417,19 +376,22 @@ def create_detector(
     not fit.
     """
     neck = neck or ('simple' if len(backbone.strides) == 1 else 'fpn')
-    check_options(backbone, num_classes, neck, box_head, norm)
+    check_choice('box_head', box_head, ('2fc', '4conv1fc'))
+    if norm is not None:
+        check_choice('norm', norm, (*NORMS, 'frozen'))
+    if num_classes < 1:
+        raise ValueError(f'num_classes {num_classes} must be at least 1; the background is not counted')
+    new_norm, last, top = NORMS.get(norm), getattr(backbone, 'layer4', None), backbone.widths[-1]
     if norm == 'frozen':
         backbone = freeze_batch_norm_2d(backbone)
-    new_norm, dim = NORMS[norm], backbone.widths[-1]
-    layer4 = take_layer4(backbone) if neck == 'c4' else None
-    network, strides, channels = with_neck(backbone, neck, width, norm)
-    anchors = Anchors([anchor_sizes] if layer4 else [[size] for size in anchor_sizes], (0.5, 1, 2), strides)
-    kept = proposals or ((12000, 2000, 6000, 1000) if layer4 else (2000, 1000, 1000, 1000))
-    if len(kept) != 4 or len(anchors.sizes) != len(strides):
-        raise ValueError(
-            f'proposals {list(kept)} must be four numbers, and anchor_sizes {list(anchor_sizes)} one for each stride '
-            f'of {strides}'
-        )
+    network = with_neck(backbone, neck, width, None if norm == 'frozen' else norm)
+    c4, strides, channels = neck == 'c4', network.strides, network.out_channels
+    anchors = Anchors([anchor_sizes] if c4 else [[size] for size in anchor_sizes], (0.5, 1, 2), strides)
+    if len(anchors.sizes) != len(strides):
+        raise ValueError(f'anchor_sizes {list(anchor_sizes)} must be one for each map, of strides {strides}')
+    kept = proposals or ((12000, 2000, 6000, 1000) if c4 else (2000, 1000, 1000, 1000))
+    if len(kept) != 4:
+        raise ValueError(f'proposals {list(kept)} must be four: before and after, in training and then in test')
     before, after = (dict(training=kept[i], testing=kept[i + 2]) for i in (0, 1))
     rpn = ProposalNetwork(
         *(anchors, ProposalHead(channels, anchors.num_anchors_per_location()[0], rpn_depth)),
@@ -437,17 +399,19 @@ def create_detector(
     )
     options = dict(fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=roi_samples, positive_fraction=0.25)
     options |= dict(bbox_reg_weights=None, score_thresh=score_threshold, nms_thresh=nms, detections_per_img=detections)
-    if layer4:
-        options |= dict(box_roi_pool=RegionPool(['0'], strides, 14), box_predictor=box_predictor(dim, num_classes))
-        options |= dict(mask_predictor=mask_predictor(dim, conv_width, num_classes) if masks else None)
-        extra_norm = nn.Identity() if norm == 'frozen' else (new_norm or nn.BatchNorm2d)(dim)
-        return Detector(network, rpn, C4Heads(layer4, extra_norm, **options), size_divisible)
-    names, strides = ['0', '1', '2', '3'], strides[:4]
-    options |= dict(box_roi_pool=RegionPool(names, strides, 7))
-    options |= dict(box_head=box_layers(box_head, channels, conv_width, fc_width, new_norm))
-    options |= dict(box_predictor=box_predictor(fc_width, num_classes))
-    if masks:
-        options |= dict(mask_roi_pool=RegionPool(names, strides, 14))
-        options |= dict(mask_head=MaskRCNNHeads(channels, [conv_width] * mask_convs, 1, new_norm))
-        options |= dict(mask_predictor=mask_predictor(conv_width, conv_width, num_classes))
-    return Detector(network, rpn, RegionHeads(**options), size_divisible)
+    dim, mask_dim = (top, top) if c4 else (fc_width, conv_width)
+    options |= dict(box_predictor=FastRCNNPredictor(dim, num_classes + 1))
+    options |= dict(mask_predictor=MaskRCNNPredictor(mask_dim, conv_width, num_classes + 1) if masks else None)
+    if c4:
+        extra_norm = nn.Identity() if norm == 'frozen' else (new_norm or nn.BatchNorm2d)(top)
+        heads = C4Heads(last, extra_norm, box_roi_pool=RegionPool(strides, 14), **options)
+    else:
+        heads = RegionHeads(
+            RegionPool(strides[:-1], 7),
+            box_layers(box_head, channels, conv_width, fc_width, new_norm),
+            mask_roi_pool=RegionPool(strides[:-1], 14) if masks else None,
+            mask_head=MaskRCNNHeads(channels, [conv_width] * mask_convs, 1, new_norm) if masks else None,
+            **options,
+        )
+    initialise(heads)
+    return Detector(network, rpn, heads, size_divisible)
