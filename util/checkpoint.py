@@ -312,7 +312,7 @@ STATE = {  # of a run, at least
     **dict.fromkeys(('model', 'optimizer', 'scaler', 'logger', 'record'), dict),
     **dict.fromkeys(('epoch', 'step', 'steps'), int),
 }
-FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune', 'segment': '--finetune'}
+FROM_WEIGHTS = {'pretrain': '--init', **dict.fromkeys(('finetune', 'segment', 'detect'), '--finetune')}
 
 
 def check_same_run(state: dict, current: dict, path: Path) -> None:

@@ -13,6 +13,8 @@ from util.weights.intake import (
     check_finite,
     class_names,
     find_origin,
+    is_detection,
+    is_paddle,
     is_segmentation,
 )
 from util.weights.loading import file_of, load_published, read_source
@@ -28,6 +30,8 @@ __all__ = [
     'export',
     'file_of',
     'find_origin',
+    'is_detection',
+    'is_paddle',
     'fold_probe',
     'is_segmentation',
     'load_published',
