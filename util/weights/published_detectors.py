@@ -129,7 +129,10 @@ NECKS = {  # by class: parts of a detector, by themselves
     ),
     'FPN': Intake(
         (),
-        (Format("detectron2's Swin and FPN", {'bottom_up.norm0.weight', 'fpn_lateral2.weight'}, SWIN_FPN, COMPUTED), OUR_NECK),
+        (
+            Format("detectron2's Swin and FPN", {'bottom_up.norm0.weight', 'fpn_lateral2.weight'}, SWIN_FPN, COMPUTED),
+            OUR_NECK,
+        ),
     ),
 }
 
@@ -171,11 +174,12 @@ FORMATS = (
 def detector_intake(model: nn.Module, new_classes: bool) -> Intake:
     """Of a detection file, strictly; with `new_classes` the layers that tell classes may be for others, and are new."""
     predictors = tuple(re.escape(part) + '.*' for part in (CLASSES, BOXES, MASKS)) if new_classes else ()
+    masked = any(name.startswith(MASKS) for name in model.state_dict())
     return Intake(
         wrappers=(),
         formats=FORMATS if new_classes else adapted(FORMATS, same_classes),
         may_lack=predictors,
-        may_drop=predictors,
+        may_drop=predictors if masked or not new_classes else (*predictors, r'roi_heads\.mask_.*'),
         computed=(*COMPUTED, r'.*num_batches_tracked', r'.*\.absolute_pos_embed'),
     )
 
