@@ -33,7 +33,7 @@ def convolutions(theirs: str, ours: str, count: int, first: int) -> Renames:
 
 
 def pyramid_level(number: int, lateral: int) -> Renames:
-    """Of a level of the simple pyramid, numbered by its stride's power of 2; `lateral`: how many modules come before."""
+    """Of a level of the simple pyramid, of stride 2 ** number; `lateral`: how many modules come before that one."""
     theirs, ours = rf'simfp_{number}\.', f'levels.{number - 2}.'
     return (
         *convolution(f'{theirs}{lateral}', f'{ours}lateral'),
