@@ -47,7 +47,7 @@ from util.nn.pyramid import Indices, StageMaps, as_maps
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
-from util.nn.vit import SEGMENTER_VIT, quarters, vit_backbone
+from util.nn.vit import SEGMENTER_VIT, quarters, vit_backbone, windowed_vit
 
 
 class CellPlan(NamedTuple):
@@ -313,9 +313,10 @@ class Backbone(NamedTuple):
 
     make: Callable[..., nn.Module]  # (img_size, num_classes, drop_path_rate, **sizes)
     site: Callable[[nn.Module, Any], str]  # (encoder, mask_layer) -> the module whose output the token joins
-    maps: Callable[..., nn.Module]  # (img_size, drop_path_rate, **sizes) -> the encoder of dense tasks
+    maps: Callable[..., nn.Module]  # (img_size, drop_path_rate, **sizes) -> the encoder of dense tasks, of any image
     segmenter: dict[str, Any]  # how a segmenter's encoder and heads differ
     features: Callable[[nn.Module, Tensor], Tensor] = lambda encoder, imgs: encoder.forward_features(imgs)
+    segmenter_maps: Callable[..., nn.Module] | None = None  # where a segmenter's encoder is another, of one image size
 
 
 def check_sizes(sizes: dict) -> None:
@@ -409,7 +410,14 @@ def stage_site(modules: tuple[str, ...], encoder: nn.Module, mask_layer: int) ->
     return modules[mask_layer]
 
 
-VIT = Backbone(beit, vit_site, partial(vit_backbone, rel_pos_bias=True, init_values=0.1), SEGMENTER_VIT)
+BEIT = dict(rel_pos_bias=True, init_values=0.1)
+VIT = Backbone(
+    beit,
+    vit_site,
+    partial(windowed_vit, **BEIT),
+    SEGMENTER_VIT,
+    segmenter_maps=partial(vit_backbone, **BEIT),
+)
 RESNET = Backbone(
     resnet,
     partial(stage_site, ('maxpool', 'layer1', 'layer2', 'layer3')),
@@ -524,16 +532,22 @@ def create_classifier(
 
 
 def create_backbone(name: str, /, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> nn.Module:
-    """timm's network of this size without its head, as an encoder for dense tasks.
+    """timm's network of this size without its head, as an encoder of any image.
 
-    Keywords are the network's own; a ViT's are `vit_backbone`'s, and `output_stride` of a ResNet is 32 unless given.
+    Keywords are the network's own; a ViT's are `windowed_vit`'s, and `output_stride` of a ResNet is 32 unless given.
+    `img_size` is that of pretraining, which positions are made for.
     """
     sizes_of(MODELS, name)
-    check_sizes(kwargs)
-    sizes = ENCODERS[name.partition('_')[2]]
-    sizes = {key: value for key, value in sizes.items() if key != 'output_stride'} | kwargs
-    backbone = sizes.pop('backbone')
-    return backbone.maps(**{**sizes, 'img_size': img_size, 'drop_path_rate': drop_path_rate})
+    backbone = ENCODERS[name.partition('_')[2]]['backbone']
+    return backbone.maps(**map_sizes(name, drop_path_rate, img_size, kwargs))
+
+
+def map_sizes(name: str, drop_path_rate: float, img_size: int, sizes: dict) -> dict:
+    """Keywords of the encoder of dense tasks: the table's, and what replaces them."""
+    check_sizes(sizes)
+    table = ENCODERS[name.partition('_')[2]]
+    table = {key: value for key, value in table.items() if key not in ('backbone', 'output_stride')}
+    return {**table, **sizes, 'img_size': img_size, 'drop_path_rate': drop_path_rate}
 
 
 def create_segmenter(
@@ -549,7 +563,8 @@ def create_segmenter(
     heads, sizes = split_options({**backbone.segmenter, **kwargs})
     if backbone is RESNET and heads['head'] == 'fcn':
         sizes = {'output_stride': 8, **sizes}
-    encoder = create_backbone(name, drop_path_rate, img_size, **sizes)
+    maps = backbone.segmenter_maps or backbone.maps
+    encoder = maps(**map_sizes(name, drop_path_rate, img_size, sizes))
     return with_heads(encoder, num_classes, fixed_size=encoder.fixed_size, **heads)
 
 

@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
-from timm.models.beit import Beit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -59,7 +58,8 @@ from util.nn.swin import (
     unit_major,
 )
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
-from util.nn.vit import SEGMENTER_VIT, norm_layer, quarters, vit_backbone, vit_classifier
+from util.nn.vit import SEGMENTER_VIT, norm_layer, quarters, vit_backbone, vit_classifier, windowed_vit
+from util.nn.windowed import WindowedViT
 
 
 class SwinPlan(NamedTuple):
@@ -524,15 +524,15 @@ def create_classifier(
 
 def create_backbone(
     name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs
-) -> VisionTransformer | Beit | SwinBackbone:
-    """The classifier without its head, as an encoder for dense tasks.
+) -> WindowedViT | SwinBackbone:
+    """The classifier without its head, as an encoder of any image.
 
-    A ViT's keywords are `vit_backbone`'s. A Swin's are `SwinBackbone`'s, for which `img_size` means nothing, and
-    `coords`, as `LocalMIMSwinClassifier` has it.
+    A ViT's keywords are `windowed_vit`'s; `img_size` is that of pretraining, which its position embedding is made for.
+    A Swin's are `SwinBackbone`'s, for which `img_size` means nothing, and `coords`, as `LocalMIMSwinClassifier` has it.
     """
     options = {**sizes_of(ENCODERS, name), 'drop_path_rate': drop_path_rate, **kwargs}
     if name in VIT_ENCODERS:
-        return vit_backbone(img_size=img_size, **options)
+        return windowed_vit(img_size=img_size, **options)
     coords = options.pop('coords', 'published')
     check_choice('coords', coords, COORDS)
     encoder = SwinBackbone(**options)
@@ -548,11 +548,13 @@ def create_segmenter(
     A ViT's maps are those of its local layers, and its coarsest one is an average. Raises ValueError for a size that
     does not divide.
     """
-    if name in VIT_ENCODERS:
-        kwargs = {**SEGMENTER_VIT, 'out_indices': local_layers, 'pool': 'avg', **kwargs}
-    heads, sizes = split_options(kwargs)
-    encoder = create_backbone(name, drop_path_rate, img_size, **sizes)
-    return with_heads(encoder, num_classes, fixed_size=img_size if name in VIT_ENCODERS else None, **heads)
+    if name not in VIT_ENCODERS:
+        heads, sizes = split_options(kwargs)
+        return with_heads(create_backbone(name, drop_path_rate, img_size, **sizes), num_classes, **heads)
+    heads, sizes = split_options({**SEGMENTER_VIT, 'out_indices': local_layers, 'pool': 'avg', **kwargs})
+    sizes |= dict(img_size=img_size, drop_path_rate=drop_path_rate)
+    encoder = vit_backbone(**{**sizes_of(ENCODERS, name), **sizes})
+    return with_heads(encoder, num_classes, fixed_size=img_size, **heads)
 
 
 def local_layers(depth: int) -> Sequence[int]:

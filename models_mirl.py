@@ -23,7 +23,6 @@ documented; 4 is what the paper's figure shows.
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
-from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -46,7 +45,8 @@ from util.nn.patches import (
 )
 from util.nn.pos_embed import sincos_2d
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, with_heads
-from util.nn.vit import SEGMENTER_VIT, norm_layer, vit_backbone, vit_classifier
+from util.nn.vit import SEGMENTER_VIT, norm_layer, vit_backbone, vit_classifier, windowed_vit
+from util.nn.windowed import WindowedViT
 
 
 class MIRL(nn.Module):
@@ -331,10 +331,13 @@ def create_classifier(
     return vit_classifier(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
 
 
-def create_backbone(name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> VisionTransformer | Beit:
-    """The classifier without its head, as an encoder for dense tasks; keywords are `vit_backbone`'s."""
+def create_backbone(name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> WindowedViT:
+    """The classifier without its head, as an encoder of any image; keywords are `windowed_vit`'s.
+
+    `img_size` is that of pretraining, which the position embedding is made for.
+    """
     sizes = dict(img_size=img_size, drop_path_rate=drop_path_rate)
-    return vit_backbone(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
+    return windowed_vit(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
 
 
 def create_segmenter(
@@ -345,7 +348,8 @@ def create_segmenter(
     Raises ValueError for a size that does not divide.
     """
     heads, sizes = split_options(kwargs)
-    encoder = create_backbone(name, drop_path_rate, img_size, **{**SEGMENTER_VIT, **sizes})
+    sizes = dict(img_size=img_size, drop_path_rate=drop_path_rate, **{**SEGMENTER_VIT, **sizes})
+    encoder = vit_backbone(**{**sizes_of(ENCODERS, name), **sizes})
     return with_heads(encoder, num_classes, fixed_size=img_size, **heads)
 
 

@@ -1,6 +1,7 @@
 """From arguments to the parts of a training: what the programs share, for whichever method."""
 
 import argparse
+import copy
 import inspect
 import itertools
 import re
@@ -104,13 +105,22 @@ def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -
 
 
 def in_parallel(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """What is called for the loss: the network compiled and distributed, as the arguments say."""
-    return dist.parallel(core, device, args.compile, COMPILE_MODES[args.compile_mode], args.bf16_gradients)
+    """What is called for the loss: the network compiled and distributed, as the arguments say.
+
+    Of a network whose `compiled` names a part of it, that alone is: the shapes of what follows depend on data.
+    """
+    mode, part, model = COMPILE_MODES[args.compile_mode], getattr(core, 'compiled', ''), core
+    if args.compile and part:
+        model = copy.copy(core)  # of the same parameters; the network itself stays as it is
+        compiled = torch.compile(getattr(core, part), fullgraph=True, mode=mode)
+        model._modules = core._modules | {part: compiled}
+    return dist.parallel(model, device, args.compile and not part, mode, args.bf16_gradients)
 
 
 def synchronises(core: nn.Module, args: argparse.Namespace) -> bool:
-    """Whether several GPUs train it with SyncBatchNorm; not a linear probe, whose BatchNorm is MAE's: per process."""
-    return not getattr(args, 'probe', None) and dist.will_synchronise(core, args.device)
+    """Whether several GPUs train it with SyncBatchNorm; not with --norm bn, and not a linear probe, as MAE's is not."""
+    alone = getattr(args, 'probe', None) or getattr(args, 'norm', None) == 'bn'
+    return not alone and dist.will_synchronise(core, args.device)
 
 
 # --------------------------------------------------------------------------
@@ -129,13 +139,17 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
         raise UserError(f'--rule_kwargs: {error}') from error
 
 
-def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBatches:
-    """This rank's share of every epoch, or round. Raises UserError for fewer images than one step takes."""
+def epoch_batches(args: argparse.Namespace, num_images: int, kinds: np.ndarray | None = None) -> datasets.EpochBatches:
+    """This rank's share of every epoch, or round; `kinds` are those of images which batches are to keep apart.
+
+    Raises UserError for fewer images than one step takes.
+    """
     here, accum_iter = dist.place(), optim.accumulation(args)
     copies = getattr(args, 'repeated_aug', 1)
     sampler = datasets.EpochBatches(
         *(num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed, copies),
         steps=getattr(args, 'eval_freq', None),
+        kinds=kinds,
     )
     if not sampler.pass_steps:
         _, arithmetic = optim.scaled_lr(args, accum_iter)

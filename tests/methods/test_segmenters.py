@@ -240,7 +240,7 @@ def test_which_maps():
     for depth, taken in local.items():
         assert list(models_localmim.local_layers(depth)) == taken
     vit = models_a2mim.create_backbone('a2mim_vit_tiny', img_size=32)
-    assert (vit.map_indices, vit.widths, vit.strides) == ([3], [96], [8])
+    assert (vit.widths, vit.strides) == ([96], [8])
     resnet = models_a2mim.create_backbone('a2mim_resnet_tiny')
     assert resnet.strides == [4, 8, 16, 32]
     fcn = models_a2mim.create_segmenter('a2mim_resnet_tiny', 5)

@@ -3,18 +3,20 @@
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
-import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
     SwinTransformerStage,
-    window_partition,
-    window_reverse,
 )
 from torch import Tensor, nn
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from util.nn.checks import check_choice
 from util.nn.swin import padded_windows
+from util.nn.windowed import WindowedViT as WindowedViT
+from util.nn.windowed import in_windows
 
 
 class Maps:
@@ -98,10 +100,127 @@ class PaddedBlock(SwinTransformerBlock):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor, shift: int, mask: Tensor | None) -> Tensor:
-        _, rows, cols, dim = x.shape
         window, _ = self.window_size
-        x = F.pad(x, (0, 0, 0, -cols % window, 0, -rows % window)).roll((-shift, -shift), dims=(1, 2))
-        _, padded_rows, padded_cols, _ = x.shape
-        x = self.attn(window_partition(x, self.window_size).view(-1, window * window, dim), mask)
-        x = window_reverse(x.view(-1, window, window, dim), self.window_size, padded_rows, padded_cols)
-        return x.roll((shift, shift), dims=(1, 2))[:, :rows, :cols]
+        return in_windows(lambda x: self.attn(x.flatten(1, 2), mask).view_as(x), x, window, shift)
+
+
+# --------------------------------------------------------------------------
+# a detector's pyramids; level i has stride 2^i times that of the first, and is called 'i', the last 'pool'
+
+NORMS = {'ln': partial(LayerNorm2d, eps=1e-6), 'bn': nn.BatchNorm2d}  # over channels; of a width
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Levels of strides 4, 8, 16 and 32 from one map of a ViT (ViTDet), and one of 64.
+
+    Each level is that map, enlarged by transposed convolutions or max-pooled, after a 1 x 1 and a 3 x 3 convolution,
+    both normed over channels. Initial weights are torch's. Raises ValueError for another stride than 4, 8, 16 or 32.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int = 256, stride: int = 16):
+        super().__init__()
+        if stride not in (4, 8, 16, 32):
+            raise ValueError(f'a map of stride {stride}: the pyramid is made from one of stride 4, 8, 16 or 32')
+        self.out_channels, self.strides = out_channels, [4, 8, 16, 32, 64]
+        self.levels = nn.ModuleList(pyramid_level(in_channels, out_channels, stride / s) for s in self.strides[:-1])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[N, D, h, w] -> {'0': ..., '3', 'pool'} [N, C, ., .], fine to coarse."""
+        maps = {str(i): level(x) for i, level in enumerate(self.levels)}
+        return maps | {'pool': maps['3'][..., ::2, ::2]}
+
+
+def pyramid_level(dim: int, channels: int, factor: float) -> nn.Sequential:
+    """Map [N, dim, h, w] -> [N, channels, factor * h, factor * w]. Parts are `scale`, `lateral` and `output`."""
+    scale = nn.Sequential()
+    while factor > 1:
+        if len(scale):
+            scale.extend([NORMS['ln'](dim), nn.GELU()])
+        scale.append(nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2))
+        dim, factor = dim // 2, factor / 2
+    if factor < 1:
+        scale.append(nn.MaxPool2d(round(1 / factor)))
+    level = nn.Sequential()
+    level.add_module('scale', scale)
+    for name, in_channels, kernel in (('lateral', dim, 1), ('output', channels, 3)):
+        conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=False)
+        level.add_module(name, nn.Sequential(conv, NORMS['ln'](channels)))
+    return level
+
+
+class ViTPyramid(nn.Module):
+    """An encoder of one map, and the simple feature pyramid on it."""
+
+    def __init__(self, encoder: nn.Module, out_channels: int = 256):
+        super().__init__()
+        self.encoder, self.pyramid = (
+            encoder,
+            SimpleFeaturePyramid(encoder.widths[-1], out_channels, encoder.strides[-1]),
+        )
+        self.out_channels, self.strides = out_channels, self.pyramid.strides
+
+    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
+        """imgs [N, 3, H, W] -> {'0': ..., '3', 'pool'}."""
+        return self.pyramid(self.encoder(imgs)[-1])
+
+
+class FPN(nn.Module):
+    """An encoder of several maps, and torchvision's feature pyramid on them, with one level more.
+
+    `norm` after its convolutions: None, 'ln' over channels, or 'bn'. Raises ValueError for maps whose strides do not
+    double.
+    """
+
+    def __init__(self, backbone: nn.Module, out_channels: int = 256, norm: str | None = None):
+        super().__init__()
+        first, strides = backbone.strides[0], list(backbone.strides)
+        if len(strides) < 2 or strides != [first << i for i in range(len(strides))]:
+            raise ValueError(
+                f'maps of strides {strides}: a feature pyramid takes two or more, each twice the one before'
+            )
+        if norm is not None:
+            check_choice('norm', norm, tuple(NORMS))
+        self.encoder = backbone
+        self.fpn = FeaturePyramidNetwork(backbone.widths, out_channels, LastLevelMaxPool(), NORMS.get(norm))
+        self.out_channels, self.strides = out_channels, [*strides, 2 * strides[-1]]
+
+    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
+        """imgs [N, 3, H, W] -> {'0': ..., 'pool'} [N, C, ., .], fine to coarse."""
+        return self.fpn({str(i): x for i, x in enumerate(self.encoder(imgs))})
+
+
+class C4(nn.Module):
+    """A ResNet's third stage as the only map; the last stage, `layer4`, works on each proposal instead.
+
+    Raises ValueError for another network, and for one whose third map is not of stride 16.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        if not isinstance(encoder, ResNet) or list(encoder.strides[-2:]) != [16, 32]:
+            raise ValueError(
+                f"neck 'c4' is of a ResNet with maps of strides 16 and 32, not of {type(encoder).__name__}"
+            )
+        self.encoder, self.out_channels, self.strides = encoder, encoder.widths[-2], [16]
+        encoder.prune_intermediate_layers([3])
+        encoder.map_indices, encoder.widths, encoder.strides = [3], encoder.widths[-2:-1], [16]
+
+    def forward(self, imgs: Tensor) -> dict[str, Tensor]:
+        """imgs [N, 3, H, W] -> {'0': [N, C, H / 16, W / 16]}."""
+        return {'0': self.encoder(imgs)[-1]}
+
+
+def with_neck(encoder: nn.Module, neck: str, width: int = 256, norm: str | None = None) -> ViTPyramid | FPN | C4:
+    """A detector's backbone: the encoder, which stays in it as `encoder`, and what makes levels of its maps.
+
+    It has `out_channels`, and `strides` of the levels. For 'c4', take `encoder.layer4` before. Raises ValueError for
+    what does not fit.
+    """
+    check_choice('neck', neck, ('simple', 'fpn', 'c4'))
+    if size := getattr(encoder, 'fixed_size', None):
+        raise ValueError(f'{type(encoder).__name__} takes images of {size} x {size} only, a detector any')
+    if neck == 'simple':
+        if len(encoder.widths) > 1:
+            raise ValueError(f"neck 'simple' is for the one map of a ViT, not for {len(encoder.widths)}; try 'fpn'")
+        return ViTPyramid(encoder, width)
+    return FPN(encoder, width, norm) if neck == 'fpn' else C4(encoder)

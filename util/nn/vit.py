@@ -1,5 +1,7 @@
 """What MAE-style ViTs share: the networks that they are fine-tuned as."""
 
+from collections.abc import Sequence
+
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from util.nn.checks import check_divides, check_heads
 from util.nn.models import as_timm, norm_layer
 from util.nn.pyramid import Indices, as_maps
+from util.nn.windowed import WindowedViT
 
 
 def vit_classifier(*, img_size: int, patch_size: int = 16, **options) -> VisionTransformer:
@@ -70,3 +73,15 @@ def vit_backbone(
 
 # how a segmenter's ViT differs from a classifier's
 SEGMENTER_VIT = dict(out_indices=quarters, rel_pos_bias=True, init_values=1.0)
+
+
+def windowed_vit(
+    *,
+    window_size: int = 14,
+    global_blocks: Sequence[int] | None = None,
+    rel_pos: bool = True,
+    rel_pos_size: int = 1024,
+    **options,
+) -> WindowedViT:
+    """`vit_backbone` of these options as ViTDet's encoder; `rel_pos_size` is `WindowedViT`'s img_size."""
+    return WindowedViT(vit_backbone(**options), window_size, global_blocks, rel_pos, rel_pos_size)
