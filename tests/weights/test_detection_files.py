@@ -12,10 +12,10 @@ from golden import golden
 from test_segmentation_files import TINY, assert_holds, classifier, drawn, pretraining, refused, segmenter
 from torch import nn
 from torch.nn.functional import interpolate
-from util.nn.detector import create_detector
 
 from main_pretrain import find_method
 from util import checkpoint
+from util.nn.detector import create_detector
 from util.weights import class_names, find_origin, load_published, read_source
 from util.weights.files import read_checkpoint
 
