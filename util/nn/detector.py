@@ -299,6 +299,11 @@ class Detector(GeneralizedRCNN):
         super().__init__(backbone, rpn, roi_heads, transform=None)
         self.size_divisible = size_divisible
 
+    @property
+    def compiled_part(self) -> nn.Module:
+        """What --compile compiles, for training: behind it shapes depend on what is in the images."""
+        return self.backbone
+
     def forward(
         self, imgs: Tensor | Sequence[Tensor], extra: Sequence | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
@@ -318,7 +323,7 @@ class Detector(GeneralizedRCNN):
         elif extra is not None:
             sizes = extra
         images = ImageList(imgs, [tuple(int(side) for side in size) for size in sizes])
-        maps = self.backbone(imgs)
+        maps = self.backbone(imgs) if self.training else self.backbone.forward(imgs)  # never compiled for all sizes
         targets = extra if self.training else None
         proposals, losses = self.rpn(images, maps, targets)
         detections, region_losses = self.roi_heads(maps, proposals, images.image_sizes, targets)
