@@ -43,11 +43,12 @@ from util.nn.checks import check_choice, check_divides, check_heads, check_mask_
 from util.nn.losses import PIXEL_LOSSES, explained, pixel_loss
 from util.nn.models import as_timm, eval_mode, factory, norm_layer, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
-from util.nn.pyramid import Indices, StageMaps, as_maps
+from util.nn.pyramid import GeneralizedRCNN, Indices, StageMaps, as_maps, detector_rules, encoder_of
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
 from util.nn.spectrum import draw_spectrum, focal_frequency_loss, half_spectrum
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
 from util.nn.vit import SEGMENTER_VIT, quarters, vit_backbone, windowed_vit
+from util.nn.windowed import WindowedViT
 
 
 class CellPlan(NamedTuple):
@@ -587,6 +588,8 @@ def param_rules(model: nn.Module, *, gamma_as_weight: bool | None = None) -> dic
     """
     if isinstance(model, Segmenter):
         return segmenter_param_rules(model)
+    if isinstance(model, GeneralizedRCNN):
+        return detector_param_rules(model)
     pretraining = isinstance(model, A2MIM)
     encoder = model.encoder if pretraining else model
     if gamma_as_weight is None:
@@ -625,6 +628,16 @@ def segmenter_param_rules(model: Segmenter) -> dict[str, tuple[int, float, bool]
     return segmenter_rules(model, lambda name: ids.get(name, last), last)
 
 
+def detector_param_rules(model: GeneralizedRCNN) -> dict[str, tuple[int, float, bool]]:
+    """Of a detector: a ConvNeXt's decays as its segmenter does, and so does a Swin's."""
+    encoder = encoder_of(model)
+    ids = {name: layer_id for name, layer_id in layer_ids(encoder).items() if not re.match(r'norm\d', name)}
+    last = max(ids.values()) + 1
+    decays = {ConvNeXt: lambda name, param: param.ndim > 1, SwinTransformer: swin_decays}
+    decays = next((rule for kind, rule in decays.items() if isinstance(encoder, kind)), None)
+    return detector_rules(model, lambda name: ids.get(name, last), last, decays)
+
+
 def layer_ids(encoder: nn.Module) -> dict[str, int]:
     """{name: layer id} of an encoder: timm's, by stages where timm has none, and BEiT's rule for ConvNeXt.
 
@@ -632,6 +645,9 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
     """
     if isinstance(encoder, ConvNeXt):
         return {name: convnext_layer(name, encoder) for name, _ in encoder.named_parameters()}
+    if isinstance(encoder, WindowedViT):
+        names = [name for name, _ in encoder.named_parameters()]
+        return {name: int(name.split('.')[1]) + 1 if name.startswith('blocks.') else 0 for name in names}
     if not hasattr(encoder, 'group_matcher'):
         return stage_layers(encoder)
     ids = group_parameters(encoder, encoder.group_matcher(), reverse=True)

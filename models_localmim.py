@@ -47,6 +47,7 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
+from util.nn.pyramid import GeneralizedRCNN, detector_rules, encoder_of
 from util.nn.swin import (
     SwinBackbone,
     SwinClassifier,
@@ -599,7 +600,7 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
     and bias tables, but a ViT's tokens are; in fine-tuning, a ViT's class token and position embedding, but a Swin's
     bias tables are.
     """
-    encoder = model.encoder if isinstance(model, Segmenter) else model
+    encoder = encoder_of(model)
     if isinstance(encoder, LocalMIMSwin | LocalMIMSwinClassifier | SwinBackbone):
         depths = [len(layer.blocks) for layer in encoder.layers]
         undecayed = ('_token', 'relative_position_bias_table') if isinstance(model, LocalMIMSwin) else ()
@@ -616,9 +617,10 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
             return sum(depths[:stage]) + (int(rest[2]) + 1 if rest[1] == 'blocks' else depths[stage])
         return 0 if first in ENCODER_NAMES else sum(depths) + 1
 
-    if isinstance(model, Segmenter):
+    if isinstance(model, Segmenter | GeneralizedRCNN):
+        rules = segmenter_rules if isinstance(model, Segmenter) else detector_rules
         rule = {'decays': swin_decays} if isinstance(encoder, SwinBackbone) else {}
-        return segmenter_rules(model, layer_id, sum(depths) + 1, **rule)
+        return rules(model, layer_id, sum(depths) + 1, **rule)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1 and not name.endswith(undecayed))
         for name, param in model.named_parameters()

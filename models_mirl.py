@@ -44,6 +44,7 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
+from util.nn.pyramid import GeneralizedRCNN, detector_rules, encoder_of
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, with_heads
 from util.nn.vit import SEGMENTER_VIT, norm_layer, vit_backbone, vit_classifier, windowed_vit
 from util.nn.windowed import WindowedViT
@@ -382,7 +383,7 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
     Layer ids: 0 = tokens, position and patch embedding; i + 1 = block i; depth + 1 = the rest. 1-D parameters are not
     decayed; class and mask tokens are in pretraining, and the classifier's class token and position embedding are not.
     """
-    last = len(getattr(model, 'encoder', model).blocks) + 1
+    last = len(encoder_of(model).blocks) + 1
     undecayed = () if isinstance(model, MIRL) else ('cls_token', 'pos_embed')
 
     def layer_id(name: str) -> int:
@@ -393,6 +394,8 @@ def param_rules(model: nn.Module) -> dict[str, tuple[int, float, bool]]:
 
     if isinstance(model, Segmenter):
         return segmenter_rules(model, layer_id, last)
+    if isinstance(model, GeneralizedRCNN):
+        return detector_rules(model, layer_id, last)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1 and name not in undecayed)
         for name, param in model.named_parameters()

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.swin_transformer import PatchMerging, get_relative_position_index
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from util.nn.patches import (
     unpatchify,
 )
 from util.nn.pos_embed import sincos_2d
+from util.nn.pyramid import GeneralizedRCNN, detector_rules, encoder_of
 from util.nn.upernet import Segmenter, segmenter_rules, split_options, swin_decays, with_heads
 
 
@@ -112,9 +113,10 @@ class MixMIMEncoder(nn.Module):
         return self.norm(self.forward_stages(imgs, mask)[-1]).flatten(1, 2)
 
     def forward_stages(self, imgs: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """imgs [N, 3, H, W] -> each stage's tokens [N, R, R, .] before its merging."""
+        """imgs [N, 3, H, W] -> each stage's tokens [N, rows, columns, .] before its merging."""
         x, stages = self.patch_embed(imgs), []  # [N, R, R, C]
-        x = x + self.absolute_pos_embed.view(1, *x.shape[1:])
+        table = resample_abs_pos_embed(self.absolute_pos_embed, x.shape[1:3], num_prefix_tokens=0, antialias=False)
+        x = x + table.view(1, *x.shape[1:])
         for stage in self.layers:
             window_mask = None if mask is None else separating_mask(mask, x.shape[1], stage.window_size)
             for block in stage.blocks:
@@ -335,18 +337,24 @@ class WindowAttention(nn.Module):
         return self.relative_position_bias_table.t().index_select(1, self.relative_position_index).view(-1, size, size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [N, R, R, D] -> the same; mask [W, T, T] is added to the logits of each image's windows (0 or -inf)."""
-        n, side, _, dim = x.shape
-        heads, w, windows = self.num_heads, self.window_size, side // self.window_size
+        """x [N, rows, columns, D] -> the same; mask [W, T, T] is added to the logits of an image's windows (0 or -inf).
+
+        A map that windows do not divide is zero-padded below and on the right; padding is not masked.
+        """
+        n, rows, cols, dim = x.shape
+        heads, w = self.num_heads, self.window_size
+        if rows % w or cols % w:
+            x = F.pad(x, (0, 0, 0, -cols % w, 0, -rows % w))
+        high, wide = x.shape[1] // w, x.shape[2] // w  # in windows
         bias = self.relative_position_bias()
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # [W * heads, T, T]: it broadcasts over the batch
-        qkv = self.qkv(x).view(n, windows, w, windows, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        qkv = self.qkv(x).view(n, high, w, wide, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # [N, W * heads, T, D / heads] under a mask, else [N * W, heads, T, D / heads]
         q, k, v = qkv.reshape(3, -1, bias.shape[0], w * w, dim // heads)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
-        x = x.reshape(n, windows, windows, heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.proj(x.reshape(n, side, side, dim))
+        x = x.reshape(n, high, wide, heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return self.proj(x.reshape(n, high * w, wide * w, dim)[:, :rows, :cols])
 
 
 # --------------------------------------------------------------------------
@@ -385,10 +393,15 @@ def create_classifier(
 
 
 class MixMIMBackbone(MixMIMEncoder):
-    """The encoder of dense tasks, of one image size: each stage's map before its merging, normed by a new norm."""
+    """The encoder of dense tasks, of any image: each stage's map before its merging, normed by a new norm.
+
+    `img_size` is that of pretraining, which windows and positions are made for. Windows pad other maps, positions are
+    stretched bicubically to the image's grid; image and merging are zero-padded where they must be.
+    """
 
     def __init__(self, **encoder):
         super().__init__(**encoder)
+        self.patch_embed.strict_img_size, self.patch_embed.dynamic_img_pad = False, True
         del self.norm  # it belongs to the classifier
         stages = range(len(self.depths))
         self.strides = [self.cell_size >> stage for stage in reversed(stages)]
@@ -398,13 +411,13 @@ class MixMIMBackbone(MixMIMEncoder):
         self.init_weights()
 
     def forward(self, imgs: Tensor) -> list[Tensor]:
-        """imgs [N, 3, H, W], normalised -> a map [N, D, H / s, W / s] for each stage, of width D and stride s."""
+        """imgs [N, 3, H, W], normalised -> a stage's map [N, D, H / s, W / s] of width D and stride s, rounded up."""
         stages = enumerate(self.forward_stages(imgs))
         return [getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous() for i, x in stages]
 
 
 def create_backbone(name: str, drop_path_rate: float = 0.0, img_size: int = 224, **kwargs) -> MixMIMBackbone:
-    """The classifier without its head, as an encoder for dense tasks; its windows follow `img_size` unless given."""
+    """The classifier without its head, as an encoder of any image; its windows follow `img_size` unless given."""
     sizes = dict(img_size=img_size, drop_path_rate=drop_path_rate)
     return MixMIMBackbone(**{**sizes_of(ENCODERS, name), **sizes, **kwargs})
 
@@ -440,19 +453,18 @@ globals().update(factories(MixMAE, ENCODERS, PRETRAINING))
 
 
 def param_rules(
-    model: MixMIMEncoder | Segmenter, *, head_layer: str = 'published'
+    model: MixMIMEncoder | Segmenter | GeneralizedRCNN, *, head_layer: str = 'published'
 ) -> dict[str, tuple[int, float, bool]]:
     """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as the published optimiser groups them.
 
     Layer ids: 0 = patch embedding; i + 1 = block i; a patch merging has that of the block after it. The rest, the head
     included, has the last block's id, one below the top (`model.last_layer`), and so learns at layer_decay times the
     rate; `head_layer='own'` puts the head at the top, at the full rate. 1-D parameters are not decayed; mask token and
-    bias tables are. A segmenter's heads and the norms of its maps are at the top, and it decays as a Swin does. Raises
-    ValueError for another `head_layer`.
+    bias tables are. The heads of a segmenter or a detector and the norms of its maps are at the top, and it decays as
+    a Swin does. Raises ValueError for another `head_layer`.
     """
     check_choice('head_layer', head_layer, ('published', 'own'))
-    segments = isinstance(model, Segmenter)
-    encoder = model.encoder if segments else model
+    dense, encoder = isinstance(model, Segmenter | GeneralizedRCNN), encoder_of(model)
 
     def layer_id(name: str) -> int:
         match name.split('.'):
@@ -464,10 +476,11 @@ def param_rules(
                 return sum(encoder.depths[: int(stage) + 1]) + 1
             case ['head', _] if head_layer == 'own':
                 return encoder.last_layer
-        return encoder.last_layer if segments else encoder.last_layer - 1
+        return encoder.last_layer if dense else encoder.last_layer - 1
 
-    if segments:
-        return segmenter_rules(model, layer_id, encoder.last_layer, swin_decays)
+    if dense:
+        rules = segmenter_rules if isinstance(model, Segmenter) else detector_rules
+        return rules(model, layer_id, encoder.last_layer, swin_decays)
     return {
         name: (layer_id(name), 1.0, param.ndim > 1) for name, param in model.named_parameters() if param.requires_grad
     }

@@ -690,7 +690,10 @@ def machine(device: torch.device) -> dict:
         re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
     )
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else (cpu[1] if cpu else platform.processor())
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=PAGE.parent, capture_output=True, text=True)
+    commit = 'not known'
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
+        git = ['git', 'rev-parse', '--short', 'HEAD']
+        commit = subprocess.run(git, cwd=PAGE.parent, capture_output=True, text=True, check=True).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm, PIL)}
     return {
         'device': name,
@@ -699,7 +702,7 @@ def machine(device: torch.device) -> dict:
         'threads': torch.get_num_threads(),
         'load': round(os.getloadavg()[0], 1),
         'versions': versions | {'python': platform.python_version()},
-        'git': git.stdout.strip(),
+        'git': commit,
         'date': time.strftime('%Y-%m-%d'),
     }
 

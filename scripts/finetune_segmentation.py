@@ -260,7 +260,7 @@ def test_checkpoint(args: argparse.Namespace) -> None:
     config.check_common_args(args)
     device = dist.init(args.device, args.dist_url, args.dist_timeout)
     args, core, split, told = trained_network(args)
-    files = labelling.label_files(args, split) if args.predict else []
+    files = labelling.files_of(args, split.images) if args.predict else []
     agreement.check(args, device, **by_name(val=split))
     for line in told:
         info(line)

@@ -8,11 +8,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from scripts import finetune_segmentation
+from scripts import finetune_detection, finetune_segmentation
 from util import config
 
 README = Path(__file__).resolve().parent.parent / 'README.md'
-BEGIN, END = '<!-- flags: main_pretrain, main_finetune, finetune_segmentation -->\n', '<!-- end -->'
+PROGRAMS = {  # by the heads of their columns
+    'pretraining': main_pretrain,
+    'fine-tuning': main_finetune,
+    'segmentation': finetune_segmentation,
+    'detection': finetune_detection,
+}
+BEGIN, END = '<!-- flags -->\n', '<!-- end -->'
 
 
 def row(flag: str, either: dict[str, argparse.Action], parsers: list[config.Parser]) -> str:
@@ -26,13 +32,13 @@ def row(flag: str, either: dict[str, argparse.Action], parsers: list[config.Pars
 
 def table() -> str:
     """All flags by their headings, with the defaults of each program."""
-    parsers = [program.get_args_parser() for program in (main_pretrain, main_finetune, finetune_segmentation)]
-    either = parsers[2].flags | parsers[1].flags | parsers[0].flags
+    parsers = [program.get_args_parser() for program in PROGRAMS.values()]
+    either = {flag: action for parser in reversed(parsers) for flag, action in parser.flags.items()}
     shown = {action.dest: action for action in either.values() if action.help != argparse.SUPPRESS}
-    text = '| flag | pretraining | fine-tuning | segmentation | purpose |\n|---|---|---|---|---|\n'
+    text = f'| flag | {" | ".join(PROGRAMS)} | purpose |\n|---|{"---|" * len(PROGRAMS)}---|\n'
     text += row('--config', either, parsers)
     for heading in config.HEADINGS:
-        text += f'| **{heading}** | | | | |\n'
+        text += f'| **{heading}** |{" |" * len(PROGRAMS)} |\n'
         actions = [action for action in shown.values() if action.heading == heading]
         text += ''.join(row(action.option_strings[0], either, parsers) for action in actions)
     return text

@@ -26,9 +26,9 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from scripts import finetune_segmentation
+from scripts import finetune_detection, finetune_segmentation
 from util import build, checkpoint, config, console, diagnosis, dist, resources
-from util.data import augment, datasets, decoders, named, segmentation
+from util.data import augment, coco, datasets, decoders, named, segmentation
 from util.data.images import Reader
 from util.errors import UserError, run_main
 from util.training import Training
@@ -194,10 +194,13 @@ class Replay:
             'pretrain': (main_pretrain, self.prepare_pretrain),
             'finetune': (main_finetune, self.prepare_finetune),
             'segment': (finetune_segmentation, self.prepare_segment),
+            'detect': (finetune_detection, self.prepare_detect),
         }[record['stage']]
         self.args = args = main.get_args_parser().parse([])
         record['args'].setdefault('decoder', decoders.PIL)  # that of older versions
-        vars(args).update(record['args'] | {'download': False, 'effective_batch_size': None, 'amp_dtype': amp_dtype})
+        vars(args).update(
+            record['args'] | {'download': False, 'effective_batch_size': None, 'lr_batch': None, 'amp_dtype': amp_dtype}
+        )
         args.data_path, args.decoder = Path(args.data_path), decoders.resolved(args.decoder)
         core, self.images, forward_of = make(device)
         checkpoint.check_same_weights(weights, core.state_dict(), diagnosis.WEIGHTS)
@@ -245,6 +248,17 @@ class Replay:
             return lambda *micro_step: engine_finetune.forward(training, *micro_step, loss_of)
 
         return finetune_segmentation.create_segmenter(self.args, len(train.classes)), images, forward_of
+
+    def prepare_detect(self, device: torch.device) -> tuple[nn.Module, datasets.ImageFiles, Callable]:
+        """The same of detection."""
+        [train] = coco.splits(self.args, ['train'])
+        images = coco.training_images(train, self.args, Reader())
+
+        def forward_of(training: Training) -> Callable:
+            loss_of = finetune_detection.detection_loss(training)
+            return lambda *micro_step: engine_finetune.forward(training, *micro_step, loss_of)
+
+        return finetune_detection.create_detector(self.args, len(train.classes)), images, forward_of
 
     def batch(self, samples: list[dict]) -> list[Tensor]:
         """The very images. Raises UserError if they are not there any more."""

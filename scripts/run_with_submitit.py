@@ -6,8 +6,9 @@ Examples:
     python scripts/run_with_submitit.py segment --nodes 1 --ngpus 8 --config NAME --finetune PATH --data_path /data/ade
     python scripts/run_with_submitit.py pretrain --local --ngpus 2 --config NAME --data_path ...
 
-The word names the program: main_pretrain.py, main_finetune.py or, with segment, scripts/finetune_segmentation.py. Every
-flag that is not listed here goes to it, whose parser checks it before anything is submitted.
+The word names the program: main_pretrain.py, main_finetune.py or, with segment and detect,
+scripts/finetune_segmentation.py and scripts/finetune_detection.py. Every flag that is not listed here goes to it, whose
+parser checks it before anything is submitted.
 """
 
 import argparse
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from scripts import finetune_segmentation
+from scripts import finetune_detection, finetune_segmentation
 from util import config, console, optim, signals
 from util.config import AT_LEAST_0, AT_LEAST_1
 from util.dry_run import figure
@@ -45,7 +46,12 @@ from util.errors import STOPPED, UserError, closest, run_main
 from util.recipes import find_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'segment': finetune_segmentation}
+MAINS = {
+    'pretrain': main_pretrain,
+    'finetune': main_finetune,
+    'segment': finetune_segmentation,
+    'detect': finetune_detection,
+}
 NAME = r'[A-Za-z0-9._-]{1,100}'
 JOB_ID = r'\d+(_\d+)?'
 LOOK_S = 5  # how long a new job is watched while it is pending; SLURM needs a moment to find its reason
@@ -61,7 +67,7 @@ def get_args_parser() -> config.Parser:
     parser = config.Parser(
         'Run a main as SLURM jobs that save, requeue and resume by themselves, or here (--local). '
         'All flags of the main are accepted too: main_pretrain.py --help, main_finetune.py --help, '
-        'scripts/finetune_segmentation.py --help.'
+        'scripts/finetune_segmentation.py --help, scripts/finetune_detection.py --help.'
     )
     parser.add_argument('stage', choices=MAINS, help='which main')
     add = partial(parser.add_argument, heading='Jobs')

@@ -10,25 +10,29 @@ from training import MAINS, shapes
 
 import main_finetune
 import main_pretrain
-from scripts import finetune_segmentation
+from scripts import finetune_detection, finetune_segmentation
 from util import optim
 from util.recipes import RECIPES, load_recipe
 
-OWN, ADE20K = '_cifar10_', '_ade20k_'
-PROGRAMS = MAINS | {'segment': finetune_segmentation}
+OWN, ADE20K, COCO = '_cifar10_', '_ade20k_', '_coco_'
+PROGRAMS = MAINS | {'segment': finetune_segmentation, 'detect': finetune_detection}
 # what decides nothing of a network, and differs in recipes that share one
 SCHEDULE = 'config given epochs warmup_epochs lr blr min_lr batch_size effective_batch_size lr_sched lr_decay_epochs'
 NETWORKS: dict[str, nn.Module] = {}
 
 
 def stage_of(name: str) -> str:
-    return 'segment' if ADE20K in name else 'pretrain' if '_pretrain' in name else 'finetune'
+    for part, stage in {ADE20K: 'segment', COCO: 'detect', '_pretrain': 'pretrain'}.items():
+        if part in name:
+            return stage
+    return 'finetune'
 
 
 def published(*methods: str) -> set[str]:
     """Names of the recipes of these methods for ImageNet, but for linear probes; those for CIFAR-10 are our own."""
     names = {path.stem for path in RECIPES.glob('*.yaml') if path.stem.startswith(methods)}
-    return {name for name in names if OWN not in name and ADE20K not in name and not name.endswith('_linprobe')}
+    others = (OWN, ADE20K, COCO, '_linprobe')
+    return {name for name in names if not any(part in name for part in others)}
 
 
 def resolve(name: str, *flags: str) -> argparse.Namespace:

@@ -109,8 +109,9 @@ def in_parallel(core: nn.Module, args: argparse.Namespace, device: torch.device)
 
 
 def synchronises(core: nn.Module, args: argparse.Namespace) -> bool:
-    """Whether several GPUs train it with SyncBatchNorm; not a linear probe, whose BatchNorm is MAE's: per process."""
-    return not getattr(args, 'probe', None) and dist.will_synchronise(core, args.device)
+    """Whether several GPUs train it with SyncBatchNorm; not with --norm bn, and not a linear probe, as MAE's is not."""
+    alone = getattr(args, 'probe', None) or getattr(args, 'norm', None) == 'bn'
+    return not alone and dist.will_synchronise(core, args.device)
 
 
 # --------------------------------------------------------------------------
@@ -129,13 +130,17 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
         raise UserError(f'--rule_kwargs: {error}') from error
 
 
-def epoch_batches(args: argparse.Namespace, num_images: int) -> datasets.EpochBatches:
-    """This rank's share of every epoch, or round. Raises UserError for fewer images than one step takes."""
+def epoch_batches(args: argparse.Namespace, num_images: int, kinds: np.ndarray | None = None) -> datasets.EpochBatches:
+    """This rank's share of every epoch, or round; `kinds` are those of images which batches are to keep apart.
+
+    Raises UserError for fewer images than one step takes.
+    """
     here, accum_iter = dist.place(), optim.accumulation(args)
     copies = getattr(args, 'repeated_aug', 1)
     sampler = datasets.EpochBatches(
         *(num_images, args.batch_size, accum_iter, here.rank, here.world_size, args.seed, copies),
         steps=getattr(args, 'eval_freq', None),
+        kinds=kinds,
     )
     if not sampler.pass_steps:
         _, arithmetic = optim.scaled_lr(args, accum_iter)

@@ -312,7 +312,7 @@ STATE = {  # of a run, at least
     **dict.fromkeys(('model', 'optimizer', 'scaler', 'logger', 'record'), dict),
     **dict.fromkeys(('epoch', 'step', 'steps'), int),
 }
-FROM_WEIGHTS = {'pretrain': '--init', 'finetune': '--finetune', 'segment': '--finetune'}
+FROM_WEIGHTS = {'pretrain': '--init', **dict.fromkeys(('finetune', 'segment', 'detect'), '--finetune')}
 
 
 def check_same_run(state: dict, current: dict, path: Path) -> None:
@@ -425,10 +425,11 @@ class Source:
         """What the file says of the flags that describe a network, converted and checked as a recipe's values are."""
         found = {}
         for name, action in parser.of_network.items():
-            if name in self.origin.args:
+            told = name if name in self.origin.args else parser.of_file.get(name)
+            if told in self.origin.args:
                 # what is given is not needed from the file
                 with contextlib.suppress(*[UserError] if name in args.given else []):
-                    value, where = self.origin.args[name], f'{self.path}: its {name}'
+                    value, where = self.origin.args[told], f'{self.path}: its {told}'
                     if any(isinstance(number, int) and abs(number) > LARGEST for number in scalars(value)):
                         raise UserError(f'{where} is beyond all sizes: {printable(value, 200)}')
                     found[name] = config.converted(action, name, value, where)

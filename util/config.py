@@ -24,7 +24,7 @@ from util import dist, optim
 from util.data import decoders, named
 from util.errors import UserError, closest
 from util.log import info
-from util.recipes import find_recipe, of_recipe, read_recipe
+from util.recipes import find_recipe, of_recipe, read_recipe, recipe_value
 
 HEADINGS = (  # of --help, in this order
     *('Model', 'Batch', 'Learning rate', 'Optimiser', 'Weight average', 'Data', 'Augmentation', 'Loss', 'Evaluation'),
@@ -42,6 +42,16 @@ WARMUP_SHAPE = dict(
     default='flat',
     help='warm-up to the peak rate (flat, as MAE), or as a factor of the scheduled rate (scaled, as mmcv)',
 )
+DECAY_SHARES = 8 / 9, 26 / 27  # of a run's steps: where the rate falls in ViTDet's recipes
+IN_ROUNDS = {  # what the code for epochs reads of a program that counts steps
+    'epochs': lambda args: args.steps // args.eval_freq,
+    'warmup_epochs': lambda args: args.warmup_steps / args.eval_freq,
+    'lr_decay_epochs': lambda args: [
+        step // args.eval_freq + step % args.eval_freq / args.eval_freq  # as `Epoch.at`, to the bit
+        for step in getattr(args, 'decay_steps', ())
+    ],
+    'lr_decay_rate': lambda args: getattr(args, 'decay_rate', 1.0),
+}
 # same: a resumed run must have the same value; warn: a change prints a warning; free: a flag that only says where and
 # how a run works, or that is checked elsewhere
 AtResume = Literal['same', 'warn', 'free']
@@ -187,6 +197,7 @@ class Parser(argparse.ArgumentParser):
         self.flags: dict[str, argparse.Action] = {}  # by each of their names
         self.roles: dict[str, AtResume] = {'given': 'free'}  # by the names of their values
         self.of_network: dict[str, argparse.Action] = {}
+        self.of_file: dict[str, str] = {}
         self.instead_of: dict[str, str] = {}
         self.settle: dict[str, Callable[[argparse.Namespace, bool], Any]] = {}  # by the names of their values
         self.presets: dict[str, dict[str, dict]] = {}  # by the names of their values
@@ -206,14 +217,16 @@ class Parser(argparse.ArgumentParser):
         at_resume: AtResume = 'warn',
         instead_of: str = '',
         of_network: bool = False,
+        of_file: str = '',
         settle: Callable[[argparse.Namespace, bool], Any] | None = None,
         presets: dict[str, dict] | None = None,
         **kwargs,
     ) -> argparse.Action:
         """argparse's, under a heading of --help.
 
-        `instead_of` is another flag's value, which is not taken from a recipe where this flag is given. `of_network`:
-        it decides what a network is, or how that sees an image, and is known to its checkpoint (checkpoint.Source).
+        `instead_of` are other flags' values, which are not taken from a recipe where this flag is given. `of_network`:
+        it decides what a network is, or how that sees an image, and is known to its checkpoint (checkpoint.Source);
+        `of_file` is what tells it in a checkpoint of a program without this flag, also to a run that begins with it.
         `settle(args, given)` makes the value from all that was parsed, the flag's own None where it has none; `given`:
         on the command line. `presets` are, for each value of the flag, the defaults that other flags then have.
         """
@@ -228,6 +241,8 @@ class Parser(argparse.ArgumentParser):
             self.instead_of[names[0]] = instead_of
         if of_network:
             self.of_network[action.dest] = action
+        if of_file:
+            self.of_file[action.dest] = of_file
         if settle:
             self.settle[action.dest] = settle
         if presets:
@@ -275,15 +290,16 @@ class Parser(argparse.ArgumentParser):
         config, flags, defaults = early.config, {word.partition('=')[0] for word in argv}, {}
         if config and 'config' in self.roles:
             values = (self.main or self).recipe(find_recipe(config), stage)
-            dropped = {other for flag, other in self.instead_of.items() if flag in flags}
+            dropped = {other for flag, others in self.instead_of.items() if flag in flags for other in others.split()}
             defaults = {dest: values[dest] for dest in values.keys() & self.roles.keys() - dropped}
         for name, presets in self.presets.items():
             self.set_defaults(**presets.get(getattr(early, name) or defaults.get(name), {}))
         self.set_defaults(**defaults)
         args = self.parse_args(argv)
-        args.given = sorted(defaults.keys() | {self.flags[flag].dest for flag in flags & self.flags.keys()})
+        typed = {self.flags[flag].dest for flag in flags & self.flags.keys()}
+        args.given = sorted(defaults.keys() | typed)
         for name, settle in self.settle.items():
-            setattr(args, name, settle(args, f'--{name}' in flags))
+            setattr(args, name, settle(args, name in typed))
         return args
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
@@ -382,9 +398,54 @@ def warm_up(most: int, args: argparse.Namespace, given: bool) -> float:
 
 def round_steps(args: argparse.Namespace, given: bool) -> int:
     """The value of --eval_freq: by default the least that divides --steps into ten rounds at most."""
-    if args.eval_freq and args.steps % args.eval_freq:
+    if args.eval_freq and args.steps % args.eval_freq and not getattr(args, 'passes', None):
         raise UserError(f'--eval_freq {args.eval_freq} must divide --steps {args.steps}')
-    return args.eval_freq or next(n for n in range(-(-args.steps // 10), args.steps + 1) if args.steps % n == 0)
+    return args.eval_freq or tenth(args.steps)
+
+
+def passes(args: argparse.Namespace, given: bool) -> int | None:
+    """The value of --epochs where steps are counted: not beside --steps."""
+    if args.passes and 'steps' in args.given:
+        raise UserError(f'--steps {args.steps} and --epochs {args.passes} both say how long the run is: give one')
+    return args.passes
+
+
+def tenth(whole: int) -> int:
+    """The least number that divides a whole into ten parts at most."""
+    return next(n for n in range(-(-whole // 10), whole + 1) if whole % n == 0)
+
+
+def in_passes(args: argparse.Namespace, pass_steps: int) -> argparse.Namespace:
+    """The arguments, once it is known how many steps a pass over the data takes: those of --epochs, in steps.
+
+    What counts steps keeps its share of the run; a round is of whole passes, ten rounds at most.
+    """
+    if not args.passes:
+        return args
+    found = argparse.Namespace(**vars(args) | {'steps': args.passes * pass_steps})
+    if 'eval_freq' not in args.given:
+        found.eval_freq = tenth(args.passes) * pass_steps
+    elif found.steps % args.eval_freq:
+        raise UserError(
+            f'--eval_freq {args.eval_freq} must divide the {found.steps} steps of --epochs {args.passes}, '
+            f'{pass_steps} each; leave it out, or take a multiple of {pass_steps}'
+        )
+    found.decay_steps = decay_at(found, False)
+    fits = 'warmup_steps' in args.given and recipe_value(args, 'warmup_steps') is None
+    found.warmup_steps = warm_up_steps(args.warmup_steps, found, fits)
+    vars(found).update({name: of(found) for name, of in IN_ROUNDS.items()})
+    return found
+
+
+def decay_at(args: argparse.Namespace, given: bool) -> list[int]:
+    """The value of --decay_steps: a recipe's, and those of the default, keep their shares of the run."""
+    if given and args.passes:
+        raise UserError('--decay_steps counts steps, and --epochs passes over the data: give --steps instead of it')
+    whole = recipe_value(args, 'steps')
+    if given or (recipe_value(args, 'decay_steps') and not whole):
+        return args.decay_steps
+    shares = [step / whole for step in recipe_value(args, 'decay_steps') or ()] or DECAY_SHARES
+    return sorted({round(share * args.steps) for share in shares} & {*range(1, args.steps)})
 
 
 def warm_up_steps(most: int, args: argparse.Namespace, given: bool) -> int:
@@ -521,13 +582,22 @@ def add_schedule_args(parser: Parser, *, epochs: int, blr: float, warmup_epochs:
     add('--sched_per_epoch', action=Switch, help='after the warm-up, change the rate at epochs only')
 
 
-def add_step_args(parser: Parser, *, steps: int, lr: float, warmup_steps: int) -> None:
-    """The schedule of a program that counts steps, with what the code for epochs reads.
+def add_step_args(
+    parser: Parser,
+    *,
+    steps: int,
+    lr: float,
+    warmup_steps: int,
+    warmup_lr_ratio: float = 1e-6,
+    schedules: tuple[str, ...] = ('poly', 'cosine'),
+) -> None:
+    """The schedule of a program that counts steps, the first of `schedules` by default, with what the code for epochs
+    reads.
 
     A round is what lies between two evaluations, --eval_freq steps: to a run it is what an epoch is to others.
     """
     add = partial(parser.add_argument, heading='Learning rate')
-    add('--steps', type=AT_LEAST_1, default=steps, instead_of='eval_freq', help='optimiser steps of the run')
+    add('--steps', type=AT_LEAST_1, default=steps, instead_of='eval_freq passes', help='optimiser steps of the run')
     add(
         '--eval_freq',
         type=AT_LEAST_1,
@@ -535,7 +605,7 @@ def add_step_args(parser: Parser, *, steps: int, lr: float, warmup_steps: int) -
         settle=round_steps,
         help='steps of a round, which ends with an evaluation; must divide --steps; default: a tenth of them',
     )
-    add('--lr', type=ABOVE_0, default=lr, help='learning rate')
+    add('--lr', type=ABOVE_0, default=lr, instead_of='lr_batch', help='learning rate')
     add('--min_lr', type=number(float, 0), default=0.0, help='where the schedule ends, for all parameters')
     add(
         '--warmup_steps',
@@ -543,14 +613,37 @@ def add_step_args(parser: Parser, *, steps: int, lr: float, warmup_steps: int) -
         settle=partial(warm_up_steps, warmup_steps),
         help=f'steps of linear warm-up; default: {warmup_steps}, at most a tenth of --steps',
     )
-    add('--warmup_lr_ratio', type=SHARE, default=1e-6, help='share of the rate that the warm-up starts from')
+    help = 'share of the rate that the warm-up starts from'
+    add('--warmup_lr_ratio', type=SHARE, default=warmup_lr_ratio, help=help)
     add('--warmup_shape', **WARMUP_SHAPE | {'default': 'scaled'})
-    add('--lr_sched', choices=('poly', 'cosine'), default='poly', help='schedule, which the warm-up multiplies')
+    add('--lr_sched', choices=schedules, default=schedules[0], help='schedule, which the warm-up multiplies')
     add('--lr_power', type=ABOVE_0, default=1.0, help='of --lr_sched poly: (1 - step / steps) ** power')
-    parser.without(start_epoch=0, blr=None, min_lr_absolute=True)
-    parser.without(cosine_start='zero', lr_decay_epochs=[], lr_decay_rate=1.0, sched_per_epoch=False)
-    parser.without(epochs=lambda args: args.steps // args.eval_freq)
-    parser.without(warmup_epochs=lambda args: args.warmup_steps / args.eval_freq)
+    parser.without(start_epoch=0, blr=None, min_lr_absolute=True, cosine_start='zero', sched_per_epoch=False)
+    if 'step' in schedules:
+        add_decay_args(parser)
+    parser.without(**IN_ROUNDS)
+
+
+def add_decay_args(parser: Parser) -> None:
+    """The step schedule of a program that counts steps, and its length in passes over the data."""
+    add = partial(parser.add_argument, heading='Learning rate')
+    add(
+        '--epochs',
+        dest='passes',
+        type=AT_LEAST_1,
+        instead_of='steps eval_freq',
+        settle=passes,
+        help='passes over the data, instead of --steps; what counts steps keeps its share of the run',
+    )
+    add(
+        '--decay_steps',
+        type=AT_LEAST_1,
+        nargs='+',
+        settle=decay_at,
+        help="of --lr_sched step; default: a recipe's in proportion to --steps, else 8/9 and 26/27 of them",
+    )
+    add('--lr_batch', type=AT_LEAST_1, help='images of a step that --lr is for: it grows with their number')
+    add('--decay_rate', type=number(float, above=0, most=1), default=0.1, help='factor at each of --decay_steps')
 
 
 def add_optimiser_args(parser: Parser, betas: list[float]) -> None:
@@ -731,6 +824,12 @@ def check_schedule(args: argparse.Namespace) -> None:
 def check_boundaries(args: argparse.Namespace) -> None:
     """Raise UserError for steps of the learning rate that would never come, or in no order."""
     epochs = args.lr_decay_epochs
+    if hasattr(args, 'decay_steps'):
+        steps = args.decay_steps
+        if args.lr_sched == 'step' and not all(a < b for a, b in itertools.pairwise([*steps, args.steps])):
+            told = ' '.join(map(str, steps))
+            raise UserError(f'--decay_steps must rise, to below --steps {args.steps}, got {told}')
+        return
     if args.lr_sched == 'step' and not epochs:
         raise UserError('--lr_sched step needs --lr_decay_epochs')
     rising = all(a < b for a, b in itertools.pairwise(epochs))

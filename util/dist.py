@@ -275,6 +275,15 @@ def gather(thing: Any) -> list:
     return things
 
 
+def gather_to_main(thing: Any) -> list:
+    """A list of what each rank gives, plain data of any size, on rank 0; an empty one on the others."""
+    if not active():
+        return [thing]
+    things = [None] * world_size() if is_main() else None
+    torch_dist.gather_object(thing, things, group=HOST_GROUP)
+    return things or []
+
+
 def from_main(make: Callable[[], Any], told: Callable[[Any], Any] = lambda made: made) -> Any:
     """What `make` gives, which rank 0 alone calls; on the others what `told` makes of it, small plain data.
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import dist, resources
 from util.data import datasets
 from util.data.images import Reader, reason
+from util.data.objects import CocoSplit, check_size
 from util.data.segmentation import PairFiles, PairSplit, reduces
 from util.errors import RunError, UserError, printable
 from util.log import counted, info
@@ -78,12 +79,25 @@ class PairFaults(Faults, PairFiles):
         self.pair(index)
 
 
-def check_images(run: Run, name: str, split: datasets.Split | PairSplit) -> None:
+class SizeFaults(Faults):
+    """Item (epoch, index) is why an image cannot be read, or that it has not the size that COCO's JSON gives it."""
+
+    def __init__(self, split: CocoSplit, seed: int, reader: Reader):
+        super().__init__(split.images, None, None, seed, reader)
+        self.split = split
+
+    def read(self, index: int) -> None:
+        check_size(self.split, index, self.image(index).size[::-1])
+
+
+def check_images(run: Run, name: str, split: datasets.Split | PairSplit | CocoSplit) -> None:
     """Read every image of a split, each on one rank, and name those that cannot be read, or whose labels are wrong."""
     args, reader, images = run.args, run.images.reader, len(split.images)
     info(f'{name}: reading {images:,} images')
     if isinstance(split, PairSplit):
         faults = PairFaults(split, reduces(args), args.seed, reader)
+    elif isinstance(split, CocoSplit):
+        faults = SizeFaults(split, args.seed, reader)
     else:
         faults = Faults(split.images, None, None, args.seed, reader)
     batches = datasets.eval_batches(images, READ, dist.rank(), dist.world_size())
@@ -95,7 +109,7 @@ def check_images(run: Run, name: str, split: datasets.Split | PairSplit) -> None
         if why
     ]
     bad = sorted(fault for of_rank in dist.gather(found) for fault in of_rank)
-    pairs, then = isinstance(split, PairSplit), ''
+    pairs, then = not isinstance(split, datasets.Split), ''
     if bad and not reader.listing:
         them = 'those that cannot be read' if pairs else 'them'
         then = f': the first one will end the run; --bad_images skip skips {them}'
@@ -126,7 +140,14 @@ def endless(batches: datasets.Loader) -> Iterator[Batch]:
 
 def of_size(batch: Batch, n: int) -> Batch:
     """The first n images of a batch, or more than it has, repeated."""
-    return [part[:n] if n <= len(part) else part[torch.arange(n) % len(part)] for part in batch]
+    return [
+        [part[i % len(part)] for i in range(n)]
+        if isinstance(part, list)
+        else part[:n]
+        if n <= len(part)
+        else part[torch.arange(n) % len(part)]
+        for part in batch
+    ]
 
 
 # --------------------------------------------------------------------------
@@ -145,8 +166,10 @@ class Costs(NamedTuple):
 def alone(training: Training) -> Iterator[None]:
     """The bare network in place of the compiled and distributed one; without gradients afterwards."""
     model, training.model = training.model, training.core
+    eager = torch.compiler.set_stance('force_eager') if training.args.compile else contextlib.nullcontext()
     try:
-        yield
+        with eager:  # a part of it may be compiled
+            yield
     finally:
         training.model = model
         training.optimizer.inner.zero_grad(set_to_none=True)
@@ -336,7 +359,7 @@ def report(
     batches: datasets.Loader,
     forward: Forward,
     pixels: float | None = None,
-    **data: datasets.Split | PairSplit,
+    **data: datasets.Split | PairSplit | CocoSplit,
 ) -> Estimate:
     """Try the run and say what it would need. `data` are its splits by name; every rank must call it.
 

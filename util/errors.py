@@ -25,6 +25,7 @@ PROGRAMS = {  # by the stage that a recipe, a run or a checkpoint is of
     'pretrain': 'main_pretrain.py',
     'finetune': 'main_finetune.py',
     'segment': 'scripts/finetune_segmentation.py',
+    'detect': 'scripts/finetune_detection.py',
 }
 
 

@@ -17,6 +17,7 @@ from util import build, digests, dist, pictures
 from util.data import datasets, segmentation
 from util.data.images import Reader
 from util.data.segmentation import Confusion, PairSplit, TestPairs
+from util.data.stores import Store
 from util.errors import StorageError, UserError, printable
 from util.log import counted, info
 from util.training import amp_dtype, memory_format
@@ -116,8 +117,8 @@ def drawing(labeller: Labeller, pairs: TestPairs) -> np.ndarray:
 # pictures without labels
 
 
-def label_files(args: argparse.Namespace, split: PairSplit) -> list[Path]:
-    """Where the labels of --predict go, by the images' paths below it, and beside them, in `overlays/`, what is drawn.
+def files_of(args: argparse.Namespace, images: Store, kind: str = 'labels') -> list[Path]:
+    """Where what --predict makes of images goes, by their paths below it: PNGs in a folder of that name.
 
     Raises UserError if two would be one file, or lie among the images.
     """
@@ -127,11 +128,11 @@ def label_files(args: argparse.Namespace, split: PairSplit) -> list[Path]:
             f'--output_dir {args.output_dir} is among the images of --predict {args.predict}; keep them apart'
         )
     files: dict[Path, str] = {}
-    for name in split.images:
+    for name in images:
         below = Path(name).relative_to(args.predict) if args.predict.is_dir() else Path(Path(name).name)
-        other = files.setdefault(folder / 'labels' / below.with_suffix('.png'), name)
+        other = files.setdefault(folder / kind / below.with_suffix('.png'), name)
         if other != name:
-            raise UserError(f'the labels of {printable(other)} and {printable(name)} would be one file: rename one')
+            raise UserError(f'the {kind} of {printable(other)} and {printable(name)} would be one file: rename one')
     return list(files)
 
 
@@ -139,9 +140,14 @@ def put(path: Path, picture: Image.Image) -> None:
     """Write a picture: whole, or not at all. Raises StorageError."""
     content = io.BytesIO()
     picture.save(content, 'PNG')
+    put_bytes(path, content.getvalue())
+
+
+def put_bytes(path: Path, content: bytes) -> None:
+    """The same of any file, in a folder that need not be there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        digests.replace(path, content.getvalue())
+        digests.replace(path, content)
     except OSError as error:
         raise StorageError(f'cannot write {path}: {error.strerror or error}') from error
 

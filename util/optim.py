@@ -101,6 +101,9 @@ def scaled_lr(args: argparse.Namespace, accum_iter: int) -> tuple[float, str]:
     ranks = dist.place().world_size
     batch = args.batch_size * accum_iter * ranks
     batches = f'batch {args.batch_size} x accum {accum_iter} x ranks {ranks} = {batch}'
+    if args.lr is not None and getattr(args, 'lr_batch', None):
+        lr = args.lr * batch / args.lr_batch
+        return lr, f'{batches}, lr = {args.lr:g} x {batch} / {args.lr_batch} = {lr:g}'
     if args.lr is not None:
         return args.lr, f'{batches}, lr = {args.lr:g} as given'
     lr = args.blr * batch / 256

@@ -1,4 +1,4 @@
-"""What a model reconstructs, and how one labels the pixels of an image, drawn as one labelled picture."""
+"""What a model reconstructs, how one labels the pixels of an image, and what one detects, drawn as one picture."""
 
 import argparse
 import re
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from util import rng
 from util.data import augment, datasets, segmentation
+from util.data.coco import CocoFolder
 from util.data.images import Reader
 from util.data.stores import Store
+from util.errors import printable
 
 MARGIN, LINE = 6, 18  # pixels
 NARROWEST = 360  # pixels, so that the notes can be read below a single small panel
@@ -186,24 +188,35 @@ def labelled(
         ]
         for row, image in enumerate(images)
     ]
-    header = MARGIN + LINE
-    below = header + sum(panels[0].height + MARGIN for panels in drawn)
     entries, height = legend(counts, classes, whole)
-    canvas = Image.new('RGB', (whole, below + height + MARGIN), 'white')
+    canvas, below = arranged(drawn, list(labels), width, height)
     draw = ImageDraw.Draw(canvas)
-    for column, name in enumerate(labels):
-        write(draw, [name], MARGIN + column * (width + MARGIN), MARGIN // 2)
-    top = header
-    for panels in drawn:
-        for column, panel in enumerate(panels):
-            canvas.paste(panel, (MARGIN + column * (width + MARGIN), top))
-        top += panels[0].height + MARGIN
     for left, line, text, colour in entries:
         if colour:
             corner = left, below + line * LINE + 3
             draw.rectangle([*corner, corner[0] + LINE - 6, corner[1] + LINE - 6], fill=colour, outline='black')
         write(draw, [text], left + LINE * bool(colour), below + line * LINE)
     return np.asarray(canvas)
+
+
+def arranged(rows: list[list[Image.Image]], names: list[str], width: int, space: int = 0) -> tuple[Image.Image, int]:
+    """Rows of panels, `width` wide, on a canvas, below the names of their columns, and where they end.
+
+    Below them `space` is left.
+    """
+    bottom = MARGIN + LINE + sum(panels[0].height + MARGIN for panels in rows)
+    canvas = Image.new(
+        'RGB', (max(NARROWEST, MARGIN + (width + MARGIN) * len(names)), bottom + space + MARGIN), 'white'
+    )
+    lefts = [MARGIN + column * (width + MARGIN) for column in range(len(names))]
+    for name, left in zip(names, lefts, strict=True):
+        write(ImageDraw.Draw(canvas), [name], left, MARGIN // 2)
+    top = MARGIN + LINE
+    for panels in rows:
+        for panel, left in zip(panels, lefts, strict=True):
+            canvas.paste(panel, (left, top))
+        top += panels[0].height + MARGIN
+    return canvas, bottom
 
 
 def legend(counts: np.ndarray, classes: list[str], width: int) -> tuple[list[tuple], int]:
@@ -224,3 +237,66 @@ def legend(counts: np.ndarray, classes: list[str], width: int) -> tuple[list[tup
         entries.append((left, line, text, colour))
         left += taken
     return entries, LINE * (line + 1) if texts else 0
+
+
+# --------------------------------------------------------------------------
+# detections
+
+Objects = dict[str, Tensor]  # boxes [n, 4], labels [n] from 1, and where there are, scores [n], masks bool [n, H, W]
+
+
+def some_detected(
+    find: Callable[[Tensor, tuple[int, int]], Objects], images: CocoFolder, count: int = 4, width: int = 320
+) -> np.ndarray:
+    """A few images, evenly from all, with the annotated objects and the detections: [height, width, 3] uint8.
+
+    `find(image, size)` gives what is in an image to test, uint8 [3, h, w], in pixels of its own size.
+    """
+    rows = []
+    for number in range(min(count, len(images))):
+        index = number * len(images) // min(count, len(images))
+        tested, about = images[0, index]
+        if about['image_id'] != datasets.SKIPPED:
+            image, truth = images.original(index)
+            found = truth, find(tested, about['size'])
+            rows.append([Image.fromarray(detected(image, of, images.split.classes, width)) for of in found])
+    return np.asarray(arranged(rows, ['truth', 'prediction'], width)[0])
+
+
+def detected(image: np.ndarray, objects: Objects, classes: list[str], width: int | None = None) -> np.ndarray:
+    """An image, uint8 [H, W, 3], with the boxes of objects, their masks, names and scores: [height, width, 3] uint8.
+
+    Small images are enlarged, so that names can be read, and with a `width` all are made that wide. The objects with
+    the highest scores are drawn last. Colours are those of the classes.
+    """
+    height, own = image.shape[:2]
+    width = width or own * max(1, -(-NARROWEST // own))
+    factor = width / own
+    size = width, max(1, round(height * factor))
+    canvas = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)).copy()
+    found = {name: np.asarray(values.cpu()) for name, values in objects.items()}
+    order = found['scores'].argsort(kind='stable') if 'scores' in found else np.arange(len(found['boxes']))
+    colours = palette(max(len(classes), 1))
+    for i in order if 'masks' in found else ():
+        mask = np.asarray(Image.fromarray(found['masks'][i].astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+        canvas[mask > 0] = canvas[mask > 0] * 0.5 + colours[found['labels'][i] - 1] * 0.5
+    drawn = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(drawn)
+    for i in order:
+        colour = tuple(map(int, colours[found['labels'][i] - 1]))
+        box = (found['boxes'][i] * factor).tolist()
+        draw.rectangle(box, outline=colour, width=2)
+        score = f' {found["scores"][i]:.2f}' if 'scores' in found else ''
+        tag(draw, f'{printable(classes[found["labels"][i] - 1], 30)}{score}', box[:2], size, colour)
+    return np.asarray(drawn)
+
+
+def tag(
+    draw: ImageDraw.ImageDraw, text: str, corner: list[float], size: tuple[int, int], colour: tuple[int, ...]
+) -> None:
+    """Text on a ground of a colour, above a corner of a box, or wherever of that is within the picture."""
+    across = round(font().getlength(text)) + 4
+    left = max(0, min(round(corner[0]), size[0] - across))
+    top = max(0, round(corner[1]) - LINE)
+    draw.rectangle([left, top, left + across, top + LINE - 1], fill=colour)
+    draw.text((left + 2, top), text, fill='black' if sum(colour) > 3 * 110 else 'white', font=font())

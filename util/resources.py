@@ -53,6 +53,7 @@ DOING = {  # functions in which it may happen; the innermost counts
     'create_model': 'making the model',
     'create_classifier': 'making the model',
     'create_segmenter': 'making the model',
+    'create_detector': 'making the model',
     'predict': 'testing an image',
     'check_forward': 'trying the model',
     'save': 'writing a checkpoint',

@@ -40,7 +40,7 @@ TURN_S = 10  # for the main thread to notice a lost rank, before another one end
 
 
 class Run:
-    """A run of `stage` ('pretrain', 'finetune', 'segment') over the samples of a sampler.
+    """A run of `stage` ('pretrain', 'finetune', 'segment', 'detect') over the samples of a sampler.
 
     Where the sampler has rounds, which lie between two evaluations, those are what is called an epoch here.
 
@@ -224,7 +224,7 @@ class Run:
             source = dist.from_main(lambda: Source.read(path), Source.outline)
         else:
             source = Source.read(None)
-        args = self.args = source.complete(self.args, parser, take=('mean', 'std'))
+        args = self.args = source.complete(self.args, parser, take=('mean', 'std', *parser.of_file))
         self.loaded = bool(path or self.saved)
         replaced = self.saved or (path and not dist.is_main())  # by what is saved, or rank 0 shares
         with source.expected(args):

@@ -114,6 +114,8 @@ class EpochBatches:
     time with an augmentation of its own, and an epoch, as long as before, sees so many times fewer images. Rank r then
     takes every W-th of the micro-step's W B samples, from its r-th on, so that copies fall to different ranks.
 
+    Given `kinds`, one of two for each sample, a micro-batch has samples of one kind: see `alike`.
+
     Given `steps`, these are a round, which is to a run of steps what an epoch is to others: the passes over the data,
     each in its own order, follow each other in it, and items (pass, index) have the number of the pass.
     """
@@ -128,8 +130,10 @@ class EpochBatches:
         seed: int,
         copies: int = 1,
         steps: int | None = None,
+        kinds: np.ndarray | None = None,
     ):
         self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
+        self.kinds = kinds
         self.rank, self.world_size, self.seed, self.copies = rank, world_size, seed, copies
         self.global_batch = batch_size * accum_iter * world_size
         self.pass_steps = num_samples // self.global_batch  # optimiser steps of a pass over the data
@@ -150,6 +154,8 @@ class EpochBatches:
             number, step = divmod(self.epoch * self.steps + step, self.pass_steps)
             if number != before:
                 before, order = number, epoch_order(self.num_samples, self.seed, number)
+                if self.kinds is not None:
+                    order = alike(order, self.kinds, self.batch_size)
             for micro in range(self.accum_iter):
                 first = step * self.global_batch + micro * self.world_size * self.batch_size
                 if self.copies == 1:
@@ -165,6 +171,19 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray | KeyedOr
     """The seeded order of an epoch's samples: `order[places]`."""
     generator = rng.generator(seed, rng.ORDER, epoch)
     return KeyedOrder(num_samples, generator) if num_samples > MOST_PERMUTED else generator.permutation(num_samples)
+
+
+def alike(order: np.ndarray, kinds: np.ndarray, batch_size: int) -> np.ndarray:
+    """The order, as batches leave two queues, of kind True and of kind False, each as soon as it is full.
+
+    What is left in the queues comes last.
+    """
+    full_at = np.full(len(order), len(order))  # the place at which a sample's batch is full
+    for kind in (False, True):
+        places = np.flatnonzero(kinds[order] == kind)
+        ends = places[batch_size - 1 :: batch_size]
+        full_at[places[: len(ends) * batch_size]] = ends.repeat(batch_size)
+    return order[full_at.argsort(kind='stable')]
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
@@ -209,8 +228,8 @@ def loader(
     )
 
 
-def to_device(item: Tensor | tuple, device: torch.device) -> Any:
-    """A tensor, or (named) tuples of them, on the device.
+def to_device(item: Any, device: torch.device) -> Any:
+    """A tensor, or (named) tuples, lists and dicts of them, on the device.
 
     From pinned memory, so that the host does not wait, and on a stream of its own: the host is ahead of the GPU, which
     takes the next batch beside the step that it is at.
@@ -236,10 +255,14 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def each(function: Callable[[Tensor], Tensor], item: Tensor | tuple) -> Any:
-    """The item with a function's results in place of its tensors."""
+def each(function: Callable[[Tensor], Tensor], item: Any) -> Any:
+    """The item with a function's results in place of its tensors; other leaves, such as numbers, as they are."""
     if isinstance(item, Tensor):
         return function(item)
+    if isinstance(item, dict):
+        return {key: each(function, part) for key, part in item.items()}
+    if not isinstance(item, list | tuple):
+        return item
     parts = [each(function, part) for part in item]
     return type(item)(*parts) if hasattr(item, '_fields') else type(item)(parts)
 

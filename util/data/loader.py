@@ -87,6 +87,8 @@ def collate(samples: list | RunError) -> Any:
     """A batch. Its images stay in memory as they were decoded, [N, H, W, 3]: turning them here takes long."""
     if isinstance(samples, RunError):
         return samples
+    if isinstance(samples[0], tuple) and isinstance(samples[0][1], dict):  # images of several sizes, and their objects
+        return [list(part) for part in zip(*samples, strict=True)]
     if not isinstance(samples[0], tuple) or isinstance(samples[0][0], list):  # of --check_data; images of several sizes
         return default_collate(samples)
     imgs, *rest = default_collate([(image.movedim(0, -1), *rest) for image, *rest in samples])

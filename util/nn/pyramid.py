@@ -1,5 +1,6 @@
 """Feature maps of networks of timm's, for dense tasks: what stands between a classifier's encoder and its new head."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
@@ -11,6 +12,8 @@ from timm.models.swin_transformer import (
     SwinTransformerStage,
 )
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from util.nn.checks import check_choice
@@ -224,3 +227,38 @@ def with_neck(encoder: nn.Module, neck: str, width: int = 256, norm: str | None 
             raise ValueError(f"neck 'simple' is for the one map of a ViT, not for {len(encoder.widths)}; try 'fpn'")
         return ViTPyramid(encoder, width)
     return FPN(encoder, width, norm) if neck == 'fpn' else C4(encoder)
+
+
+# --------------------------------------------------------------------------
+# what every method's `param_rules` is made of
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder in a segmenter or a detector; else the model itself."""
+    return getattr(getattr(model, 'backbone', model), 'encoder', model)
+
+
+def detector_rules(
+    detector: GeneralizedRCNN,
+    layer_id: Callable[[str], int],
+    last: int,
+    decays: Callable[[str, nn.Parameter], bool] | None = None,
+) -> dict[str, tuple[int, float, bool]]:
+    """{name: (layer_id, lr_scale, decays)} for every trainable parameter, as ViTDet's optimiser groups them.
+
+    `layer_id` takes the encoder's own names; all else is in layer `last`. By default all decays, biases, tables of
+    relative positions and a pyramid's and heads' norms over channels too, but for `pos_embed` and torch's own norms.
+    """
+    spared = {
+        f'{prefix}.{name}'
+        for prefix, module in detector.named_modules()
+        if isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm) and not isinstance(module, LayerNorm2d)
+        for name, _ in module.named_parameters()
+    }
+    decays = decays or (lambda name, param: name not in spared and not name.endswith('.pos_embed'))
+    rules = {}
+    for name, param in detector.named_parameters():
+        encoder = re.match(r'backbone\.encoder\.|roi_heads\.(?=layer4\.)', name)  # a ResNet's last stage may be a head
+        if param.requires_grad:
+            rules[name] = (layer_id(name[encoder.end() :]) if encoder else last, 1.0, decays(name, param))
+    return rules
