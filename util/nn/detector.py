@@ -129,9 +129,10 @@ def fastrcnn_loss(
     """
     labels, targets = torch.cat(labels), torch.cat(regression_targets)
     rows = torch.where(labels > 0)[0]
-    deltas = box_regression.view(len(labels), -1, 4)[rows, labels[rows]]
-    box_loss = F.l1_loss(deltas, targets[rows], reduction='sum') / max(1, len(labels))
-    return F.cross_entropy(class_logits, labels), box_loss
+    deltas = box_regression.view(*class_logits.shape, 4)[rows, labels[rows]]
+    classifier_loss = F.cross_entropy(class_logits, labels, reduction='sum')
+    box_loss = F.l1_loss(deltas, targets[rows], reduction='sum')
+    return classifier_loss / max(1, len(labels)), box_loss / max(1, len(labels))
 
 
 def project_masks_on_boxes(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
@@ -259,7 +260,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """
     height, width = size
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    at_once = max(1, 2**22 // (height * width))  # so that 50 MB are enough
+    at_once = max(1, 2**22 // (height * width))  # so that 100 MB are enough
     for start in range(0, len(masks), at_once):
         some = slice(start, start + at_once)
         x0, y0, x1, y1 = boxes[some, :, None].float().unbind(1)
