@@ -191,9 +191,9 @@ def training_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) 
     return CocoFolder(split, train=True, transform=augment, masks=not args.box_only, seed=args.seed, reader=reader)
 
 
-def test_images(split: CocoSplit, args: argparse.Namespace) -> CocoFolder:
-    """As the arguments ask for; bad images are listed in a file of their own."""
-    reader = Reader.of(args, 'bad_images_val.txt')
+def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader | None = None) -> CocoFolder:
+    """As the arguments ask for; by default bad images are listed in a file of their own."""
+    reader = reader or Reader.of(args, 'bad_images_val.txt')
     size = Augment('shortest_edge', sizes=[args.test_size], longest=args.max_size, hflip=0.0)
     return CocoFolder(split, train=False, transform=size, masks=not args.box_only, reader=reader)
 
