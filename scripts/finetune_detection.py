@@ -151,6 +151,7 @@ def create_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return build.construct(
         detector.create_detector,
         encoder,
+        name=f'the detector of {args.model}',
         num_classes=num_classes,
         neck=args.neck,
         box_head=args.box_head,
@@ -159,6 +160,7 @@ def create_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
         width=args.width,
         masks=not args.box_only,
         model_kwargs=args.detector_kwargs,
+        flag='--detector_kwargs',
     )
 
 

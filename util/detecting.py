@@ -82,8 +82,8 @@ def drawing(finder: Finder, images: coco.CocoFolder) -> np.ndarray:
 
 def whole_masks(found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The masks in the size of the image, bool [n, H, W], a few at a time."""
-    for some in torch.arange(len(found['boxes'])).split(MASKS_AT_ONCE):
-        some = slice(int(some[0]), int(some[-1]) + 1)
+    for first in range(0, len(found['boxes']), MASKS_AT_ONCE):
+        some = slice(first, first + MASKS_AT_ONCE)
         yield paste_masks(found['masks'][some], found['boxes'][some], size).cpu().numpy()
 
 
@@ -120,7 +120,8 @@ def evaluate(
     """COCO's figures: 'box_AP', 'box_AP50' and so on, with masks 'mask_AP' and so on, in per cent; -1: nothing counts.
 
     Of all ranks' images, each exactly once. 'box_per_category_AP' is a dict by the categories' ids. The results are
-    written `into` a file, which pycocotools reads, and beside it those of masks without their boxes. Raises UserError where no image can be read.
+    written `into` a file, which pycocotools reads, and beside it those of masks without their boxes. Raises UserError
+    where no image can be read.
     """
     found, skipped = results(finder, batches, split), batches.dataset.reader.skipped()
 
