@@ -127,7 +127,7 @@ def test_detections_lie_where_their_objects_are(shapes, tmp_path):
             return [dict(boxes=boxes, labels=target['labels'], scores=torch.ones(len(boxes)), masks=masks)]
 
     finder = detecting.Finder(Oracle(3, 3, 1), args, device)
-    batches = detecting.loader(coco.test_images(val, args), args, device)
+    batches = detecting.test_loader(val, args, device)
     stats = detecting.evaluate(finder, batches, val, box_only=False)
     assert (stats['box_AP'], stats['box_AR_100']) == (pytest.approx(100), pytest.approx(100))
     assert stats['mask_AP50'] == pytest.approx(100)
