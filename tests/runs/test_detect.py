@@ -315,7 +315,7 @@ def test_mistakes_with_a_checkpoint(whole, shapes, tmp_path):
         (['--resume', last, '--predict', shapes, '--output_dir', shapes / 'out'], 'is among the images of --predict'),
     ):
         with pytest.raises(UserError, match=words):
-            detect(shapes, tmp_path / 'out', *flags)
+            detect(shapes, tmp_path / 'out', '--model', 'a2mim_resnet_tiny', *flags)
     other = shutil.copytree(shapes, tmp_path / 'other')
     for listing in (other / 'annotations').iterdir():
         listing.write_text(listing.read_text().replace('"disk"', '"circle"'))
@@ -341,8 +341,8 @@ def test_the_same_figures_over_ranks(shapes, tmp_path):
     assert trained.returncode == 0, trained.stderr
     assert Image.open(tmp_path / 'run' / 'pictures-1.png').width > 600  # truth and prediction
     for ranks in (0, 2):
-        last, out = ['--resume', tmp_path / 'run' / 'checkpoint-last.pth'], tmp_path / f'{ranks}'
-        tested = run('detect', shapes, out, '--eval', *last, '--model', 'a2mim_resnet_tiny', ranks=ranks)
+        last, out = [*SHORT[:2], '--resume', tmp_path / 'run' / 'checkpoint-last.pth'], tmp_path / f'{ranks}'
+        tested = run('detect', shapes, out, '--eval', *last, ranks=ranks)
         assert tested.returncode == 0, tested.stderr
         assert figures(tested.stdout) == figures(trained.stdout)
         done = run('detect', shapes, out, '--predict', shapes / 'val2017', *last, ranks=ranks)
