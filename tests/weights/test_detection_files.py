@@ -20,7 +20,9 @@ from util.weights import class_names, find_origin, load_published, read_source
 from util.weights.files import read_checkpoint
 
 SMALL = dict(width=8, fc_width=16, conv_width=8, mask_convs=2)
-DETECTORS = {name: (name, {}) for name in TINY} | {'c4': ('a2mim_resnet_tiny', dict(neck='c4', norm='bn'))}
+FOUR = dict(anchor_sizes=(8, 16, 32, 64))  # of three maps, and one more
+DETECTORS = {name: (name, FOUR if name == 'mixmae_tiny' else {}) for name in TINY}
+DETECTORS['c4'] = 'a2mim_resnet_tiny', dict(neck='c4', norm='bn')
 VITDET = dict(box_head='4conv1fc', norm='ln', rpn_depth=2, mask_convs=4)
 OWN = {'args': {'model': 'mirl_vit_tiny', 'model_kwargs': {}}, 'run': {'stage': 'detect'}, 'classes': ['a', 'b', 'c']}
 
@@ -53,7 +55,7 @@ def assert_accounted(report, model: nn.Module, file: dict) -> None:
 @pytest.mark.parametrize('case', [*DETECTORS, 'vitdet', 'boxes'])
 def test_own_checkpoints(case, tmp_path):
     """Plain or averaged weights, strictly; other classes only where they may be new."""
-    more = {'vitdet': ('localmim_vit_tiny', VITDET), 'boxes': ('mixmae_tiny', dict(masks=False))}
+    more = {'vitdet': ('localmim_vit_tiny', VITDET), 'boxes': ('mixmae_tiny', dict(masks=False, **FOUR))}
     name, options = (DETECTORS | more)[case]
     source, averaged, target = (detector(name, **options) for _ in range(3))
     file = {'model': source.state_dict(), 'ema': averaged.state_dict(), **OWN}
