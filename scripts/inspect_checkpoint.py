@@ -462,9 +462,8 @@ def data_of(args: dict) -> dict[str, str]:
     """The flags of a run's data."""
     names = ('data_path', 'dataset', 'val_share', 'train_json', 'train_images', 'val_json', 'val_images')
     given = {name: args.get(name) for name in names}
-    return {name: str(value) for name, value in given.items() if value not in (None, 'folder', 'coco')} or {
-        'data_path': DATA
-    }
+    known = {name: str(value) for name, value in given.items() if value not in (None, 'folder', 'coco')}
+    return known or {'data_path': DATA}
 
 
 def going_on(path: str, source: checkpoint.Source) -> dict[str, str]:
