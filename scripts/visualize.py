@@ -89,7 +89,7 @@ def detections(args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
     if not args.annotations or len(args.images) > 1:
         raise UserError('--detections needs one folder of images, and what is annotated: --annotations JSON')
     results = results_in(args.detections)
-    masks = all('segmentation' in result for result in results)
+    masks = bool(results) and all('segmentation' in result for result in results)
     images = coco.CocoFolder(args.images[0], args.annotations, train=False, masks=masks, reader=Reader(args.max_pixels))
     split = images.split
     if unknown := sorted({result['image_id'] for result in results} - {*split.ids.tolist()}):
@@ -100,7 +100,10 @@ def detections(args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
     for index in chosen.tolist():
         image, truth = images.original(index)
         likely = [r for r in results if r['image_id'] == split.ids[index] and r['score'] >= detecting.DRAWN]
-        both = truth, objects_of(likely, split.categories, image.shape[:2], masks)
+        try:
+            both = truth, objects_of(likely, split.categories, image.shape[:2], masks)
+        except ValueError as error:
+            raise UserError(f'{args.detections}: what was found in the image {split.ids[index]} {error}') from error
         rows.append([Image.fromarray(pictures.detected(image, objects, split.classes, 320)) for objects in both])
     return np.asarray(pictures.arranged(rows, ['truth', 'prediction'], 320)[0]), len(chosen), len(images)
 
@@ -110,7 +113,7 @@ def results_in(file: Path) -> list[dict]:
     try:
         results = json.loads(file.read_bytes())
         numbers = [(*r['bbox'], r['score'], r['image_id'], r['category_id']) for r in results]
-        if not results or not all(len(row) == 7 and np.isfinite(row).all() for row in numbers):
+        if not isinstance(results, list) or not all(len(row) == 7 and np.isfinite(row).all() for row in numbers):
             raise ValueError
     except OSError as error:
         raise UserError(f'{file} cannot be read: {error.strerror or error}') from error

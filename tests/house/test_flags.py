@@ -130,7 +130,7 @@ PATHS = {
     'main_pretrain': '--config --data_path --output_dir --log_dir --resume',
     'main_finetune': '--config --data_path --output_dir --log_dir --resume --finetune',
     'scripts.finetune_segmentation': '--config --data_path --output_dir --log_dir --resume --finetune --predict',
-    'scripts.visualize': '--config --checkpoint --output images',
+    'scripts.visualize': '--config --checkpoint --output --detections --annotations images',
     'scripts.replay_step': 'diagnosis',
     'run_with_submitit': '--job_dir --array',
 }
