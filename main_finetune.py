@@ -326,13 +326,13 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
     UserError for a file of another network, and where it lacks a head that `head` or --nb_classes asks for.
     """
     method, kwargs, stage = find_method(args.model), args.model_kwargs, source.origin and source.origin.stage
-    if stage in ('pretrain', 'segment'):
+    if stage in ('pretrain', 'segment', 'detect'):
         kwargs = build.encoder_kwargs(method, args.model, kwargs)
     options = {'img_size': args.input_size} | ({} if args.global_pool else {'global_pool': 'token'})
     container = fold_probe(source.container)
     wanted = args.nb_classes or len((source.origin and source.origin.classes) or []) or None
-    if stage == 'segment' and 'nb_classes' not in args.given:
-        wanted = None  # they are pixels' classes
+    if stage in ('segment', 'detect') and 'nb_classes' not in args.given:
+        wanted = None  # they are those of pixels or objects
 
     def load(num_classes: int) -> tuple[nn.Module, Report]:
         make, sizes = method.create_classifier, {'num_classes': num_classes, **options}

@@ -156,7 +156,7 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
     if source.path:
         args = source.complete(args, get_args_parser(), OF_FILE)
     method = main_finetune.find_method(args.model)
-    if source.origin and source.origin.stage in ('pretrain', 'segment'):
+    if source.origin and source.origin.stage in ('pretrain', 'segment', 'detect'):
         args.model_kwargs = build.encoder_kwargs(method, args.model, args.model_kwargs) | given
     args.global_pool = args.feature == 'pooled'
     args.probe = source.origin.args.get('probe') if source.origin and path != RANDOM else None  # fine-tuning's flag

@@ -61,7 +61,7 @@ def get_args_parser() -> config.Parser:
         '--eval',
         action=Switch,
         settle=lambda args, given: args.eval or args.predict is not None,
-        help='only evaluate the checkpoint of --resume, and write --output_dir/predictions.json',
+        help='only evaluate the checkpoint of --resume, and write predictions.json in --output_dir',
     )
     add(
         '--predict',
@@ -238,13 +238,16 @@ def test_checkpoint(args: argparse.Namespace) -> None:
         batches = detecting.loader(detecting.Photos(split, args), args, device)
         detecting.write(finder, batches, files, split, args.output_dir / 'predictions')
     else:
-        batches = detecting.loader(coco.test_images(split, args, Reader.of(args, 'bad_images_val.txt')), args, device)
+        batches = detecting.loader(coco.test_images(split, args), args, device)
         file = args.output_dir / 'predictions.json'
         stats = detecting.evaluate(finder, batches, split, args.box_only, into=file)
-        for name, numbers in detecting.class_table(stats, split)[1:]:
-            info(f'  {printable(name, 40):40}  ' + '  '.join(f'{n:>6}' for n in numbers))
+        [_, _, *kinds], *rows = detecting.class_table(stats, split)
+        for _, name, *figures in rows:
+            of_kinds = (f'{kind} {figure or "-":>6}' for kind, figure in zip(kinds, figures, strict=True))
+            info(f'  {printable(name, 40):40}  {"  ".join(of_kinds)}')
         detecting.report(stats, split, batches.dataset.reader)
-        info(f'the detections are in {file}, as pycocotools reads them')
+        alone = '' if args.box_only else '; predictions_masks.json, beside it, is for the AP of masks'
+        info(f'the detections are in {file}, as pycocotools reads them{alone}')
     dist.cleanup()
 
 
@@ -286,7 +289,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         loss_of = detection_loss(training)
         networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
         finders = {name: Finder(network, args, device) for name, network in networks.items()}
-        val_batches = detecting.loader(coco.test_images(val, args, Reader.of(args, 'bad_images_val.txt')), args, device)
+        val_batches = detecting.loader(coco.test_images(val, args), args, device)
         if args.dry_run:
             trial = partial(forward, training, loss_of=loss_of)
             return dry_run.report(run, batches, trial, detecting.pixels(val, args), train=train, val=val)

@@ -25,18 +25,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_finetune
 import main_pretrain
-from scripts import finetune_segmentation
+from scripts import finetune_detection, finetune_segmentation
 from util import checkpoint, config, console, digests, resources
 from util.errors import PROGRAMS, CheckpointError, UserError, listed, printable, program, run_main
 from util.log import counted
 from util.recipes import recipes_for
 from util.resources import size
-from util.weights import OtherFormatError, Report, file_of, is_segmentation, load_published
+from util.weights import OtherFormatError, Report, file_of, is_detection, is_paddle, is_segmentation, load_published
 
 SIZES = (224, 192, 384, 64, 32)  # image sides to try where no table of positions tells
 MANY_HEADS = (12, 8, 6, 4, 3, 2, 1)  # numbers of attention heads to guess from
 DATA = '/data/imagenet'
-MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'segment': finetune_segmentation}
+MAINS = {
+    'pretrain': main_pretrain,
+    'finetune': main_finetune,
+    'segment': finetune_segmentation,
+    'detect': finetune_detection,
+}
+DENSE = {'segment': (512, '/data/ade20k'), 'detect': (1024, '/data/coco')}  # usual image side, and where data may lie
 
 
 def get_args_parser() -> config.Parser:
@@ -129,7 +135,7 @@ def about_file(file: Path, source: checkpoint.Source, weights: dict) -> str:
     """Kind, size and SHA-256. A file that does not agree with the sum beside it has not been read."""
     kind = 'safetensors' if file.suffix == '.safetensors' else 'torch'
     if any(isinstance(value, np.ndarray) for value in weights.values()):
-        kind = 'Paddle'
+        kind = 'Paddle' if is_paddle(weights) else 'pickled arrays'
     beside = digests.beside(file)
     agrees = f', as in {printable(beside.name)}' if beside.exists() else ', with no sum beside it'
     return f'{kind}, {size(file.stat().st_size)}, SHA-256 {digests.sum_of(file)}{agrees}'
@@ -145,16 +151,23 @@ class Match(NamedTuple):
     args: argparse.Namespace  # model, model_kwargs, input_size, global_pool, use_ema and all defaults
     model_kwargs: dict  # of the classifier
     report: Report
-    num_classes: int  # 0: neither classifier nor segmenter
+    num_classes: int  # 0: neither classifier nor segmenter nor detector
     decoder: bool  # whether it fills the pretraining model, too
     parameters: int  # of the network without decoder
     note: str = ''
-    segmenter: bool = False
+    task: str = ''  # of DENSE
 
 
-def defaults(segmenter: bool = False, **given) -> argparse.Namespace:
-    """The arguments of both mains, or of a segmenter's, as if nothing but this was given."""
-    mains = (finetune_segmentation,) if segmenter else (main_pretrain, main_finetune)
+def task_of(container: dict) -> str:
+    """Which of DENSE a file's network is for, or ''."""
+    if is_segmentation(container):
+        return 'segment'
+    return 'detect' if is_detection(container) else ''
+
+
+def defaults(task: str = '', **given) -> argparse.Namespace:
+    """The arguments of both mains, or of a dense task's, as if nothing but this was given."""
+    mains = (MAINS[task],) if task in DENSE else (main_pretrain, main_finetune)
     known = [vars(main.get_args_parser().parse([])) for main in mains]
     return argparse.Namespace(**known[0] | known[-1] | given)
 
@@ -163,7 +176,7 @@ def own_match(source: checkpoint.Source) -> tuple[list[Match], UserError | None]
     """The model that a checkpoint of ours names."""
     parser = MAINS[source.origin.stage].get_args_parser()
     try:
-        return [match(source, source.complete(defaults(source.origin.stage == 'segment'), parser))], None
+        return [match(source, source.complete(defaults(source.origin.stage), parser))], None
     except UserError as error:
         return [], error
 
@@ -177,10 +190,12 @@ def matches_of(source: checkpoint.Source, weights: dict) -> tuple[list[Match], U
     names = [name for method in main_pretrain.METHODS for name in method.__all__]
     families = [list(group) for _, group in itertools.groupby(names, lambda n: re.match(r'[a-z0-9]+_[a-z]+', n)[0])]
     found, errors, known = [], [], sizes_of_positions(weights) or SIZES
-    options = [{}]
-    if segmenter := is_segmentation(source.container):
+    options, heads, task = [{}], {}, task_of(source.container)
+    if task == 'segment':
         known, options = sizes_of_positions(weights) or (512,), [{}, heads_of(weights)]
-    rounds = [[defaults(segmenter, input_size=size, model_kwargs=kwargs) for size in known] for kwargs in options]
+    elif task == 'detect':
+        known, heads = (1024,), detector_heads(weights)
+    rounds = [[defaults(task, input_size=size, model_kwargs=kwargs, **heads) for size in known] for kwargs in options]
     for family in families:
         for name in family:
             for choices in rounds:
@@ -192,10 +207,10 @@ def matches_of(source: checkpoint.Source, weights: dict) -> tuple[list[Match], U
             errors += [error] if error else []
             if isinstance(error, OtherFormatError):
                 break
-    if not found and not segmenter and (options := vit_options(weights)):
+    if not found and task != 'segment' and (options := vit_options(weights)):
         for family in families:
             if '_vit' in family[0]:
-                args = defaults(model=family[0], input_size=known[0], model_kwargs=options)
+                args = defaults(task, model=family[0], input_size=known[0], model_kwargs=options, **heads)
                 found += [
                     m._replace(note='num_heads is a guess, which no file tells') for m in first_fit(source, [args])[0]
                 ]
@@ -226,8 +241,8 @@ def differing(error: UserError) -> int:
 
 def match(source: checkpoint.Source, args: argparse.Namespace) -> Match:
     """Raises CheckpointError if the file does not fill this model, another UserError if there is no such model."""
-    if is_segmentation(source.container):
-        return segmenter_match(source, args)
+    if task := task_of(source.container):
+        return segmenter_match(source, args) if task == 'segment' else detector_match(source, args)
     try:
         with torch.device('meta'):
             network, report, kwargs, num_classes = main_finetune.network_of(source, args)
@@ -253,7 +268,32 @@ def segmenter_match(source: checkpoint.Source, args: argparse.Namespace) -> Matc
     parameters = sum(p.numel() for p in network.parameters())
     unknown = network.pyramid is not None and not source.origin
     note = 'which blocks give maps, and how the last is pooled, no file tells' * unknown
-    return Match(args, args.model_kwargs, report, classes, False, parameters, note, segmenter=True)
+    return Match(args, args.model_kwargs, report, classes, False, parameters, note, 'segment')
+
+
+def detector_match(source: checkpoint.Source, args: argparse.Namespace) -> Match:
+    """The same of a detector."""
+    scores = next((x for key, x in tensors_of(source.container).items() if key.endswith('cls_score.bias')), [0, 0])
+    with torch.device('meta'), source.expected(args):
+        network = finetune_detection.create_detector(args, len(scores) - 1)
+        report = load_published(network, source.container, ema=args.use_ema, label=source.path)
+    parameters = sum(p.numel() for p in network.parameters())
+    return Match(args, args.model_kwargs, report, len(scores) - 1, False, parameters, task='detect')
+
+
+def detector_heads(weights: dict) -> dict[str, str | int]:
+    """A detector's flags by the names of its heads' weights, detectron2's or ours."""
+
+    def count(pattern: str) -> int:
+        return len([key for key in weights if re.search(pattern, key)])
+
+    sizes = sizes_of_positions(weights)
+    return {
+        'box_head': '4conv1fc' if count(r'box_head\.(conv4|3\.0)\.weight$') else '2fc',
+        'norm': 'ln' if count(r'box_head\.(conv4\.norm|3\.1)\.weight$') else 'none',
+        'rpn_depth': max(1, count(r'rpn_head\.conv\.conv\d\.weight$|rpn\.head\.conv\.\d\.0\.weight$')),
+        'box_only': not count(r'roi_heads\.mask_'),
+    } | ({'pretrain_size': sizes[0]} if sizes else {})
 
 
 def heads_of(weights: dict) -> dict[str, str | int | bool]:
@@ -321,7 +361,8 @@ def about(source: checkpoint.Source, matches: list[Match]) -> dict[str, str | li
     facts, origin, known = {}, source.origin, source.container
     if origin:
         tuning = 'linear probe' if origin.args.get('probe') else 'fine-tuning'
-        kind = {'pretrain': 'pretraining', 'segment': 'segmentation'}.get(origin.stage, tuning)
+        kinds = {'pretrain': 'pretraining', 'segment': 'segmentation', 'detect': 'detection'}
+        kind = kinds.get(origin.stage, tuning)
         facts['origin'] = f'{kind} of this program: {origin}'
         if isinstance(known.get('epoch'), int) and isinstance(known.get('step'), int):
             done = f'{known["step"]} of {known.get("steps")} steps of it done'
@@ -356,14 +397,19 @@ def network(match: Match) -> str:
 def model_flags(match: Match, model_kwargs: dict, with_size: bool = True) -> dict:
     """The flags that make a network, less those that have their default."""
     flags = {'model': match.args.model} | ({'model_kwargs': model_kwargs} if model_kwargs else {})
-    usual = 512 if match.segmenter else 224
+    usual, _ = DENSE.get(match.task, (224, ''))
+    if match.task == 'detect':
+        parser = finetune_detection.get_args_parser()
+        names = sorted(parser.of_network.keys() - {'model', 'model_kwargs', 'input_size', 'mean', 'std'})
+        flags |= {n: value for n in names if (value := getattr(match.args, n)) != getattr(parser.parse([]), n)}
     return flags | ({'input_size': match.args.input_size} if with_size and match.args.input_size != usual else {})
 
 
 def commands_for(path: str, source: checkpoint.Source, match: Match) -> dict[str, str]:
     """{what for: command}, of those that this file is for."""
     own, args = source.origin, match.args
-    data = data_of(own.args) if own else {'data_path': '/data/ade20k' if match.segmenter else DATA}
+    _, usual = DENSE.get(match.task, (224, DATA))
+    data = data_of(own.args) if own else {'data_path': usual}
     where = Path(source.path).resolve()
     name = where.parent.name if own and where.is_file() else where.stem
     fresh = model_flags(match, match.model_kwargs)  # no model is taken from a file by a training
@@ -375,7 +421,14 @@ def commands_for(path: str, source: checkpoint.Source, match: Match) -> dict[str
         flags |= {'output_dir': f'runs/{name}_{output}'} if output else {}
         return shlex.join(['python', *program.split(), *words, *config.as_words(flags)])
 
-    if match.segmenter:
+    if match.task == 'detect':
+        words = 'scripts/finetune_detection.py'
+        return {
+            'evaluate it': line(f'{words} --eval', 'eval', resume=path, **known, **data),
+            'find objects in pictures with it': line(words, 'found', predict='photo.jpg', resume=path, **known),
+            'train it for other classes': line(words, 'detect', **fresh, finetune=path, **data),
+        } | going_on(path, source)
+    if match.task == 'segment':
         words, whole = 'scripts/finetune_segmentation.py', known | answers
         return {
             'evaluate it': line(f'{words} --eval', resume=path, **whole, **data),
@@ -404,7 +457,8 @@ def commands_for(path: str, source: checkpoint.Source, match: Match) -> dict[str
 
 def data_of(args: dict) -> dict[str, str]:
     """The flags of a run's data."""
-    given = {name: args.get(name) for name in ('data_path', 'dataset', 'val_share')}
+    names = ('data_path', 'dataset', 'val_share', 'train_json', 'train_images', 'val_json', 'val_images')
+    given = {name: args.get(name) for name in names}
     return {name: str(value) for name, value in given.items() if value not in (None, 'folder')} or {'data_path': DATA}
 
 

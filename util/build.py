@@ -1,7 +1,6 @@
 """From arguments to the parts of a training: what the programs share, for whichever method."""
 
 import argparse
-import copy
 import inspect
 import itertools
 import re
@@ -105,16 +104,8 @@ def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -
 
 
 def in_parallel(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """What is called for the loss: the network compiled and distributed, as the arguments say.
-
-    Of a network whose `compiled` names a part of it, that alone is: the shapes of what follows depend on data.
-    """
-    mode, part, model = COMPILE_MODES[args.compile_mode], getattr(core, 'compiled', ''), core
-    if args.compile and part:
-        model = copy.copy(core)  # of the same parameters; the network itself stays as it is
-        compiled = torch.compile(getattr(core, part), fullgraph=True, mode=mode)
-        model._modules = core._modules | {part: compiled}
-    return dist.parallel(model, device, args.compile and not part, mode, args.bf16_gradients)
+    """What is called for the loss: the network compiled and distributed, as the arguments say."""
+    return dist.parallel(core, device, args.compile, COMPILE_MODES[args.compile_mode], args.bf16_gradients)
 
 
 def synchronises(core: nn.Module, args: argparse.Namespace) -> bool:

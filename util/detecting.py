@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,12 @@ def whole_masks(found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 def as_results(found: Found, about: dict, split: CocoSplit) -> list[dict]:
     """COCO's list of results: boxes x, y, width, height, masks as RLE, ids of categories."""
-    columns = (found[key] for key in ('boxes', 'labels', 'scores'))
-    results = coco.results(about['image_id'], split.categories, *columns)
+    boxes = torch.cat([found['boxes'][:, :2], found['boxes'][:, 2:] - found['boxes'][:, :2]], 1)
+    columns = boxes.double().tolist(), found['labels'].tolist(), found['scores'].double().tolist()
+    results = [
+        {'image_id': about['image_id'], 'category_id': split.categories[label - 1], 'bbox': box, 'score': score}
+        for box, label, score in zip(*columns, strict=True)
+    ]
     if 'masks' in found:
         rles = itertools.chain(*(coco.packed(masks) for masks in whole_masks(found, about['size'])))
         results = [result | {'segmentation': rle} for result, rle in zip(results, rles, strict=True)]
@@ -116,7 +120,7 @@ def evaluate(
     """COCO's figures: 'box_AP', 'box_AP50' and so on, with masks 'mask_AP' and so on, in per cent; -1: nothing counts.
 
     Of all ranks' images, each exactly once. 'box_per_category_AP' is a dict by the categories' ids. The results are
-    written `into` a file, which pycocotools reads. Raises UserError where no image can be read.
+    written `into` a file, which pycocotools reads, and beside it those of masks without their boxes. Raises UserError where no image can be read.
     """
     found, skipped = results(finder, batches, split), batches.dataset.reader.skipped()
 
@@ -125,6 +129,8 @@ def evaluate(
             raise UserError('none of the images can be read')
         if into:
             put_bytes(into, json.dumps(found).encode())
+        if into and not box_only:  # with boxes, pycocotools would take the boxes' areas for the masks'
+            put_bytes(into.with_name('predictions_masks.json'), json.dumps(coco.of_kind(found, 'segm')).encode())
         return coco.evaluate(split.truth(skipped), found, ['bbox'] if box_only else list(KINDS))
 
     return {
@@ -193,7 +199,7 @@ def pictures_of(args: argparse.Namespace, classes: list[str], categories: list[i
     images = named.images_at(args.predict)
     ids, sizes = np.arange(len(images)), np.zeros((len(images), 2), np.int64)
     categories = categories or list(range(1, len(classes) + 1))
-    return CocoSplit(images, Names.of([]), ids, sizes, classes, categories, [])
+    return CocoSplit(images, Names.of(['[]'] * len(images)), ids, sizes, classes, categories, [])
 
 
 class Photos(datasets.ImageFiles):

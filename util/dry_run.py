@@ -166,8 +166,10 @@ class Costs(NamedTuple):
 def alone(training: Training) -> Iterator[None]:
     """The bare network in place of the compiled and distributed one; without gradients afterwards."""
     model, training.model = training.model, training.core
+    eager = torch.compiler.set_stance('force_eager') if training.args.compile else contextlib.nullcontext()
     try:
-        yield
+        with eager:  # a part of it may be compiled
+            yield
     finally:
         training.model = model
         training.optimizer.inner.zero_grad(set_to_none=True)

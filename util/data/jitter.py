@@ -86,7 +86,7 @@ def jitter(
     resized = tuple(max(1, round(x * factor)) for x in (height, width))
     offset = tuple(round(u_crop * max(0, x - target)) for x in resized)
     size = tuple(min(target, x) for x in resized)
-    return Geometry(u_flip < hflip, resized, offset, size, (height, width))
+    return Geometry(bool(u_flip < hflip), resized, offset, size, (height, width))
 
 
 def shortest_edge(height: int, width: int, short: int, longest: int) -> tuple[int, int]:

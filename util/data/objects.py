@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from util.data import node
+from util.data import datasets, node
 from util.data.annotations import LOOKED_AT, size_of
 from util.data.images import Reader
 from util.data.named import Misfit, files_below, names_of
@@ -24,6 +24,7 @@ from util.log import counted
 
 LAYOUT = 'annotations/instances_train2017.json and instances_val2017.json, train2017/ and val2017/'
 THINNEST = 1e-5  # pixels of a side of a box that is an object
+NUMBERS = {int, float}
 FAR = 10  # times an image's longer side: how far polygons may reach
 
 
@@ -43,7 +44,7 @@ class CocoSplit(NamedTuple):
     images: Files
     objects: Names
     ids: np.ndarray  # int64 [N], of the images
-    sizes: np.ndarray  # int64 [N, 2], height and width
+    sizes: np.ndarray  # int64 [N, 2], height and width; 0: not known
     classes: list[str]  # of labels 1 to K
     categories: list[int]  # their ids
     notes: list[str]
@@ -59,6 +60,9 @@ class CocoSplit(NamedTuple):
         return self.sizes[:, 1] > self.sizes[:, 0]
 
     def of(self, index: int) -> list[CocoObject]:
+        """Those of an image; none where nothing is annotated."""
+        if not len(self.objects):
+            return []
         return [CocoObject(*columns) for columns in json.loads(self.objects[index])]
 
     def take(self, indices: np.ndarray) -> 'CocoSplit':
@@ -105,7 +109,7 @@ def read(images: Path, listing: Path, train: bool, masks: bool = True, keep_empt
         raise UserError(f'{error}') from error
     left_out = [(len(entries) - len(ids), 'image', ' without objects')]
     if train:
-        left_out += [(counts['crowds'], 'crowd region', ''), (counts['outside'], 'object', ' outside of its image')]
+        left_out += [(counts['crowds'], 'crowd region', ''), (counts['outside'], 'object', ' outside of the image')]
     words = ', '.join(f'{counted(number, what)}{more}' for number, what, more in left_out if number)
     note = f'{counted(len(ids), "image")}, {counted(total, "annotation")}, {len(known)} classes'
     return CocoSplit(
@@ -123,7 +127,7 @@ def parsed(listing: Path) -> dict[str, list[dict]]:
     """Images, annotations and categories in a JSON."""
     parts = ('images', 'annotations', 'categories')
     try:
-        content = json.loads(listing.read_bytes())
+        content = json.loads(listing.read_bytes(), parse_constant=refuse)
     except OSError as error:
         raise UserError(f'cannot read {listing}: {error.strerror}') from error
     except (ValueError, RecursionError) as error:
@@ -136,6 +140,11 @@ def parsed(listing: Path) -> dict[str, list[dict]]:
                 f'{listing} has no list of {part}: it should hold {listed(parts)}, not {holds or "nothing"}'
             )
     return content
+
+
+def refuse(word: str) -> None:
+    """Of NaN and Infinity, which Python's JSON would take."""
+    raise ValueError(f'it holds {word}')
 
 
 def by_id(rows: list[dict], what: str, listing: Path) -> dict[int, dict]:
@@ -178,7 +187,7 @@ def annotation_fault(row: dict, entries: dict[int, dict], label_of: dict[int, in
         return f'is of the image {image}, which is not among its images'
     if category not in label_of:
         return f'is of the category {category}, which is not among its categories'
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+    if not set(map(type, numbers)) <= NUMBERS or not all(map(math.isfinite, numbers)):
         return 'has a bbox or an area that is not of numbers'
     if not masks:
         return ''
@@ -207,11 +216,11 @@ def segmentation_fault(segmentation: Any, height: int, width: int) -> str:
         case [_, *_]:
             far = FAR * max(height, width)
             for part in segmentation:
-                if not isinstance(part, list) or len(part) % 2 or not all(isinstance(x, int | float) for x in part):
+                if not isinstance(part, list) or len(part) % 2 or not set(map(type, part)) <= NUMBERS:
                     return 'has a polygon that is not a list x, y, x, y, ... of numbers'
                 if len(part) < 6:
                     return f'has a polygon of {counted(len(part) // 2, "point")}: it takes three'
-                if not all(-far < x < far for x in part):
+                if not -far < min(part) <= max(part) < far:
                     return 'has a polygon far outside of its image'
             return ''
         case {'size': [int(rows), int(columns)], 'counts': list() | str() as counts}:
@@ -258,19 +267,30 @@ def check_alike(splits: dict[str, CocoSplit], args: argparse.Namespace) -> None:
 
 
 def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
+    """The images to train with ('train') or to test on ('val'), as the arguments say where they are."""
     listing, images = listing_of(args, name), folder_of(args, name)
-    for path, there, flag in ((listing, listing.is_file(), 'json'), (images, images.is_dir(), 'images')):
+    for path, there, flag in (
+        (listing, listing.is_file(), f'{name}_json'),
+        (images, images.is_dir(), f'{name}_images'),
+    ):
         if not there:
-            given = getattr(args, f'{name}_{flag}')
-            inside = given and args.data_path / given
-            hint = f'; did you mean --{name}_{flag} {inside}?' if inside and inside.exists() else ''
-            kind = 'file' if flag == 'json' else 'folder'
-            layout = '' if given else f': {args.data_path} should hold {LAYOUT}, or --{name}_{flag} names it'
-            raise UserError(f'no such {kind}: {path}{layout}{hint}')
+            raise UserError(f'no such {"file" if flag.endswith("json") else "folder"}: {path}{advice(args, flag)}')
     how = name == 'train', not args.box_only, args.keep_empty
     key = ('coco', listing, images, *how)
     split = node.once_a_node(key, lambda: looked_at(read(images, listing, *how), args))
     return split._replace(notes=[f'{name}: {note}' for note in split.notes])
+
+
+def advice(args: argparse.Namespace, flag: str) -> str:
+    """What to do where the file or folder of a flag is missing."""
+    if given := getattr(args, flag):
+        inside = args.data_path / given
+        return f'; did you mean --{flag} {inside}?' if inside.exists() else ''
+    folder = args.data_path / 'annotations'
+    hint = datasets.nearby(args.data_path, ('annotations', 'val2017'))
+    if folder.is_dir() and not hint:
+        hint = f'; {folder} holds {listed(sorted(path.name for path in folder.iterdir()), 5) or "nothing"}'
+    return f'; {args.data_path} should hold {LAYOUT}, or --{flag} says where it is{hint}'
 
 
 def listing_of(args: argparse.Namespace, name: str) -> Path:
@@ -301,7 +321,7 @@ def looked_at(split: CocoSplit, args: argparse.Namespace) -> CocoSplit:
 def check_size(split: CocoSplit, index: int, size: tuple[int, int]) -> None:
     """Raise UserError for an image that is not of the (height, width) which the JSON gives it."""
     height, width = split.sizes[index].tolist()
-    if size == (height, width):
+    if size == (height, width) or not height:
         return
     turned = " (turned? EXIF's rotation is ignored)" if size == (width, height) else ''
     name = printable(split.images.name(index))

@@ -13,6 +13,8 @@ from util.weights.intake import (
     check_finite,
     class_names,
     find_origin,
+    is_detection,
+    is_paddle,
     is_segmentation,
 )
 from util.weights.loading import file_of, load_published, read_source
@@ -29,6 +31,8 @@ __all__ = [
     'file_of',
     'find_origin',
     'fold_probe',
+    'is_detection',
+    'is_paddle',
     'is_segmentation',
     'load_published',
     'plain_field',

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.errors import PROGRAMS, CheckpointError, listed, printable, program
@@ -116,6 +117,7 @@ class Intake:
     may_drop: tuple[str, ...] = ()  # keys that a file may have in another shape, or in vain
     part: str = ''  # pattern of the prefix of what counts, where a file holds more
     computed: tuple[str, ...] = ()  # what the model has without a file, in its own size
+    moved: tuple[str, str] = ('', '')  # a prefix of keys that belong to `part`, and the part's
 
 
 COMMON_WRAPPERS = ('model', 'state_dict', 'model_state_dict', 'module', 'student')
@@ -143,13 +145,16 @@ def load(
     found = find_weights(container, (*(intake.wrappers if intake else own), *COMMON_WRAPPERS))
     weights = join_parts(plain_or_averaged(container, found, ema, flag, report))
     report.ignored += [str(key) for key, value in weights.items() if not isinstance(value, Tensor | np.ndarray | tuple)]
-    from_paddle = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
-    state = torch_state(weights)
+    paddle = is_paddle(weights)
+    state = torch_state(weights, paddle)
+    if intake and intake.part:
+        away, part = intake.moved
+        state = unique((part + key.removeprefix(away) if key.startswith(away) else key, x) for key, x in state.items())
     if intake and intake.part and (found_part := next(filter(None, map(re.compile(intake.part).match, state)), None)):
         state = take_off(found_part[0], state, report)
     formats = intake.formats if intake else (Format(f'own names of {type(model).__name__}', set()),)
     layout, prefix = recognise(state, formats, list(target))
-    report.format = layout.name + (' (Paddle)' if from_paddle else '') + report.format
+    report.format = layout.name + (' (Paddle)' if paddle else '') + report.format
     state = take_off(prefix, state, report) if prefix else state
     if not intake:
         intake = Intake((), formats) if whole else own_names(target, state, formats, found is container.get('encoder'))
@@ -193,6 +198,11 @@ def find_weights(container: dict, wrappers: tuple[str, ...]) -> dict:
 def is_segmentation(container: dict) -> bool:
     """Whether it holds a segmenter, in the names of ours or of mmsegmentation."""
     return any('decode_head.' in str(key) for key in find_weights(container, COMMON_WRAPPERS))
+
+
+def is_detection(container: dict) -> bool:
+    """Whether it holds a detector, in the names of ours or of detectron2."""
+    return any('roi_heads.' in str(key) for key in find_weights(container, COMMON_WRAPPERS))
 
 
 def plain_or_averaged(container: dict, found: dict, ema: bool, flag: str, report: Report) -> dict:
@@ -244,9 +254,15 @@ def join_parts(weights: dict) -> dict:
     return weights
 
 
-def torch_state(weights: dict) -> State:
+def is_paddle(weights: dict) -> bool:
+    """Whether arrays are Paddle's. Those of detectron2 are in torch's layout."""
+    arrays = any(isinstance(value, np.ndarray | tuple) for value in weights.values())
+    return arrays and not any(str(key).startswith('proposal_generator.') for key in weights)
+
+
+def torch_state(weights: dict, paddle: bool) -> State:
     """The tensors, without what wrappers put into the names of blocks; Paddle's linear layers are transposed."""
-    tensors = {str(key): as_tensor(str(key), value) for key, value in weights.items()}
+    tensors = {str(key): as_tensor(str(key), value, paddle) for key, value in weights.items()}
     tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
     if not tensors:
         raise OtherFormatError(f'no weights in it; its keys are {shortened(list(weights))}')
@@ -254,14 +270,14 @@ def torch_state(weights: dict) -> State:
     return unique((wrapped.sub('', key), value) for key, value in tensors.items())
 
 
-def as_tensor(key: str, value):
+def as_tensor(key: str, value, paddle: bool):
     if isinstance(value, tuple) and value:  # paddle.save of a whole run: (a name inside Paddle, array)
         value = value[-1]
     if not isinstance(value, np.ndarray):
         return value
     value = torch.from_numpy(value.astype(value.dtype.newbyteorder('='), copy=False))
     # linear layers are recognised by name, never by shape: many are square
-    return value.t() if value.ndim == 2 and key.endswith(('.weight', '.weight_v')) else value
+    return value.t() if paddle and value.ndim == 2 and key.endswith(('.weight', '.weight_v')) else value
 
 
 def unique(items: Iterable[tuple[str, Tensor]]) -> State:
@@ -348,6 +364,8 @@ POSITIONS = (
 
 def resized(name: str, value: Tensor, wanted: Tensor) -> tuple[Tensor, str] | None:
     """A table of positions in the model's size, and how that was done; None for all else."""
+    if re.search(r'\.rel_pos_[hw]$', name) and value.ndim == 2 and value.shape[1] == wanted.shape[1]:
+        return F.interpolate(value.t()[None].float(), len(wanted), mode='linear')[0].t().to(value.dtype), 'linearly'
     for ending, axis, choices, resize in POSITIONS:
         if name.endswith(ending) and value.ndim == wanted.ndim == axis + 2 and value.is_floating_point():
             old, new = value.shape[axis], wanted.shape[axis]

@@ -1,5 +1,6 @@
 """Checkpoints of any origin into our models: the file, the tables of its formats, the weights."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import nn
@@ -7,8 +8,17 @@ from torch import nn
 from util.errors import CheckpointError
 from util.weights import download
 from util.weights.files import SAFETENSORS, TORCH, read_checkpoint, read_folder
-from util.weights.intake import Intake, OtherFormatError, Report, find_origin, is_segmentation, load
+from util.weights.intake import (
+    Intake,
+    OtherFormatError,
+    Report,
+    find_origin,
+    is_detection,
+    is_segmentation,
+    load,
+)
 from util.weights.published import ANY_INTAKE, ENCODERS, INTAKES
+from util.weights.published_detectors import NECKS, detector_intake, of_detector, windowed_intake
 from util.weights.published_segmenters import encoder_intake, segmenter_intake, without_heads
 
 
@@ -34,14 +44,15 @@ def load_published(
     new_decoder: bool = False,
     new_classes: bool = False,
 ) -> Report:
-    """Fill a pretraining model, a classifier, an encoder or a segmenter from a published or own checkpoint.
+    """Fill a pretraining model, a classifier, an encoder, a segmenter or a detector from a published or own checkpoint.
 
     `source` is a path, a URL with its hash (`download.py`), or a state dict in the paper's own names: torch tensors in
     torch's layout, or numpy arrays in Paddle's. A class that no table lists takes our own checkpoints of it. Names may
     stand under a prefix. Positions for another image size or window are resized. `ema` asks for the averaged weights;
     `flag` is what the user knows it by; `label` is what a dict is called, such as the path that it was read from.
-    With `new_decoder`, a pretraining model takes an encoder alone, too. A segmenter takes a segmentation file whole,
-    or any other into its encoder; with `new_classes` a segmentation file for other classes, too.
+    With `new_decoder`, a pretraining model takes an encoder alone, too. A segmenter takes a segmentation file whole, a
+    detector a detection file, and both any other into their encoder; with `new_classes` their own for other classes,
+    too.
     Raises CheckpointError when the source is not for this model, naming the first five keys that differ with both
     shapes, or holds values that are not finite; the model is then unchanged.
     """
@@ -50,6 +61,8 @@ def load_published(
     try:
         if hasattr(model, 'decode_head'):
             report = load_segmenter(model, container, ema, flag, new_classes)
+        elif hasattr(model, 'roi_heads'):
+            report = load_detector(model, container, ema, flag, new_classes)
         else:
             report = load_other(model, container, ema, flag, new_decoder)
     except CheckpointError as error:
@@ -63,10 +76,32 @@ def load_segmenter(model: nn.Module, container: dict, ema: bool, flag: str, new_
     """All of a segmentation file, or of any other what is for the encoder: pyramid and heads stay as initialised."""
     if is_segmentation(container):
         return load(model, container, segmenter_intake(model, new_classes), ema, flag)
-    report = load(model.encoder, container, encoder_intake(model.encoder), ema, flag)
+    intake = intake_of(type(model.encoder).__name__, model.encoder, container)
+    report = load(model.encoder, container, intake, ema, flag)
+    return encoder_alone(report, model, 'encoder.', ())
+
+
+def load_detector(model: nn.Module, container: dict, ema: bool, flag: str, new_classes: bool) -> Report:
+    """All of a detection file, or of any other what is for the encoder: neck and heads stay as initialised.
+
+    The last stage of a ResNet with C4's head is in the head.
+    """
+    if is_detection(container):
+        return load(model, container, detector_intake(model, new_classes), ema, flag)
+    encoder = model.backbone.encoder
+    own, last = encoder.state_dict(), 'roi_heads.layer4.'
+    beside = {key.removeprefix('roi_heads.'): x for key, x in model.state_dict().items() if key.startswith(last)}
+    intake = intake_of(type(encoder).__name__, encoder, container)
+    report = load(encoder, container, intake, ema, flag, own | beside)
+    return encoder_alone(report, model, 'backbone.encoder.', beside)
+
+
+def encoder_alone(report: Report, model: nn.Module, prefix: str, beside: Collection[str]) -> Report:
+    """The same report in the names of the whole model; what is `beside` the encoder is a detector's RoI head's."""
     for names in (report.loaded, report.resized, report.missing):
-        names[:] = [f'encoder.{name}' for name in names]
-    report.missing += [name for name in model.state_dict() if not name.startswith('encoder.')]
+        names[:] = [('roi_heads.' if name in beside else prefix) + name for name in names]
+    own = (prefix, *(f'roi_heads.{name}' for name in beside))
+    report.missing += [name for name in model.state_dict() if not name.startswith(own)]
     report.format += ', encoder alone: the heads are new'
     return report
 
@@ -84,10 +119,16 @@ def load_other(model: nn.Module, container: dict, ema: bool, flag: str, new_deco
 
 def intake_of(name: str, network: nn.Module, container: dict) -> Intake | None:
     """Of a class by its name, for what a file holds."""
-    if hasattr(network, 'widths'):  # of the maps that an encoder for dense tasks gives
+    if known := NECKS.get(name):
+        return known
+    if type(network).__name__ == 'WindowedViT':
+        intake = windowed_intake(network)
+    elif hasattr(network, 'widths'):  # of the maps that an encoder for dense tasks gives
         intake = encoder_intake(network)
     else:
         intake = INTAKES.get(name, ANY_INTAKE if type(network).__module__.startswith('timm.') else None)
+    if intake and is_detection(container):
+        return of_detector(intake)
     return without_heads(intake) if intake and is_segmentation(container) else intake
 
 

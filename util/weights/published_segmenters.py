@@ -94,7 +94,7 @@ ENCODER_INTAKES = {  # by the encoder's class
         formats=adapted(tuple(row for row in (*INTO_BEIT, *INTO_VIT) if not row.refusal), as_beit),
         may_drop=('pos_embed', K_BIAS),
     ),
-    'ResNet': encoder_of('ResNet'),
+    'ResNet': encoder_of('ResNet', may_drop=(r'.*num_batches_tracked',)),  # of a BatchNorm that may be frozen
     'ConvNeXt': encoder_of('ConvNeXt', formats=adapted(INTAKES['ConvNeXt'].formats, last_norm), may_lack=(OWN_NORMS,)),
     'SwinTransformer': encoder_of('SwinTransformer', may_lack=(OWN_NORMS,), may_drop=(r'norm\..*',)),
     'SwinBackbone': encoder_of('LocalMIMSwinClassifier', may_lack=(OWN_NORMS,)),
