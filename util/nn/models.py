@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, but features that are in bf16 stay in it, and only weights are cast, as a linear layer's are.
+    """torch's, but features that are in bf16 stay in it on a GPU, and only weights are cast, as a linear layer's are.
 
-    Autocast would have features in float32 before and after, for linear layers that take bf16. Mean and variance are
-    float32 all the same, inside of the kernel.
+    Autocast there would have features in float32 before and after, for linear layers that take bf16. Inside of the
+    kernel all sums are float32; those of a CPU's are not, but it takes float32 weights with bf16 features.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.bfloat16:
+        if x.dtype is not torch.bfloat16 or x.device.type == 'cpu':
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
