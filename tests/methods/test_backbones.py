@@ -201,6 +201,7 @@ def test_c4():
     [(key, found)] = network(imgs).items()
     assert (key, network.strides, network.out_channels) == ('0', [16], 128)
     assert torch.equal(found, third)
+    assert len(encoder(imgs)) == len(encoder.widths) == 1
     assert torch.equal(layer4(found), fourth)
     assert not [name for name in network.state_dict() if 'layer4' in name]
 
@@ -355,7 +356,8 @@ def test_groups(name, spared):
     assert rules.keys() == dict(detector.named_parameters()).keys()
     expected = {key for key in rules if re.fullmatch(rf'backbone\.encoder\.{spared}', key)}
     assert {key for key, (_, _, decays) in rules.items() if not decays} == expected
-    tops = {layer for key, (layer, _, _) in rules.items() if not key.startswith('backbone.encoder.')}
+    new = r'(?!backbone\.encoder\.)|backbone\.encoder\.norm\d\.'  # of each map
+    tops = {layer for key, (layer, _, _) in rules.items() if re.match(new, key)}
     assert tops == {max(layer for layer, _, _ in rules.values())}
     assert {scale for _, scale, _ in rules.values()} == {1.0}
     if 'vit' in name:
