@@ -232,6 +232,23 @@ def test_flips(folder):
     assert 3 < sum(torch.equal(drawn[epoch, 0][0], plain[0, 0][0]) for epoch in range(20)) < 17
 
 
+@pytest.mark.parametrize('kind', ['lsj', 'none'])
+def test_less_than_a_pixel_is_no_object(folder, kind):
+    """Nor is what has no width in float32, nor a mask whose box is elsewhere."""
+    [train] = coco.splits(given(folder), ['train'])
+    things = [
+        [1, [5, 5, 0.1, 0.1], 1, 0, [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]],
+        [1, [40.0000001, 5, 0.00002, 30], 1, 0, SQUARE if kind == 'none' else [[40, 5, 40.00001, 5, 40.00001, 35]]],
+        [1, [64, 5, 10, 30], 1, 0, SQUARE],
+        [2, [10, 10, 20, 16], 320, 0, SQUARE],
+    ]
+    train = train._replace(objects=Names.of([json.dumps(things)] * 3))
+    target = CocoFolder(train, train=True, transform=Augment(kind, 64, (1, 1), hflip=0))[0, 0][1]
+    assert target['labels'].tolist() == [2]
+    assert target['boxes'].tolist() == [[10, 10, 30, 26]]
+    assert target['masks'].shape == (1, 48, 64)
+
+
 def test_boxes_alone(folder):
     """They need no segmentation; without one they cannot be taken anew from what is left."""
     args = given(folder, box_only=True)

@@ -139,17 +139,14 @@ class CocoFolder(ImageFiles):
                 [box] = step.boxes([box])
             if self.masks:
                 mask, bounds = drawn(thing.segmentation, steps)
-                if not mask.any():  # nothing is left, or nothing but less than a pixel
-                    continue
-                masks.append(mask)
                 box = bounds if self.transform.crops else box
-            if has_area(box):
+            box = np.float32(box)  # in which it must have an area: a detector stops at a box without one
+            if has_area(box) and (not self.masks or mask.any()):
                 boxes.append(box)
                 labels.append(thing.label)
-            elif self.masks:
-                masks.pop()
+                masks += [mask] if self.masks else []
         target = {
-            'boxes': torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4),
+            'boxes': torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)),
             'labels': torch.tensor(labels, dtype=torch.int64),
         }
         if self.masks:
