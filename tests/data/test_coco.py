@@ -7,6 +7,7 @@ import re
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from golden import golden
 from PIL import Image
 from torch.nn import functional
 
+from scripts import visualize
 from util import build, pictures
 from util.data import coco, datasets
 from util.data.coco import Augment, CocoFolder, evaluate, jitter, mask_of, packed, shortest_edge
@@ -475,3 +477,34 @@ def test_detections_are_drawn(folder):
     both = pictures.some_detected(lambda tested, size: seen.append((tested.shape, size)) or truth, images, 2)
     assert seen == [((3, 32, 43), (48, 64)), ((3, 32, 43), (48, 64))] or len(seen) == 2
     assert both.shape[1] >= 2 * 320
+
+
+def test_results_are_drawn(folder, tmp_path, capsys):
+    """scripts/visualize.py: those of a JSON beside the truth; what cannot be drawn is one line."""
+    [val] = coco.splits(given(folder), ['val'])
+    truth = [row for row in val.truth()['annotations'] if row['image_id'] in (7, 12) and not row['iscrowd']]
+    keys = ('image_id', 'category_id', 'bbox', 'segmentation')
+    results = [{key: row[key] for key in keys} | {'score': 0.8} for row in truth]
+
+    def draw(content: Any) -> np.ndarray:
+        (tmp_path / 'found.json').write_text(json.dumps(content))
+        flags = ['--annotations', folder / 'annotations/instances_val2017.json', '--output', tmp_path / 'a.png']
+        flags += ['--detections', tmp_path / 'found.json', folder / 'val2017']
+        visualize.main(visualize.get_args_parser().parse(list(map(str, flags))))
+        return np.asarray(Image.open(tmp_path / 'a.png')).astype(int)
+
+    whole, nothing = draw(results), draw([])
+    boxes = draw([{key: row[key] for key in row.keys() - {'segmentation'}} for row in results])
+    assert '5 of 5 images drawn' in capsys.readouterr().out
+    truth = whole[24:, 6:326]
+    alike = [(picture[24:, 332:652] == truth).mean() for picture in (whole, boxes, nothing)]
+    assert alike[0] > 0.95 > alike[1] > alike[2]
+    for content, words in (
+        ({}, 'is no list of results'),
+        ([results[0] | {'score': None}], 'is no list of results'),
+        ([results[0] | {'image_id': 8}], 'has no image 8'),
+        ([results[0] | {'category_id': 4}], 'has no category 4'),
+        ([results[0] | {'segmentation': {'size': [3, 3], 'counts': [9]}}], 'image 7 has a mask of 3 x 3 pixels'),
+    ):
+        with pytest.raises(UserError, match=words):
+            draw(content)
