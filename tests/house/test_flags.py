@@ -134,7 +134,7 @@ PATHS = {
         '--config --data_path --train_json --train_images --val_json --val_images --output_dir --log_dir --resume '
         '--finetune --predict'
     ),
-    'scripts.visualize': '--config --checkpoint --output images',
+    'scripts.visualize': '--config --checkpoint --output --detections --annotations images',
     'scripts.replay_step': 'diagnosis',
     'run_with_submitit': '--job_dir --array',
 }
