@@ -245,14 +245,14 @@ def test_boxes_alone(folder):
 
 def test_images_to_test(folder):
     [val] = coco.splits(given(folder), ['val'])
-    images = coco.test_images(val, given(folder), Reader())
+    images = coco.test_images(val, given(folder))
     for index, (number, size, tested) in enumerate([(7, (48, 64), (32, 43)), (12, (64, 48), (43, 32))]):
         image, about = images[0, index]
         assert (image.shape[1:], about) == (tested, {'image_id': number, 'size': size})
-    assert coco.test_images(val, given(folder, max_size=40), Reader())[0, 0][0].shape == (3, 30, 40)
+    assert coco.test_images(val, given(folder, max_size=40))[0, 0][0].shape == (3, 30, 40)
     image, objects = images.original(0)
     unknown = val._replace(objects=Names.of([]), sizes=0 * val.sizes)  # pictures without annotations
-    assert torch.equal(coco.test_images(unknown, given(folder), Reader())[0, 0][0], images[0, 0][0])
+    assert torch.equal(coco.test_images(unknown, given(folder))[0, 0][0], images[0, 0][0])
     assert unknown.truth()['annotations'] == []
     assert image.shape == (48, 64, 3)
     assert objects['masks'].sum((1, 2)).tolist() == [mask_of(row.segmentation, 48, 64).sum() for row in val.of(0)]
@@ -294,7 +294,7 @@ def test_a_bad_image(tmp_path):
         CocoFolder(train, train=True)[0, 1]
     data = CocoFolder(train, train=True, transform=Augment('none'), reader=Reader.of(args))
     assert len(data[0, 1][1]['boxes']) > 0  # another one
-    tests = coco.test_images(val, args, Reader.of(args))
+    tests = coco.test_images(val, args)
     assert tests[0, 1][1]['image_id'] == datasets.SKIPPED
     assert val.truth(tests.reader.skipped())['images'] == [row for row in val.truth()['images'] if row['id'] != 12]
 
@@ -425,13 +425,11 @@ def test_ap_of_little(folder):
     truth = val.truth()
     nothing = evaluate(truth, [])
     assert [(numbers['AP'], numbers['AR_100'], numbers['AP_large']) for numbers in nothing.values()] == [(0, 0, -1)] * 2
-    perfect = []
-    for index, image_id in enumerate(val.ids.tolist()):
-        things = [thing for thing in val.of(index) if not thing.crowd]
-        boxes = torch.tensor([thing.bbox for thing in things]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([thing.label for thing in things])
-        perfect += coco.results(image_id, val.categories, boxes, labels, torch.full((len(things),), 0.9))
+    perfect = [
+        {**{key: row[key] for key in ('image_id', 'category_id', 'bbox')}, 'score': 0.9}
+        for row in truth['annotations']
+        if not row['iscrowd']
+    ]
     [(kind, numbers)] = evaluate(truth, perfect, ['bbox']).items()
     assert kind == 'bbox'
     assert numbers['AP'] == pytest.approx(1)
@@ -446,7 +444,7 @@ def test_ap_of_little(folder):
 def test_detections_are_drawn(folder):
     """Boxes in the colour of the class, masks below them, names and scores; truth beside it."""
     [val] = coco.splits(given(folder), ['val'])
-    images = coco.test_images(val, given(folder), Reader())
+    images = coco.test_images(val, given(folder))
     image, truth = images.original(0)
     plain = pictures.detected(image, {name: values[:0] for name, values in truth.items()}, val.classes)
     assert plain.shape == (48 * 6, 64 * 6, 3)

@@ -191,26 +191,15 @@ def training_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) 
     return CocoFolder(split, train=True, transform=augment, masks=not args.box_only, seed=args.seed, reader=reader)
 
 
-def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) -> CocoFolder:
-    """As the arguments ask for."""
+def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader | None = None) -> CocoFolder:
+    """As the arguments ask for; by default bad images are listed in a file of their own."""
+    reader = reader or Reader.of(args, 'bad_images_val.txt')
     size = Augment('shortest_edge', sizes=[args.test_size], longest=args.max_size, hflip=0.0)
     return CocoFolder(split, train=False, transform=size, masks=not args.box_only, reader=reader)
 
 
 # --------------------------------------------------------------------------
 # results
-
-
-def results(image_id: int, categories: Sequence[int], boxes: Tensor, labels: Tensor, scores: Tensor) -> list[dict]:
-    """Detections in an image, boxes [n, 4] in its original pixels and labels [n] from 1, as COCO's JSON holds them.
-
-    `categories` are the ids of labels; `packed` masks are added as `segmentation`.
-    """
-    columns = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist(), labels.tolist(), scores.tolist()
-    return [
-        {'image_id': image_id, 'category_id': categories[label - 1], 'bbox': box, 'score': score}
-        for box, label, score in zip(*columns, strict=True)
-    ]
 
 
 def of_kind(predictions: list[dict], kind: str) -> list[dict]:

@@ -185,22 +185,23 @@ class TableAttention(beit.Attention):
         old, _ = self.window_size
         table = self.relative_position_bias_table[:-3].view(2 * old - 1, 2 * old - 1, -1)
         if rows != old:
-            table = torch.einsum('yxh,ay->axh', table, beit_stretch(old, rows).to(table))
+            table = torch.einsum('yxh,ay->axh', table, beit_stretch(old, rows, table.device))
         if cols != old:
-            table = torch.einsum('yxh,ax->yah', table, beit_stretch(old, cols).to(table))
+            table = torch.einsum('yxh,ax->yah', table, beit_stretch(old, cols, table.device))
         pairs = table.unfold(0, rows, 1).flip(0).unfold(1, cols, 1).flip(1)  # [y_j, x_j, heads, y_i, x_i]
         return pairs.permute(2, 3, 4, 0, 1).reshape(1, -1, rows * cols, rows * cols)
 
 
-@cache
-def beit_stretch(old: int, new: int) -> Tensor:
+@torch.compiler.disable
+@cache  # on the device, once
+def beit_stretch(old: int, new: int, device: torch.device) -> Tensor:
     """[2 new - 1, 2 old - 1]: what BEiT's rule makes of one axis of a table, which is linear in its values."""
     size = 2 * old - 1
     table = torch.eye(size).repeat_interleave(size, dim=0)  # head i is 1 in row i of the axis, whatever the column
     with warnings.catch_warnings():  # of what timm does with torch
         warnings.simplefilter('ignore')
         table = resize_bias_table(F.pad(table, (0, 0, 0, 3)), (2 * new - 1) ** 2 + 3, num_extra_rows=3)
-    return table[:-3].view(2 * new - 1, 2 * new - 1, size)[:, 0].clone()
+    return table[:-3].view(2 * new - 1, 2 * new - 1, size)[:, 0].to(device, copy=True)
 
 
 WINDOWED = {
