@@ -151,6 +151,7 @@ def create_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return build.construct(
         detector.create_detector,
         encoder,
+        name=f'the detector of {args.model}',
         num_classes=num_classes,
         neck=args.neck,
         box_head=args.box_head,
@@ -159,6 +160,7 @@ def create_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
         width=args.width,
         masks=not args.box_only,
         model_kwargs=args.detector_kwargs,
+        flag='--detector_kwargs',
     )
 
 
@@ -233,12 +235,10 @@ def test_checkpoint(args: argparse.Namespace) -> None:
         info(line)
     core = core.to(device, memory_format=memory_format(args, core))
     dist.share(core.state_dict().values())
-    finder = Finder(core, args, device)
+    finder, batches = Finder(core, args, device), detecting.test_loader(split, args, device)
     if args.predict:
-        batches = detecting.loader(detecting.Photos(split, args), args, device)
         detecting.write(finder, batches, files, split, args.output_dir / 'predictions')
     else:
-        batches = detecting.loader(coco.test_images(split, args), args, device)
         file = args.output_dir / 'predictions.json'
         stats = detecting.evaluate(finder, batches, split, args.box_only, into=file)
         [_, _, *kinds], *rows = detecting.class_table(stats, split)
@@ -289,7 +289,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         loss_of = detection_loss(training)
         networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
         finders = {name: Finder(network, args, device) for name, network in networks.items()}
-        val_batches = detecting.loader(coco.test_images(val, args), args, device)
+        val_batches = detecting.test_loader(val, args, device)
         if args.dry_run:
             trial = partial(forward, training, loss_of=loss_of)
             return dry_run.report(run, batches, trial, detecting.pixels(val, args), train=train, val=val)

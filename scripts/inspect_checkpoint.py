@@ -287,13 +287,15 @@ def detector_heads(weights: dict) -> dict[str, str | int]:
     def count(pattern: str) -> int:
         return len([key for key in weights if re.search(pattern, key)])
 
-    sizes = sizes_of_positions(weights)
+    sizes, theirs = sizes_of_positions(weights), count(r'(^|\.)backbone\.net\.')
     return {
         'box_head': '4conv1fc' if count(r'box_head\.(conv4|3\.0)\.weight$') else '2fc',
         'norm': 'ln' if count(r'box_head\.(conv4\.norm|3\.1)\.weight$') else 'none',
         'rpn_depth': max(1, count(r'rpn_head\.conv\.conv\d\.weight$|rpn\.head\.conv\.\d\.0\.weight$')),
         'box_only': not count(r'roi_heads\.mask_'),
-    } | ({'pretrain_size': sizes[0]} if sizes else {})
+        **({'pretrain_size': sizes[0]} if sizes else {}),
+        **({'test_size': 1024, 'max_size': 1024} if theirs else {}),  # as ViTDet is tested
+    }
 
 
 def heads_of(weights: dict) -> dict[str, str | int | bool]:
@@ -423,9 +425,10 @@ def commands_for(path: str, source: checkpoint.Source, match: Match) -> dict[str
 
     if match.task == 'detect':
         words = 'scripts/finetune_detection.py'
+        predict = line(words, 'found', predict='photo.jpg', resume=path, **known)
         return {
             'evaluate it': line(f'{words} --eval', 'eval', resume=path, **known, **data),
-            'find objects in pictures with it': line(words, 'found', predict='photo.jpg', resume=path, **known),
+            **({'find objects in pictures with it': predict} if source.classes else {}),  # which it draws by name
             'train it for other classes': line(words, 'detect', **fresh, finetune=path, **data),
         } | going_on(path, source)
     if match.task == 'segment':
@@ -459,7 +462,8 @@ def data_of(args: dict) -> dict[str, str]:
     """The flags of a run's data."""
     names = ('data_path', 'dataset', 'val_share', 'train_json', 'train_images', 'val_json', 'val_images')
     given = {name: args.get(name) for name in names}
-    return {name: str(value) for name, value in given.items() if value not in (None, 'folder')} or {'data_path': DATA}
+    known = {name: str(value) for name, value in given.items() if value not in (None, 'folder', 'coco')}
+    return known or {'data_path': DATA}
 
 
 def going_on(path: str, source: checkpoint.Source) -> dict[str, str]:

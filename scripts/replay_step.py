@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +29,7 @@ from scripts import finetune_detection, finetune_segmentation
 from util import build, checkpoint, config, console, diagnosis, dist, resources
 from util.data import augment, coco, datasets, decoders, named, segmentation
 from util.data.images import Reader
+from util.data.loader import collate
 from util.errors import UserError, run_main
 from util.training import Training
 
@@ -268,7 +268,7 @@ class Replay:
             if index >= len(self.images) or file not in (None, self.images.name(index)):
                 raise UserError(f'{file or "the data"}, image {index} of the run, is no longer where it was')
         try:
-            return default_collate([self.images[tuple(sample['item'])] for sample in samples])
+            return collate([self.images[tuple(sample['item'])] for sample in samples])
         except RuntimeError as error:
             raise UserError(str(error)) from error
 

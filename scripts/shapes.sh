@@ -4,7 +4,7 @@
 #
 #   bash scripts/shapes.sh
 #   TASK=detect bash scripts/shapes.sh
-#   SEED=1 MODEL=mixmae_tiny OUTPUT=runs/mixmae_shapes bash scripts/shapes.sh
+#   SEED=1 MODEL=mirl_vit_tiny LR=1e-3 OUTPUT=runs/mirl_detected TASK=detect bash scripts/shapes.sh
 #   DATA=/my/folder INPUT_SIZE=64 bash scripts/shapes.sh
 #
 # DATA has images/{train,val} and annotations/{train,val}, as the README says, or is a COCO folder where TASK is detect.
@@ -25,7 +25,7 @@ case $TASK in
   detect)
     program=scripts/finetune_detection.py default_model=a2mim_resnet_tiny default_size=96 default_output=runs/detected
     form=(--coco) images=train2017 val=val2017 figure='box AP' unit=''
-    budget=(--steps 280 --eval_freq 140 --drop_path 0 --augment none --test_size "${INPUT_SIZE:-96}" --max_size "${INPUT_SIZE:-96}"
+    budget=(--steps 280 --eval_freq 280 --drop_path 0 --augment none --test_size "${INPUT_SIZE:-96}" --max_size "${INPUT_SIZE:-96}"
             --lr_sched cosine --weight_decay 0.05 --layer_decay 1 --clip_grad 1 --width 64)
     budget+=(--detector_kwargs anchor_sizes='(8, 16, 32, 64, 128)' rpn_samples=64 proposals='(200, 100, 200, 100)'
              roi_samples=32 fc_width=128 conv_width=32 mask_convs=2)
@@ -38,6 +38,7 @@ esac
 MODEL=${MODEL:-$default_model}
 INPUT_SIZE=${INPUT_SIZE:-$default_size}
 OUTPUT=${OUTPUT:-$default_output}
+LR=${LR:-2e-3} # with labels
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a network this small gains nothing from a second thread
 began=$SECONDS
@@ -59,7 +60,7 @@ fi
 common=(--model "$MODEL" --input_size "$INPUT_SIZE" --seed "$SEED" --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --num_workers 1)
 pretrain=("${common[@]}" --data_path "$DATA/$images" --batch_size 32 --epochs 30 --warmup_epochs 3 --lr 2e-3
           --crop_scale 0.4 1 --print_freq 12)
-learn=("${common[@]}" --data_path "$DATA" --batch_size 8 --warmup_steps 20 --lr 2e-3 --print_freq 50 "${budget[@]}")
+learn=("${common[@]}" --data_path "$DATA" --batch_size 8 --warmup_steps 20 --lr "$LR" --print_freq 50 "${budget[@]}")
 
 timed() { # timed NAME COMMAND...: its seconds go to $NAME_s
   local began=$SECONDS name=$1

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_finetune
 import main_pretrain
-from scripts import finetune_segmentation
+from scripts import finetune_detection, finetune_segmentation
 from util import checkpoint, rng
 from util.recipes import program
 
@@ -32,7 +32,7 @@ SHORT = ['--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1', '--lr', '
 MIXED = ['--mixup', '0.8', '--cutmix', '1', '--use_ema', '--drop_path', '0.2']  # what fine-tuning can have on top
 STATE = ('model', 'ema', 'optimizer', 'scaler', 'guard', 'record', 'epoch', 'step', 'logger')
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
-PROGRAMS = MAINS | {'segment': finetune_segmentation}
+PROGRAMS = MAINS | {'segment': finetune_segmentation, 'detect': finetune_detection}
 
 
 def make_images(folder: Path, per_class: int = 22, classes: int = 3, val_per_class: int = 5, side: int = 40) -> Path:
@@ -124,7 +124,10 @@ def server():
     """Forks processes of a server that has imported the mains; nothing in it has run."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
-        ['main_pretrain', 'main_finetune', 'scripts.finetune_segmentation', 'torch.utils.tensorboard']
+        [
+            *('main_pretrain', 'main_finetune', 'scripts.finetune_segmentation', 'scripts.finetune_detection'),
+            'torch.utils.tensorboard',
+        ]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(ROOT))  # the server does not inherit sys.path

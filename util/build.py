@@ -24,17 +24,23 @@ from util.nn.upernet import HEAD_OPTIONS, MAP_OPTIONS
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
 from util.recipes import of_recipe
 
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 COMPILE_MODES = {'default': 'default', 'max-autotune': 'max-autotune-no-cudagraphs'}  # torch's names of ours
 
 # --------------------------------------------------------------------------
 # networks
 
 
-def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwargs) -> nn.Module:
-    """Call a model function with the flags' values and --model_kwargs; what it refuses becomes a UserError."""
-    name = args[0] if args else make.__name__
+def construct(
+    make: Callable[..., nn.Module], *args, model_kwargs: dict, name: str = '', flag: str = '--model_kwargs', **kwargs
+) -> nn.Module:
+    """Call a model function with the flags' values and --model_kwargs; what it refuses becomes a UserError.
+
+    `name`, or the function's first argument, is what the user knows the network by; `flag` has its options.
+    """
+    name = name or (args[0] if args else make.__name__)
     if twice := sorted(kwargs.keys() & model_kwargs.keys()):
-        raise UserError(f'--model_kwargs {twice[0]}={model_kwargs[twice[0]]}: it has a flag of its own')
+        raise UserError(f'{flag} {twice[0]}={model_kwargs[twice[0]]}: it has a flag of its own')
     try:
         return make(*args, **kwargs, **model_kwargs)
     except (ValueError, TypeError) as error:
@@ -45,26 +51,28 @@ def construct(make: Callable[..., nn.Module], *args, model_kwargs: dict, **kwarg
     except Exception as error:  # what networks raise that do not check their options
         if not model_kwargs:
             raise
-        raise UserError(f'{name} cannot be made{options_and_reason(model_kwargs, error)}') from error
+        raise UserError(f'{name} cannot be made{options_and_reason(model_kwargs, error, flag)}') from error
 
 
 def options_of(make: Callable[..., nn.Module]) -> set[str]:
-    """The options of the classes that a model function may return, as far as they name them."""
+    """The options of a model function, and of the classes that it may return, as far as they name them."""
+    own = {option for option, parameter in inspect.signature(make).parameters.items() if parameter.kind == KEYWORD}
     result = get_type_hints(make).get('return', object)
     classes = {base for cls in get_args(result) or (result,) for base in cls.__mro__}
-    return {option for cls in classes for option in inspect.signature(cls.__init__).parameters}
+    return own.union(*(inspect.signature(cls.__init__).parameters for cls in classes))
 
 
 def encoder_kwargs(method: ModuleType, name: str, model_kwargs: dict) -> dict:
-    """Of a pretraining model's or a segmenter's options those that its encoder, and so the classifier, has too."""
+    """Of the options of pretraining, a segmenter or a detector those that its encoder, and so the classifier, has too."""
     others = {*HEAD_OPTIONS, *MAP_OPTIONS, *options_of(getattr(method, name))} - options_of(method.create_classifier)
+    others |= {'window_size'} if '_vit_' in name else set()  # a ViT has windows in a detector alone
     return {option: value for option, value in model_kwargs.items() if option not in others}
 
 
-def options_and_reason(model_kwargs: dict, error: Exception) -> str:
+def options_and_reason(model_kwargs: dict, error: Exception, flag: str = '--model_kwargs') -> str:
     """' with --model_kwargs KEY=VALUE ...: why not'"""
     given = ' '.join(f'{key}={value}' for key, value in model_kwargs.items())
-    options = f' with --model_kwargs {given:.300}' if given else ''
+    options = f' with {flag} {given:.300}' if given else ''
     return f'{options}: {str(error) or type(error).__name__:.300}'
 
 

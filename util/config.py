@@ -628,7 +628,7 @@ def add_decay_args(parser: Parser) -> None:
     """The step schedule of a program that counts steps, and its length in passes over the data."""
     add = partial(parser.add_argument, heading='Learning rate')
     add(
-        '--epochs',
+        *('--epochs', '--passes'),
         dest='passes',
         type=AT_LEAST_1,
         instead_of='steps eval_freq',

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from util import build, dist, pictures
 from util.data import coco, datasets, named
 from util.data.images import Reader
-from util.data.jitter import resizing
 from util.data.objects import CocoSplit
 from util.data.stores import Names
 from util.errors import UserError, printable
@@ -34,11 +33,12 @@ DRAWN = 0.5  # the least score of what is drawn
 Found = dict[str, Tensor]  # of an image: boxes [n, 4] in its own pixels, labels [n] from 1, scores [n], masks [n, s, s]
 
 
-def loader(images: datasets.ImageFiles, args: argparse.Namespace, device: torch.device) -> datasets.Loader:
+def test_loader(split: CocoSplit, args: argparse.Namespace, device: torch.device) -> datasets.Loader:
     """This rank's share of the images to test, one at a time, every image on exactly one rank."""
-    here = dist.place()
+    reader, here = Reader.of(args, 'bad_images_val.txt'), dist.place()
     if here.rank == 0:
-        images.reader.clear_list()  # each evaluation meets all of them
+        reader.clear_list()  # each evaluation meets all of them
+    images = coco.test_images(split, args, reader)
     return build.loader(images, datasets.eval_batches(len(images), 1, here.rank, here.world_size), args, device)
 
 
@@ -82,19 +82,15 @@ def drawing(finder: Finder, images: coco.CocoFolder) -> np.ndarray:
 
 def whole_masks(found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The masks in the size of the image, bool [n, H, W], a few at a time."""
-    for some in torch.arange(len(found['boxes'])).split(MASKS_AT_ONCE):
-        some = slice(int(some[0]), int(some[-1]) + 1)
+    for first in range(0, len(found['boxes']), MASKS_AT_ONCE):
+        some = slice(first, first + MASKS_AT_ONCE)
         yield paste_masks(found['masks'][some], found['boxes'][some], size).cpu().numpy()
 
 
 def as_results(found: Found, about: dict, split: CocoSplit) -> list[dict]:
     """COCO's list of results: boxes x, y, width, height, masks as RLE, ids of categories."""
-    boxes = torch.cat([found['boxes'][:, :2], found['boxes'][:, 2:] - found['boxes'][:, :2]], 1)
-    columns = boxes.double().tolist(), found['labels'].tolist(), found['scores'].double().tolist()
-    results = [
-        {'image_id': about['image_id'], 'category_id': split.categories[label - 1], 'bbox': box, 'score': score}
-        for box, label, score in zip(*columns, strict=True)
-    ]
+    columns = (found[key] for key in ('boxes', 'labels', 'scores'))
+    results = coco.results(about['image_id'], split.categories, *columns)
     if 'masks' in found:
         rles = itertools.chain(*(coco.packed(masks) for masks in whole_masks(found, about['size'])))
         results = [result | {'segmentation': rle} for result, rle in zip(results, rles, strict=True)]
@@ -120,7 +116,8 @@ def evaluate(
     """COCO's figures: 'box_AP', 'box_AP50' and so on, with masks 'mask_AP' and so on, in per cent; -1: nothing counts.
 
     Of all ranks' images, each exactly once. 'box_per_category_AP' is a dict by the categories' ids. The results are
-    written `into` a file, which pycocotools reads, and beside it those of masks without their boxes. Raises UserError where no image can be read.
+    written `into` a file, which pycocotools reads, and beside it those of masks without their boxes. Raises UserError
+    where no image can be read.
     """
     found, skipped = results(finder, batches, split), batches.dataset.reader.skipped()
 
@@ -197,26 +194,9 @@ def pixels(split: CocoSplit, args: argparse.Namespace) -> float:
 def pictures_of(args: argparse.Namespace, classes: list[str], categories: list[int] | None) -> CocoSplit:
     """The pictures of --predict; without known ids of its categories, they are counted from 1."""
     images = named.images_at(args.predict)
-    ids, sizes = np.arange(len(images)), np.zeros((len(images), 2), np.int64)
+    ids, sizes = np.arange(len(images)), np.zeros((len(images), 2), int)  # 0: not told
     categories = categories or list(range(1, len(classes) + 1))
-    return CocoSplit(images, Names.of(['[]'] * len(images)), ids, sizes, classes, categories, [])
-
-
-class Photos(datasets.ImageFiles):
-    """Pictures to find objects in; an item is what one to be tested is, its id its place among them."""
-
-    def __init__(self, split: CocoSplit, args: argparse.Namespace):
-        super().__init__(split.images, None, None, args.seed, Reader.of(args, 'bad_images_val.txt'), replace=False)
-        self.short, self.longest = args.test_size, args.max_size
-
-    def sample(self, index: int, item: tuple[int, ...]) -> tuple[Tensor, dict]:
-        image = self.image(index)
-        size = image.size[::-1]
-        image = resizing(*size, coco.shortest_edge(*size, self.short, self.longest)).image(image)
-        return torch.from_numpy(np.array(image)).movedim(-1, 0), {'image_id': index, 'size': size}
-
-    def blank(self) -> tuple[Tensor, dict]:
-        return torch.zeros(3, 1, 1, dtype=torch.uint8), {'image_id': datasets.SKIPPED}
+    return CocoSplit(images, Names.of([]), ids, sizes, classes, categories, [])
 
 
 def write(finder: Finder, batches: datasets.Loader, files: list[Path], split: CocoSplit, folder: Path) -> None:

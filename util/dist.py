@@ -325,7 +325,11 @@ def parallel(
 
     `mode` is torch.compile's. `bf16_gradients`: what processes exchange of them is rounded to bfloat16, sums included.
     """
-    model = torch.compile(core, fullgraph=True, mode=mode) if compiled else core
+    model = core
+    if compiled and hasattr(core, 'compiled_part'):  # in place; for the first few sizes of images
+        core.compiled_part.compile(dynamic=False, mode=mode)
+    elif compiled:
+        model = torch.compile(core, fullgraph=True, mode=mode)
     if active():
         # training uses a batch's own statistics; `share_running_statistics` shares the others when they are used
         new_name = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters

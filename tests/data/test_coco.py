@@ -7,6 +7,7 @@ import re
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from golden import golden
 from PIL import Image
 from torch.nn import functional
 
+from scripts import visualize
 from util import build, pictures
 from util.data import coco, datasets
 from util.data.coco import Augment, CocoFolder, evaluate, jitter, mask_of, packed, shortest_edge
@@ -230,6 +232,26 @@ def test_flips(folder):
         assert torch.equal(mirrored['boxes'], torch.stack([image.shape[2] - x1, y0, image.shape[2] - x0, y1], 1))
     drawn = CocoFolder(train, train=True, transform=Augment('none'))
     assert 3 < sum(torch.equal(drawn[epoch, 0][0], plain[0, 0][0]) for epoch in range(20)) < 17
+
+
+@pytest.mark.parametrize('kind', ['lsj', 'none'])
+def test_less_than_a_pixel_is_no_object(tmp_path, kind):
+    """Nor is what has no width in float32, in which 3900 and 3900.0001 are the same."""
+    things = [
+        [1, [5, 2, 0.1, 0.1], 1, 0, [[5.1, 2.1, 5.2, 2.1, 5.2, 2.2]]],
+        [1, [3900, 1, 0.0001, 6], 1, 0, [[3900, 1, 3900.0001, 1, 3900.0001, 7, 3900, 7]]],
+        [2, [10, 1, 20, 6], 120, 0, [[10, 1, 30, 1, 30, 7, 10, 7]]],
+    ]
+    Image.new('RGB', (4000, 8)).save(tmp_path / 'a.png')
+    listing = tmp_path / 'a.json'
+    rows = [annotation(1, label, polygon, box) for label, box, _, _, polygon in things]
+    entry = {'id': 1, 'file_name': 'a.png', 'height': 8, 'width': 4000}
+    listing.write_text(json.dumps({'images': [entry], 'annotations': rows, 'categories': [{'id': 1}, {'id': 2}]}))
+    augment = Augment(kind, 4000, (1, 1), hflip=0)
+    target = CocoFolder(tmp_path, listing, train=True, transform=augment)[0, 0][1]
+    assert target['labels'].tolist() == [2]
+    assert target['boxes'].tolist() == [[10, 1, 30, 7]]
+    assert target['masks'].sum() == 120
 
 
 def test_boxes_alone(folder):
@@ -460,3 +482,34 @@ def test_detections_are_drawn(folder):
     both = pictures.some_detected(lambda tested, size: seen.append((tested.shape, size)) or truth, images, 2)
     assert seen == [((3, 32, 43), (48, 64)), ((3, 32, 43), (48, 64))] or len(seen) == 2
     assert both.shape[1] >= 2 * 320
+
+
+def test_results_are_drawn(folder, tmp_path, capsys):
+    """scripts/visualize.py: those of a JSON beside the truth; what cannot be drawn is one line."""
+    [val] = coco.splits(given(folder), ['val'])
+    truth = [row for row in val.truth()['annotations'] if row['image_id'] in (7, 12) and not row['iscrowd']]
+    keys = ('image_id', 'category_id', 'bbox', 'segmentation')
+    results = [{key: row[key] for key in keys} | {'score': 0.8} for row in truth]
+
+    def draw(content: Any) -> np.ndarray:
+        (tmp_path / 'found.json').write_text(json.dumps(content))
+        flags = ['--annotations', folder / 'annotations/instances_val2017.json', '--output', tmp_path / 'a.png']
+        flags += ['--detections', tmp_path / 'found.json', folder / 'val2017']
+        visualize.main(visualize.get_args_parser().parse(list(map(str, flags))))
+        return np.asarray(Image.open(tmp_path / 'a.png')).astype(int)
+
+    whole, nothing = draw(results), draw([])
+    boxes = draw([{key: row[key] for key in row.keys() - {'segmentation'}} for row in results])
+    assert '5 of 5 images drawn' in capsys.readouterr().out
+    truth = whole[24:, 6:326]
+    alike = [(picture[24:, 332:652] == truth).mean() for picture in (whole, boxes, nothing)]
+    assert alike[0] > 0.95 > alike[1] > alike[2]
+    for content, words in (
+        ({}, 'is no list of results'),
+        ([results[0] | {'score': None}], 'is no list of results'),
+        ([results[0] | {'image_id': 8}], 'has no image 8'),
+        ([results[0] | {'category_id': 4}], 'has no category 4'),
+        ([results[0] | {'segmentation': {'size': [3, 3], 'counts': [9]}}], 'image 7 has a mask of 3 x 3 pixels'),
+    ):
+        with pytest.raises(UserError, match=words):
+            draw(content)

@@ -60,6 +60,15 @@ TABLE = {  # values, and what the recipe states of box and mask AP
     'a2mim_resnet50_coco_c4_2x': (C4, '39.8 / 34.9 box / mask AP'),
     'a2mim_resnet50_coco_fpn_1x': (C4 | R50_FPN, UNKNOWN),
 }
+PARAMETERS = {  # those of Swin-T, ConvNeXt-T and ViTDet's ViT-B are published: 48, 48 and 111 M
+    'mirl_vit_base_coco_vitdet_100ep': 110_900_149,
+    'a2mim_vit_base_coco_vitdet_100ep': 110_922_101,
+    'localmim_swin_tiny_coco_3x': 47_798_959,
+    'mixmae_base_coco_lsj_50ep': 107_320_877,
+    'a2mim_convnext_tiny_coco_3x': 48_099_733,
+    'a2mim_resnet50_coco_c4_2x': 35_975_281,
+    'a2mim_resnet50_coco_fpn_1x': 45_715_509,
+}
 
 
 def test_all_are_in_the_table():
@@ -73,6 +82,14 @@ def test_resolved_values(name):
     assert {key: got[key] for key in expected} == expected
     assert got['accuracy'] == ap
     assert optim.accumulation(resolve(name)) * got['batch_size'] == expected['effective_batch_size']
+
+
+def test_rates_belong_to_their_batches():
+    """Half of the images, half of the rate, whose product is told."""
+    args = resolve('mirl_vit_base_coco_vitdet_100ep', '--effective_batch_size', '32')
+    lr, told = optim.scaled_lr(args, optim.accumulation(args))
+    assert lr == 5e-5
+    assert told.endswith('lr = 0.0001 x 32 / 64 = 5e-05')
 
 
 @pytest.mark.parametrize('name', TABLE)

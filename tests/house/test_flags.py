@@ -92,7 +92,7 @@ def test_no_number_is_nan_or_infinite(stage, tmp_path):
     for name, action in numbers(parser).items():
         count = action.nargs if isinstance(action.nargs, int) else 1
         for text in ('nan', 'inf', '1e999', 'x', ''):
-            with pytest.raises(UserError, match=rf'^(--crop_size/)?--{name} must be .*, got {text}$'):
+            with pytest.raises(UserError, match=rf'^(--\w+/)?--{name} must be .*, got {text}$'):
                 parser.parse([f'--{name}', *[text] * count])
             (tmp_path / 'a.yaml').write_text(f'{name}: {[text] * count if action.nargs else repr(text)}\n')
             with pytest.raises(UserError, match=rf'a\.yaml: {name} must be .*, got {text}$'):
@@ -130,7 +130,11 @@ PATHS = {
     'main_pretrain': '--config --data_path --output_dir --log_dir --resume',
     'main_finetune': '--config --data_path --output_dir --log_dir --resume --finetune',
     'scripts.finetune_segmentation': '--config --data_path --output_dir --log_dir --resume --finetune --predict',
-    'scripts.visualize': '--config --checkpoint --output images',
+    'scripts.finetune_detection': (
+        '--config --data_path --train_json --train_images --val_json --val_images --output_dir --log_dir --resume '
+        '--finetune --predict'
+    ),
+    'scripts.visualize': '--config --checkpoint --output --detections --annotations images',
     'scripts.replay_step': 'diagnosis',
     'run_with_submitit': '--job_dir --array',
 }
@@ -253,6 +257,9 @@ def test_roles_at_resume():
     assert finetune['same'] == both | {'val_share', 'repeated_aug', 'probe'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
     assert roles('segment')['same'] == both - {'decoder'} | {'eval_freq', 'reduce_zero_label'}
+    network = 'pretrain_size neck box_head norm rpn_depth width box_only detector_kwargs'
+    free = {'decoder', 'dataset'}  # that it has not
+    assert roles('detect')['same'] == both - free | {'eval_freq', 'keep_empty', 'augment', *network.split()}
 
 
 @pytest.mark.parametrize('stage', PROGRAMS)

@@ -10,8 +10,8 @@ from golden import golden
 from torch import nn
 
 import main_finetune
-from scripts import finetune_segmentation
-from util import build
+from scripts import finetune_detection, finetune_segmentation
+from util import build, optim
 from util.optim import (
     OPTIMIZERS,
     GuardedOptimizer,
@@ -91,6 +91,22 @@ def test_schedules_by_steps(name, tmp_path):
         training.set_lr(int(step) / args.eval_freq)
         rates = {name: group['lr'] for group in guard.inner.param_groups for name in group['names']}
         assert [rates[f'{i}.weight'] for i in range(len(bases))] == pytest.approx(theirs, rel=1e-8, abs=0), step
+
+
+DETECTION = golden('detection/optim_vitdet.json')['schedules']
+
+
+@pytest.mark.parametrize('case', DETECTION, ids=lambda case: case['name'])
+def test_steps_of_the_learning_rate(case):
+    """detectron2's, whose milestones are steps: as a run of rounds sets it, before and after each."""
+    argv = ['--steps', case['iterations'], '--decay_steps', *case['milestones'], '--lr', 1]
+    argv += ['--warmup_steps', case['warmup'], '--warmup_lr_ratio', case['warmup_factor']]
+    args = finetune_detection.get_args_parser().parse(list(map(str, argv)))
+    schedule = optim.schedule(args, 1)
+    rates = [schedule(step // args.eval_freq + step % args.eval_freq / args.eval_freq) for step, _ in case['values']]
+    assert rates == pytest.approx([rate for _, rate in case['values']], rel=1e-12)
+    default = finetune_detection.get_args_parser().parse(['--steps', '184375'])
+    assert default.decay_steps == [163_889, 177_546]
 
 
 def test_smallest_learning_rate_of_scaled_groups():

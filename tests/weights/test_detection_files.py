@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import json
 import pickle
 import re
+import shlex
 
 import pytest
 import test_a2mim_published as a2mim
@@ -13,14 +15,19 @@ from test_segmentation_files import TINY, assert_holds, classifier, drawn, pretr
 from torch import nn
 from torch.nn.functional import interpolate
 
+import main_finetune
 from main_pretrain import find_method
-from util import checkpoint
+from scripts import export, finetune_detection, finetune_segmentation, inspect_checkpoint, visualize
+from util import checkpoint, config
+from util.errors import UserError
 from util.nn.detector import create_detector
 from util.weights import class_names, find_origin, load_published, read_source
 from util.weights.files import read_checkpoint
 
 SMALL = dict(width=8, fc_width=16, conv_width=8, mask_convs=2)
-DETECTORS = {name: (name, {}) for name in TINY} | {'c4': ('a2mim_resnet_tiny', dict(neck='c4', norm='bn'))}
+FOUR = dict(anchor_sizes=(8, 16, 32, 64))  # of three maps, and one more
+DETECTORS = {name: (name, FOUR if name == 'mixmae_tiny' else {}) for name in TINY}
+DETECTORS['c4'] = 'a2mim_resnet_tiny', dict(neck='c4', norm='bn')
 VITDET = dict(box_head='4conv1fc', norm='ln', rpn_depth=2, mask_convs=4)
 OWN = {'args': {'model': 'mirl_vit_tiny', 'model_kwargs': {}}, 'run': {'stage': 'detect'}, 'classes': ['a', 'b', 'c']}
 
@@ -50,10 +57,10 @@ def assert_accounted(report, model: nn.Module, file: dict) -> None:
 # our own files
 
 
-@pytest.mark.parametrize('case', [*DETECTORS, 'vitdet', 'boxes'])
+@pytest.mark.parametrize('case', ['a2mim_vit_tiny', 'a2mim_convnext_pico', 'c4', 'vitdet', 'boxes'])
 def test_own_checkpoints(case, tmp_path):
     """Plain or averaged weights, strictly; other classes only where they may be new."""
-    more = {'vitdet': ('localmim_vit_tiny', VITDET), 'boxes': ('mixmae_tiny', dict(masks=False))}
+    more = {'vitdet': ('localmim_vit_tiny', VITDET), 'boxes': ('mixmae_tiny', dict(masks=False, **FOUR))}
     name, options = (DETECTORS | more)[case]
     source, averaged, target = (detector(name, **options) for _ in range(3))
     file = {'model': source.state_dict(), 'ema': averaged.state_dict(), **OWN}
@@ -74,7 +81,7 @@ def test_own_checkpoints(case, tmp_path):
     assert_accounted(report, other, whole)
     assert sorted(report.missing) == sorted(before) == sorted(line.partition(' ')[0] for line in report.ignored)
     assert_holds(other, before | {key: x for key, x in whole.items() if key not in before})
-    encoder = next(key for key in whole if key.startswith('backbone.encoder.'))
+    encoder = next(key for key in whole if key.startswith('backbone.encoder.patch_embed') or 'conv' in key)
     for key in ('rpn.head.cls_logits.bias', 'roi_heads.box_predictor.bbox_pred.bias', encoder):
         refused(target, {'model': {k: x for k, x in whole.items() if k != key}}, rf'{re.escape(key)}: file absent')
 
@@ -135,7 +142,7 @@ def test_own_pretraining_and_classifiers(case):
     assert expected <= dropped
 
 
-@pytest.mark.parametrize('family', a2mim.SMALL)
+@pytest.mark.parametrize('family', ['vit', 'swin'])
 def test_openmixup_pretraining(family):
     name, sizes = a2mim.SMALL[family][:2]
     rows = a2mim.whole(family)
@@ -148,7 +155,7 @@ def test_openmixup_pretraining(family):
     assert_holds(target.backbone.encoder, {k: x for k, x in values.items() if f'backbone.encoder.{k}' in report.loaded})
 
 
-@pytest.mark.parametrize('case', DETECTORS)
+@pytest.mark.parametrize('case', ['mirl_vit_tiny', 'a2mim_vit_tiny', 'c4', 'a2mim_convnext_pico', 'mixmae_tiny'])
 def test_between_tasks(case):
     """A segmenter's encoder starts a detector, and a detector's starts classifiers, pretraining and segmenters."""
     name, options = DETECTORS[case]
@@ -301,3 +308,69 @@ def test_mistaken_files(measured):
     for line in lines:
         measured(line)
     assert any('mask_head' in name for name in load_published(boxes, file, new_classes=True).ignored)
+
+
+# --------------------------------------------------------------------------
+# programs
+
+
+def saved(path, name: str, *flags: str):
+    """A detection file, without its optimiser; in it is what a run of these flags would write."""
+    words = ['--model', name, '--input_size', '64', '--pretrain_size', str(TINY[name]), '--width', '8', *flags]
+    args = finetune_detection.get_args_parser().parse([*words, '--detector_kwargs', 'fc_width=16', 'conv_width=8'])
+    core = drawn(finetune_detection.create_detector(args, 3))
+    checkpoint.save(path, {'model': core.state_dict(), **OWN, 'args': config.plain(args)})
+    return core
+
+
+def inspected(path, capsys) -> dict:
+    """What is told of it; its commands are for one program."""
+    inspect_checkpoint.main(inspect_checkpoint.get_args_parser().parse([str(path), '--json']))
+    told = json.loads(capsys.readouterr().out)
+    told['flags'] = {what: shlex.split(command)[2:] for what, command in told['commands'].items()}
+    for what, command in told['commands'].items():
+        assert shlex.split(command)[:2] == ['python', 'scripts/finetune_detection.py']
+        told['flags'][what] = finetune_detection.get_args_parser().parse(shlex.split(command)[2:])
+    return told
+
+
+def test_inspect(tmp_path, capsys):
+    """What a file is, and commands that make its very network."""
+    path = tmp_path / 'own.pth'
+    core = saved(path, 'a2mim_resnet_tiny', '--neck', 'c4', '--norm', 'bn')
+    told = inspected(path, capsys)
+    assert told['origin'].startswith('detection of this program: scripts/finetune_detection.py')
+    assert told['classes'] == '3: a, b, c'
+    assert {'evaluate it', 'find objects in pictures with it', 'train it for other classes'} == told['flags'].keys()
+    args = told['flags']['train it for other classes']
+    again = finetune_detection.create_detector(args, 3)
+    assert not load_published(again, args.finetune, new_classes=True).ignored
+    assert_holds(again, core.state_dict())
+
+    heads = inspect_checkpoint.detector_heads(detectron2(vitdet(80).state_dict()))
+    tested = dict(pretrain_size=32, test_size=1024, max_size=1024)
+    assert heads == dict(box_head='4conv1fc', norm='ln', rpn_depth=2, box_only=False) | tested
+    heads = inspect_checkpoint.detector_heads(detector('a2mim_resnet_tiny', masks=False).state_dict())
+    assert heads == dict(box_head='2fc', norm='none', rpn_depth=1, box_only=True)
+
+
+def test_other_programs(images, tmp_path):
+    """What a detection file is not is one line; its encoder can be handed on, without the options of a detector."""
+    path = tmp_path / 'own.pth'
+    core = saved(path, 'mirl_vit_tiny', '--model_kwargs', 'window_size=3', 'global_blocks=1,3')
+    told = 'it was written by scripts/finetune_detection.py --model mirl_vit_tiny'
+    for main, flags, lacks in (
+        (main_finetune, ['--eval', '--resume'], 'has no classifier to evaluate: fine-tune it, with --finetune'),
+        (finetune_segmentation, ['--eval', '--resume'], 'has no segmentation heads: train them, with --finetune'),
+        (visualize, [str(images / 'val'), '--checkpoint'], 'is without the decoders that pictures need'),
+        (export, ['--with_decoder', str(tmp_path / 'out')], 'is without decoders'),
+    ):
+        flags = [flags[0], str(path), flags[1]] if main is export else [*flags, str(path)]
+        with pytest.raises(UserError, match=f'own.pth {lacks}.*{told}'):
+            main.main(main.get_args_parser().parse(flags))
+    export.main(export.get_args_parser().parse([str(path), str(tmp_path / 'out'), '--format', 'torch']))
+    encoder = torch.load(tmp_path / 'out' / 'model.pth')
+    same = core.backbone.encoder.state_dict()
+    assert all(torch.equal(encoder[name], same[name]) for name in encoder.keys() & same.keys() - {'pos_embed'})
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert '| as initialised | `cls_token`, `fc_norm.weight`, `fc_norm.bias` |' in card

@@ -129,9 +129,10 @@ def fastrcnn_loss(
     """
     labels, targets = torch.cat(labels), torch.cat(regression_targets)
     rows = torch.where(labels > 0)[0]
-    deltas = box_regression.view(len(labels), -1, 4)[rows, labels[rows]]
-    box_loss = F.l1_loss(deltas, targets[rows], reduction='sum') / max(1, len(labels))
-    return F.cross_entropy(class_logits, labels), box_loss
+    deltas = box_regression.view(*class_logits.shape, 4)[rows, labels[rows]]
+    classifier_loss = F.cross_entropy(class_logits, labels, reduction='sum')
+    box_loss = F.l1_loss(deltas, targets[rows], reduction='sum')
+    return classifier_loss / max(1, len(labels)), box_loss / max(1, len(labels))
 
 
 def project_masks_on_boxes(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
@@ -209,8 +210,8 @@ class RegionHeads(RoIHeads):
     ) -> Tensor:
         """Of the regions that are an object's.
 
-        Where no region is, the first one goes through the head and counts for nothing: BatchNorm needs values, and
-        every parameter a gradient.
+        Where no region is, the first one goes through the head and counts for nothing: SyncBatchNorm needs values
+        somewhere, and every parameter a gradient.
         """
         rows = [torch.where(label > 0)[0] for label in labels]
         if nothing := not any(map(len, rows)):
@@ -259,7 +260,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """
     height, width = size
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    at_once = max(1, 2**22 // (height * width))  # so that 50 MB are enough
+    at_once = max(1, 2**22 // (height * width))  # so that 100 MB are enough
     for start in range(0, len(masks), at_once):
         some = slice(start, start + at_once)
         x0, y0, x1, y1 = boxes[some, :, None].float().unbind(1)
@@ -299,6 +300,11 @@ class Detector(GeneralizedRCNN):
         super().__init__(backbone, rpn, roi_heads, transform=None)
         self.size_divisible = size_divisible
 
+    @property
+    def compiled_part(self) -> nn.Module:
+        """What --compile compiles, for training: behind it shapes depend on what is in the images."""
+        return self.backbone
+
     def forward(
         self, imgs: Tensor | Sequence[Tensor], extra: Sequence | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
@@ -318,7 +324,7 @@ class Detector(GeneralizedRCNN):
         elif extra is not None:
             sizes = extra
         images = ImageList(imgs, [tuple(int(side) for side in size) for size in sizes])
-        maps = self.backbone(imgs)
+        maps = self.backbone(imgs) if self.training else self.backbone.forward(imgs)  # never compiled for all sizes
         targets = extra if self.training else None
         proposals, losses = self.rpn(images, maps, targets)
         detections, region_losses = self.roi_heads(maps, proposals, images.image_sizes, targets)

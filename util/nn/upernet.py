@@ -218,7 +218,10 @@ def with_heads(
     return Segmenter(encoder, pyramid, decode_head, auxiliary_head, fixed_size, loss_mean)
 
 
-MAP_OPTIONS = ('out_indices', 'rel_pos_bias', 'init_values', 'abs_pos_embed', 'deep_stem')  # of encoders for maps
+MAP_OPTIONS = (  # of encoders for maps
+    *('out_indices', 'rel_pos_bias', 'init_values', 'abs_pos_embed', 'deep_stem'),
+    *('global_blocks', 'rel_pos', 'rel_pos_size'),
+)
 HEAD_OPTIONS = ('head', 'channels', 'aux_channels', 'pool', 'loss_mean')
 
 
