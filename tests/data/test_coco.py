@@ -306,7 +306,11 @@ def test_batches_of_like_images(folder):
 
 
 def test_a_bad_image(tmp_path):
-    args = given(make_coco(tmp_path), bad_images='skip', max_bad_images=1.0)
+    make_coco(tmp_path)
+    apart = {f'{name}_json': tmp_path / f'annotations/instances_{name}2017.json' for name in ('train', 'val')}
+    apart |= {f'{name}_images': tmp_path / f'{name}2017' for name in ('train', 'val')}
+    nowhere = dict(data_path=tmp_path / 'data', data_retries=1)  # the images are there all the same
+    args = given(tmp_path, bad_images='skip', max_bad_images=1.0, **apart, **nowhere)
     train, val = coco.splits(args)
     Path(train.images.name(1)).write_bytes(b'')
     Path(val.images.name(1)).unlink()
