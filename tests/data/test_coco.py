@@ -237,9 +237,10 @@ def test_flips(folder):
 @pytest.mark.parametrize('kind', ['lsj', 'none'])
 def test_less_than_a_pixel_is_no_object(tmp_path, kind):
     """Nor is what has no width in float32, in which 3900 and 3900.0001 are the same."""
+    wide = 3900.0001 if kind == 'lsj' else 3910  # a box of its own, of an object that is drawn
     things = [
         [1, [5, 2, 0.1, 0.1], 1, 0, [[5.1, 2.1, 5.2, 2.1, 5.2, 2.2]]],
-        [1, [3900, 1, 0.0001, 6], 1, 0, [[3900, 1, 3900.0001, 1, 3900.0001, 7, 3900, 7]]],
+        [1, [3900, 1, 0.0001, 6], 1, 0, [[3900, 1, wide, 1, wide, 7, 3900, 7]]],
         [2, [10, 1, 20, 6], 120, 0, [[10, 1, 30, 1, 30, 7, 10, 7]]],
     ]
     Image.new('RGB', (4000, 8)).save(tmp_path / 'a.png')
