@@ -37,6 +37,7 @@ from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
@@ -372,7 +373,17 @@ def any_maps(*, out_indices: Indices | None = None, **options) -> nn.Module:
 
     A ConvNeXt's maps have norms of their own. `fixed_size` is the only image size that the network takes, or None.
     """
+    return maps_of(any_timm(**options), out_indices)
+
+
+def any_encoder(*, out_indices: Indices | None = None, **options) -> nn.Module:
+    """The same, but a plain ViT, which has one map, is one of any image: a `WindowedViT` with its defaults."""
     network = any_timm(**options)
+    plain = out_indices is None and isinstance(network, VisionTransformer | Beit)
+    return WindowedViT(network) if plain else maps_of(network, out_indices)
+
+
+def maps_of(network: nn.Module, out_indices: Indices | None) -> nn.Module:
     strides = [info['reduction'] for info in getattr(network, 'feature_info', [])]
     one_stride = len(set(strides)) == 1
     if one_stride and out_indices is None:
@@ -442,7 +453,7 @@ SWIN = Backbone(
     swin_maps,
     {},
 )
-ANY = Backbone(any_timm, any_site, any_maps, dict(out_indices=quarters))
+ANY = Backbone(any_timm, any_site, any_encoder, dict(out_indices=quarters), segmenter_maps=any_maps)
 
 # --------------------------------------------------------------------------
 # sizes, and what the published configurations set around them

@@ -234,6 +234,27 @@ def test_flips(folder):
     assert 3 < sum(torch.equal(drawn[epoch, 0][0], plain[0, 0][0]) for epoch in range(20)) < 17
 
 
+@pytest.mark.parametrize('kind', ['lsj', 'none'])
+def test_less_than_a_pixel_is_no_object(tmp_path, kind):
+    """Nor is what has no width in float32, in which 3900 and 3900.0001 are the same."""
+    wide = 3900.0001 if kind == 'lsj' else 3910  # a box of its own, of an object that is drawn
+    things = [
+        [1, [5, 2, 0.1, 0.1], 1, 0, [[5.1, 2.1, 5.2, 2.1, 5.2, 2.2]]],
+        [1, [3900, 1, 0.0001, 6], 1, 0, [[3900, 1, wide, 1, wide, 7, 3900, 7]]],
+        [2, [10, 1, 20, 6], 120, 0, [[10, 1, 30, 1, 30, 7, 10, 7]]],
+    ]
+    Image.new('RGB', (4000, 8)).save(tmp_path / 'a.png')
+    listing = tmp_path / 'a.json'
+    rows = [annotation(1, label, polygon, box) for label, box, _, _, polygon in things]
+    entry = {'id': 1, 'file_name': 'a.png', 'height': 8, 'width': 4000}
+    listing.write_text(json.dumps({'images': [entry], 'annotations': rows, 'categories': [{'id': 1}, {'id': 2}]}))
+    augment = Augment(kind, 4000, (1, 1), hflip=0)
+    target = CocoFolder(tmp_path, listing, train=True, transform=augment)[0, 0][1]
+    assert target['labels'].tolist() == [2]
+    assert target['boxes'].tolist() == [[10, 1, 30, 7]]
+    assert target['masks'].sum() == 120
+
+
 def test_boxes_alone(folder):
     """They need no segmentation; without one they cannot be taken anew from what is left."""
     args = given(folder, box_only=True)
@@ -245,14 +266,14 @@ def test_boxes_alone(folder):
 
 def test_images_to_test(folder):
     [val] = coco.splits(given(folder), ['val'])
-    images = coco.test_images(val, given(folder))
+    images = coco.test_images(val, given(folder), Reader())
     for index, (number, size, tested) in enumerate([(7, (48, 64), (32, 43)), (12, (64, 48), (43, 32))]):
         image, about = images[0, index]
         assert (image.shape[1:], about) == (tested, {'image_id': number, 'size': size})
-    assert coco.test_images(val, given(folder, max_size=40))[0, 0][0].shape == (3, 30, 40)
+    assert coco.test_images(val, given(folder, max_size=40), Reader())[0, 0][0].shape == (3, 30, 40)
     image, objects = images.original(0)
     unknown = val._replace(objects=Names.of([]), sizes=0 * val.sizes)  # pictures without annotations
-    assert torch.equal(coco.test_images(unknown, given(folder))[0, 0][0], images[0, 0][0])
+    assert torch.equal(coco.test_images(unknown, given(folder), Reader())[0, 0][0], images[0, 0][0])
     assert unknown.truth()['annotations'] == []
     assert image.shape == (48, 64, 3)
     assert objects['masks'].sum((1, 2)).tolist() == [mask_of(row.segmentation, 48, 64).sum() for row in val.of(0)]
@@ -286,7 +307,11 @@ def test_batches_of_like_images(folder):
 
 
 def test_a_bad_image(tmp_path):
-    args = given(make_coco(tmp_path), bad_images='skip', max_bad_images=1.0)
+    make_coco(tmp_path)
+    apart = {f'{name}_json': tmp_path / f'annotations/instances_{name}2017.json' for name in ('train', 'val')}
+    apart |= {f'{name}_images': tmp_path / f'{name}2017' for name in ('train', 'val')}
+    nowhere = dict(data_path=tmp_path / 'data', data_retries=1)  # the images are there all the same
+    args = given(tmp_path, bad_images='skip', max_bad_images=1.0, **apart, **nowhere)
     train, val = coco.splits(args)
     Path(train.images.name(1)).write_bytes(b'')
     Path(val.images.name(1)).unlink()
@@ -294,7 +319,7 @@ def test_a_bad_image(tmp_path):
         CocoFolder(train, train=True)[0, 1]
     data = CocoFolder(train, train=True, transform=Augment('none'), reader=Reader.of(args))
     assert len(data[0, 1][1]['boxes']) > 0  # another one
-    tests = coco.test_images(val, args)
+    tests = coco.test_images(val, args, Reader.of(args))
     assert tests[0, 1][1]['image_id'] == datasets.SKIPPED
     assert val.truth(tests.reader.skipped())['images'] == [row for row in val.truth()['images'] if row['id'] != 12]
 
@@ -425,11 +450,13 @@ def test_ap_of_little(folder):
     truth = val.truth()
     nothing = evaluate(truth, [])
     assert [(numbers['AP'], numbers['AR_100'], numbers['AP_large']) for numbers in nothing.values()] == [(0, 0, -1)] * 2
-    perfect = [
-        {**{key: row[key] for key in ('image_id', 'category_id', 'bbox')}, 'score': 0.9}
-        for row in truth['annotations']
-        if not row['iscrowd']
-    ]
+    perfect = []
+    for index, image_id in enumerate(val.ids.tolist()):
+        things = [thing for thing in val.of(index) if not thing.crowd]
+        boxes = torch.tensor([thing.bbox for thing in things]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([thing.label for thing in things])
+        perfect += coco.results(image_id, val.categories, boxes, labels, torch.full((len(things),), 0.9))
     [(kind, numbers)] = evaluate(truth, perfect, ['bbox']).items()
     assert kind == 'bbox'
     assert numbers['AP'] == pytest.approx(1)
@@ -444,7 +471,7 @@ def test_ap_of_little(folder):
 def test_detections_are_drawn(folder):
     """Boxes in the colour of the class, masks below them, names and scores; truth beside it."""
     [val] = coco.splits(given(folder), ['val'])
-    images = coco.test_images(val, given(folder))
+    images = coco.test_images(val, given(folder), Reader())
     image, truth = images.original(0)
     plain = pictures.detected(image, {name: values[:0] for name, values in truth.items()}, val.classes)
     assert plain.shape == (48 * 6, 64 * 6, 3)

@@ -84,6 +84,14 @@ def test_resolved_values(name):
     assert optim.accumulation(resolve(name)) * got['batch_size'] == expected['effective_batch_size']
 
 
+def test_rates_belong_to_their_batches():
+    """Half of the images, half of the rate, whose product is told."""
+    args = resolve('mirl_vit_base_coco_vitdet_100ep', '--effective_batch_size', '32')
+    lr, told = optim.scaled_lr(args, optim.accumulation(args))
+    assert lr == 5e-5
+    assert told.endswith('lr = 0.0001 x 32 / 64 = 5e-05')
+
+
 @pytest.mark.parametrize('name', TABLE)
 def test_ours_say_so(name):
     path = RECIPES / f'{name}.yaml'

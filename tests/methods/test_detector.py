@@ -219,7 +219,8 @@ def test_masks_are_pasted_in_parts():
 @pytest.mark.parametrize('neck', NECKS)
 def test_every_parameter_learns(neck):
     """Also from images without objects, and in bfloat16; else several processes would wait for each other."""
-    model = tiny(neck)
+    model, regions = tiny(neck), []
+    model.roi_heads.mask_predictor.register_forward_pre_hook(lambda module, args: regions.append(len(args[0])))
     imgs, some = torch.randn(2, 3, 96, 96), target((8, 16, 40, 60), (50, 50, 90, 80))
     for targets in ([some, target()], [target(), target()]):
         model.zero_grad()
@@ -234,6 +235,7 @@ def test_every_parameter_learns(neck):
         values = torch.cat([x.flatten().float() for x in (*model.state_dict().values(), *losses.values())])
         assert values.isfinite().all()
     assert losses['loss_mask'] == losses['loss_box_reg'] == losses['loss_rpn_box_reg'] == 0
+    assert regions[1] == 1  # or SyncBatchNorm would have no value anywhere
 
 
 @pytest.mark.parametrize('neck', NECKS)
@@ -273,7 +275,7 @@ def test_low_precision_ends_at_the_heads():
 
 @pytest.mark.parametrize('neck', NECKS)
 def test_nothing_is_found(neck):
-    """Above the threshold; nor with weights that are not finite, whose loss is not either, so that a step is skipped."""
+    """Above the threshold; nor with weights that are not finite, whose loss tells."""
     model, imgs, side = tiny(neck, score_threshold=0.999), torch.randn(2, 3, 96, 96), 14 if neck == 'c4' else 28
     empty = dict(boxes=(0, 4), labels=(0,), scores=(0,), masks=(0, side, side))
     assert [{key: value.shape for key, value in found.items()} for found in model.eval()(imgs)] == [empty] * 2

@@ -258,7 +258,7 @@ def test_origin():
     file = {'model': {}, **OWN}
     assert str(find_origin(file)) == 'scripts/finetune_segmentation.py --model mirl_vit_tiny'
     assert find_origin(file).classes == list('abcde')
-    assert find_origin(file | {'run': {'stage': 'detect'}}).stage == 'finetune'
+    assert find_origin(file | {'run': {'stage': 'other'}}).stage == 'finetune'
     assert class_names({'meta': {'dataset_meta': {'classes': ['a', 'b']}}}) == ['a', 'b']
     assert class_names({'meta': {'CLASSES': ('a', 3)}}) is None
 

@@ -76,15 +76,10 @@ def splits(args: argparse.Namespace, names: Sequence[str] = ('train', 'val')) ->
     Raises UserError for whatever is wrong with folders, JSONs and the sizes of the images that are looked at, for
     splits of different categories, and where pycocotools is missing.
     """
-    found = [split_of(args, name) for name in names]
+    tools()
+    found = [objects.split_of(args, name) for name in names]
     objects.check_alike(dict(zip(names, found, strict=True)), args)
     return tuple(found)
-
-
-def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
-    """One of them: 'train' or 'val'."""
-    tools()
-    return objects.split_of(args, name)
 
 
 class CocoFolder(ImageFiles):
@@ -139,17 +134,14 @@ class CocoFolder(ImageFiles):
                 [box] = step.boxes([box])
             if self.masks:
                 mask, bounds = drawn(thing.segmentation, steps)
-                if not mask.any():  # nothing is left, or nothing but less than a pixel
-                    continue
-                masks.append(mask)
                 box = bounds if self.transform.crops else box
-            if has_area(box):
+            box = np.float32(box)  # in which it must have an area: a detector stops at a box without one
+            if has_area(box) and (not self.masks or mask.any()):
                 boxes.append(box)
                 labels.append(thing.label)
-            elif self.masks:
-                masks.pop()
+                masks += [mask] if self.masks else []
         target = {
-            'boxes': torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4),
+            'boxes': torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)),
             'labels': torch.tensor(labels, dtype=torch.int64),
         }
         if self.masks:
@@ -188,18 +180,31 @@ def drawn(segmentation: list | dict, steps: list[Geometry]) -> tuple[np.ndarray,
 def training_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) -> CocoFolder:
     """As the arguments ask for."""
     augment = Augment(args.augment, args.input_size, args.scale_range, args.train_sizes, args.max_size, args.hflip)
-    return CocoFolder(split, train=True, transform=augment, masks=not args.box_only, seed=args.seed, reader=reader)
+    how = dict(masks=not args.box_only, seed=args.seed, reader=objects.rooted(reader, args, 'train'))
+    return CocoFolder(split, train=True, transform=augment, **how)
 
 
-def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader | None = None) -> CocoFolder:
-    """As the arguments ask for; by default bad images are listed in a file of their own."""
-    reader = reader or Reader.of(args, 'bad_images_val.txt')
+def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) -> CocoFolder:
+    """As the arguments ask for."""
     size = Augment('shortest_edge', sizes=[args.test_size], longest=args.max_size, hflip=0.0)
-    return CocoFolder(split, train=False, transform=size, masks=not args.box_only, reader=reader)
+    how = dict(masks=not args.box_only, reader=objects.rooted(reader, args, 'val'))
+    return CocoFolder(split, train=False, transform=size, **how)
 
 
 # --------------------------------------------------------------------------
 # results
+
+
+def results(image_id: int, categories: Sequence[int], boxes: Tensor, labels: Tensor, scores: Tensor) -> list[dict]:
+    """Detections in an image, boxes [n, 4] in its original pixels and labels [n] from 1, as COCO's JSON holds them.
+
+    `categories` are the ids of labels; `packed` masks are to be added as `segmentation`.
+    """
+    columns = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist(), labels.tolist(), scores.tolist()
+    return [
+        {'image_id': image_id, 'category_id': categories[label - 1], 'bbox': box, 'score': score}
+        for box, label, score in zip(*columns, strict=True)
+    ]
 
 
 def of_kind(predictions: list[dict], kind: str) -> list[dict]:

@@ -210,8 +210,8 @@ class RegionHeads(RoIHeads):
     ) -> Tensor:
         """Of the regions that are an object's.
 
-        Where no region is, the first one goes through the head and counts for nothing: BatchNorm needs values, and
-        every parameter a gradient.
+        Where no region is, the first one goes through the head and counts for nothing: SyncBatchNorm needs values
+        somewhere, and every parameter a gradient.
         """
         rows = [torch.where(label > 0)[0] for label in labels]
         if nothing := not any(map(len, rows)):

@@ -42,7 +42,8 @@ class WindowedViT(nn.Module):
     dropped, but not the class token's row of `pos_embed`, so that files fit. Positions are stretched to each image's
     grid. `global_blocks` are numbers from 0, by default the last block of each quarter. With `rel_pos` a ViT gets
     decomposed relative positions that start at zero, in global blocks made for images of `img_size`; a BEiT goes on
-    with its own tables, which global blocks stretch. Raises ValueError for blocks of another kind or number.
+    with its own tables, which global blocks stretch. Raises ValueError for blocks of another kind or number, and for
+    what other ViTs have beside.
     """
 
     fixed_size = None
@@ -56,6 +57,9 @@ class WindowedViT(nn.Module):
         img_size: int = 1024,
     ):
         super().__init__()
+        for name in ('norm_pre', 'rel_pos_bias'):
+            if not isinstance(getattr(vit, name, None), nn.Identity | None):
+                raise ValueError(f'{type(vit).__name__} with {name} is no plain ViT')
         depth, [patch_size, _] = len(vit.blocks), vit.patch_embed.patch_size
         check_divides(img_size, patch_size, 'patch_size')
         if global_blocks is None:
