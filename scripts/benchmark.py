@@ -865,7 +865,7 @@ def main(args: argparse.Namespace) -> None:
     given = {name: value for name, value in config.plain(args).items() if name in args.given and name not in PLACES}
     shown = []
     for model in args.model if what.of_model else ['']:
-        now = machine(device)
+        now = machine(torch.device('cpu') if args.what == 'data' else device)  # no GPU decodes
         record = {'what': args.what, 'model': model, 'arguments': given, 'rounds': args.rounds, 'machine': now}
         if same := [found for found in records if is_of(found, record)]:
             info(f'{args.what} {model}: it is in {args.output} already')
