@@ -350,8 +350,9 @@ def test_compiled(name):
 def test_groups(name, spared):
     """Norms of the encoder do not decay, nor do a Swin's tables; blocks count from 1, pyramid and heads are last."""
     method = find_method(name)
-    small = dict(width=8, fc_width=16, conv_width=8, anchor_sizes=[8] * (4 if name == 'mixmae_tiny' else 5))
-    detector = create_detector(method.create_backbone(name, img_size=64), 3, **small)
+    encoder = method.create_backbone(name, img_size=64)
+    detector = create_detector(encoder, 3, width=8, fc_width=16, conv_width=8)
+    assert list(detector.rpn.anchor_generator.sizes) == [[8 * stride] for stride in detector.backbone.strides]
     rules = method.param_rules(detector)
     assert rules.keys() == dict(detector.named_parameters()).keys()
     expected = {key for key in rules if re.fullmatch(rf'backbone\.encoder\.{spared}', key)}
