@@ -25,7 +25,7 @@ from util import agreement, build, checkpoint, config, detecting, dist, dry_run,
 from util.config import ABOVE_0, AT_LEAST_1, KeyValues, Switch
 from util.data import coco, decoders, named
 from util.data.images import Reader
-from util.data.objects import CocoSplit
+from util.data.objects import CocoSplit, folder_of
 from util.detecting import Finder
 from util.errors import UserError, printable, run_main
 from util.log import info
@@ -76,14 +76,16 @@ def get_args_parser() -> config.Parser:
 def add_network_args(parser: config.Parser) -> None:
     """The neck and the heads."""
     parser.flags['--input_size'].help = 'image side in pixels: of crops for training, and for relative positions'
-    add = partial(parser.add_argument, heading='Model', at_resume='same', of_network=True)
+    add = partial(parser.add_argument, heading='Model', of_network=True)
     add(
         '--pretrain_size',
         type=AT_LEAST_1,
         default=224,
+        at_resume='warn',  # it is taken from what is resumed
         of_file='input_size',
         help='image side that the encoder has positions for; default: that of --finetune, else 224',
     )
+    add = partial(add, at_resume='same')
     add('--neck', choices=('simple', 'fpn', 'c4'), help='default: simple for a plain ViT, else fpn')
     add('--box_head', choices=('2fc', '4conv1fc'), default='2fc', help='linear layers alone, or behind convolutions')
     add(
@@ -262,6 +264,8 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         return test_checkpoint(args)
     method = find_method(args.model)
     config.check_common_args(args)
+    for name in ('train', 'val'):
+        config.check_apart('output_dir', args.output_dir, folder_of(args, name), 'folder', f'--{name}_images')
     train, val = coco.splits(args)
     args = config.in_passes(args, build.epoch_batches(args, len(train.images)).pass_steps)
     config.check_schedule(args)

@@ -80,7 +80,7 @@ timed pretrain python main_pretrain.py "${pretrain[@]}" --output_dir "$OUTPUT/pr
 timed pretrained python "$program" "${learn[@]}" --output_dir "$OUTPUT/tuned" \
   --finetune "$OUTPUT/pretrain/checkpoint-last.pth"
 wait $! || { tail -n 5 "$OUTPUT/scratch.txt" >&2 && exit 1; }
-timed eval python "$program" --eval --resume "$OUTPUT/tuned/checkpoint-last.pth" --data_path "$DATA" \
+timed eval python "$program" --eval --resume "$OUTPUT/tuned/checkpoint-last.pth" --data_path "$DATA" --output_dir "$OUTPUT" \
   | tee "$OUTPUT/eval.txt"
 timed predict python "$program" --resume "$OUTPUT/tuned/checkpoint-last.pth" \
   --predict "$DATA/$val" --output_dir "$OUTPUT"

@@ -63,7 +63,7 @@ def options_of(make: Callable[..., nn.Module]) -> set[str]:
 
 
 def encoder_kwargs(method: ModuleType, name: str, model_kwargs: dict) -> dict:
-    """Of the options of pretraining, a segmenter or a detector those that its encoder, and so the classifier, has too."""
+    """Of the options of pretraining, a segmenter or a detector those that its encoder and the classifier have too."""
     others = {*HEAD_OPTIONS, *MAP_OPTIONS, *options_of(getattr(method, name))} - options_of(method.create_classifier)
     others |= {'window_size'} if '_vit_' in name else set()  # a ViT has windows in a detector alone
     return {option: value for option, value in model_kwargs.items() if option not in others}

@@ -795,14 +795,14 @@ def check_dry_run(args: argparse.Namespace) -> None:
         raise UserError('--dry_run writes nothing, so --download cannot get the data: leave one of them out')
 
 
-def check_apart(name: str, folder: Path, data_path: Path, dataset: str) -> None:
+def check_apart(name: str, folder: Path, data_path: Path, dataset: str, of: str = '--data_path') -> None:
     """Raise UserError if what a run writes would lie among the images that it reads."""
     folder, data = folder.resolve(), data_path.resolve()
     images = [data / split for split in ('train', 'val') if (data / split).is_dir()]
     if not images and dataset == 'folder':  # images nested at will; other data sets are read from their lists
         images = [data]
     if folder == data or any(folder.is_relative_to(split) for split in images):
-        raise UserError(f'--{name} {folder} is among the images of --data_path {data_path}; keep them apart')
+        raise UserError(f'--{name} {folder} is among the images of {of} {data_path}; keep them apart')
 
 
 def check_schedule(args: argparse.Namespace) -> None:

@@ -237,9 +237,10 @@ def test_flips(folder):
 @pytest.mark.parametrize('kind', ['lsj', 'none'])
 def test_less_than_a_pixel_is_no_object(tmp_path, kind):
     """Nor is what has no width in float32, in which 3900 and 3900.0001 are the same."""
+    wide = 3900.0001 if kind == 'lsj' else 3910  # a box of its own, of an object that is drawn
     things = [
         [1, [5, 2, 0.1, 0.1], 1, 0, [[5.1, 2.1, 5.2, 2.1, 5.2, 2.2]]],
-        [1, [3900, 1, 0.0001, 6], 1, 0, [[3900, 1, 3900.0001, 1, 3900.0001, 7, 3900, 7]]],
+        [1, [3900, 1, 0.0001, 6], 1, 0, [[3900, 1, wide, 1, wide, 7, 3900, 7]]],
         [2, [10, 1, 20, 6], 120, 0, [[10, 1, 30, 1, 30, 7, 10, 7]]],
     ]
     Image.new('RGB', (4000, 8)).save(tmp_path / 'a.png')
@@ -306,7 +307,11 @@ def test_batches_of_like_images(folder):
 
 
 def test_a_bad_image(tmp_path):
-    args = given(make_coco(tmp_path), bad_images='skip', max_bad_images=1.0)
+    make_coco(tmp_path)
+    apart = {f'{name}_json': tmp_path / f'annotations/instances_{name}2017.json' for name in ('train', 'val')}
+    apart |= {f'{name}_images': tmp_path / f'{name}2017' for name in ('train', 'val')}
+    nowhere = dict(data_path=tmp_path / 'data', data_retries=1)  # the images are there all the same
+    args = given(tmp_path, bad_images='skip', max_bad_images=1.0, **apart, **nowhere)
     train, val = coco.splits(args)
     Path(train.images.name(1)).write_bytes(b'')
     Path(val.images.name(1)).unlink()

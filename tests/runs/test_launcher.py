@@ -49,7 +49,10 @@ LOCAL = [sys.executable, str(ROOT / 'scripts' / 'run_with_submitit.py'), 'pretra
         ('pretrain --array ....yaml', 'become folders'),
         ('pretrain --job_dir a\nb', '--job_dir must be one line'),
         ('segment --epochs 3', 'unknown argument --epochs'),
-        ('detect --model mirl_vit_tiny --steps 9 --decay_steps 9', '--decay_steps must rise, to below --steps 9, got 9'),
+        (
+            'detect --model mirl_vit_tiny --steps 9 --decay_steps 9',
+            '--decay_steps must rise, to below --steps 9, got 9',
+        ),
         ('segment --model mirl_vit_tiny --steps 9 --eval_freq 2', '--eval_freq 2 must divide --steps 9'),
         ('segment --model mirl_vit_tiny --steps 9 --warmup_steps 9', '--warmup_steps 9 must be less than --steps 9'),
     ],

@@ -180,13 +180,15 @@ def drawn(segmentation: list | dict, steps: list[Geometry]) -> tuple[np.ndarray,
 def training_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) -> CocoFolder:
     """As the arguments ask for."""
     augment = Augment(args.augment, args.input_size, args.scale_range, args.train_sizes, args.max_size, args.hflip)
-    return CocoFolder(split, train=True, transform=augment, masks=not args.box_only, seed=args.seed, reader=reader)
+    how = dict(masks=not args.box_only, seed=args.seed, reader=objects.rooted(reader, args, 'train'))
+    return CocoFolder(split, train=True, transform=augment, **how)
 
 
 def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) -> CocoFolder:
     """As the arguments ask for."""
     size = Augment('shortest_edge', sizes=[args.test_size], longest=args.max_size, hflip=0.0)
-    return CocoFolder(split, train=False, transform=size, masks=not args.box_only, reader=reader)
+    how = dict(masks=not args.box_only, reader=objects.rooted(reader, args, 'val'))
+    return CocoFolder(split, train=False, transform=size, **how)
 
 
 # --------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
             raise UserError(f'no such {"file" if flag.endswith("json") else "folder"}: {path}{advice(args, flag)}')
     how = name == 'train', not args.box_only, args.keep_empty
     key = ('coco', listing, images, *how)
-    split = node.once_a_node(key, lambda: looked_at(read(images, listing, *how), args))
+    split = node.once_a_node(key, lambda: looked_at(read(images, listing, *how), rooted(Reader.of(args), args, name)))
     return split._replace(notes=[f'{name}: {note}' for note in split.notes])
 
 
@@ -301,12 +301,17 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     return getattr(args, f'{name}_images') or args.data_path / f'{name}2017'
 
 
-def looked_at(split: CocoSplit, args: argparse.Namespace) -> CocoSplit:
+def rooted(reader: Reader, args: argparse.Namespace, name: str) -> Reader:
+    """A reader that knows where the images of a split are: if that folder is gone, so is the storage."""
+    return reader._replace(root=folder_of(args, name))
+
+
+def looked_at(split: CocoSplit, reader: Reader) -> CocoSplit:
     """The split. Raises UserError where one of a hundred images, evenly from all, is not of the size in the JSON.
 
     One that cannot be read is left for the run to meet.
     """
-    reader, total = Reader.of(args), len(split.images)
+    total = len(split.images)
     for index in np.unique(np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(int)).tolist():
         try:
             size = reader.content(split.images, index, size_of)

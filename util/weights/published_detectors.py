@@ -188,5 +188,6 @@ def same_classes(state: State, model: nn.Module) -> State:
     name = f'{CLASSES}bias'
     known, wanted = (len(found[name]) - 1 for found in (state, model.state_dict())) if name in state else (0, 0)
     if known != wanted:
-        raise CheckpointError(f'knows {known} classes, the model {wanted}: as --finetune it would give all but these')
+        others = '--finetune takes it for others, whose layers are new'
+        raise CheckpointError(f'knows {known} classes, the model {wanted}; {others}')
     return state
