@@ -270,7 +270,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
     args = config.in_passes(args, build.epoch_batches(args, len(train.images)).pass_steps)
     config.check_schedule(args)
     args = argparse.Namespace(**vars(args) | {'categories': train.categories})
-    sampler = build.epoch_batches(args, len(train.images), None if args.augment == 'lsj' else train.wide)
+    sampler = build.epoch_batches(args, len(train.images), coco.kinds(train, args))
     with Run(args, 'detect', sampler, get_args_parser().roles, train.classes) as run:
         if run.nothing_left():
             return

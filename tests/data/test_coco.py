@@ -276,6 +276,8 @@ def test_images_to_test(folder):
     assert torch.equal(coco.test_images(unknown, given(folder), Reader())[0, 0][0], images[0, 0][0])
     assert unknown.truth()['annotations'] == []
     assert image.shape == (48, 64, 3)
+    unflipped = coco.resizing(48, 64, (32, 43)).image(Image.fromarray(image))
+    assert np.array_equal(images[0, 0][0].movedim(0, -1), unflipped)
     assert objects['masks'].sum((1, 2)).tolist() == [mask_of(row.segmentation, 48, 64).sum() for row in val.of(0)]
 
 
