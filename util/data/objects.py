@@ -101,8 +101,8 @@ def read(images: Path, listing: Path, train: bool, masks: bool = True, keep_empt
     objects, counts = gathered(content['annotations'], entries, known, masks, listing)
     total, learnt = sum(map(len, objects.values())), {number for number in entries if counts[number]}
     ids = [number for number in entries if not train or keep_empty or number in learnt]
-    if not learnt:
-        raise UserError(f'{listing} has no image with an object to {"learn" if train else "find"}, crowd regions apart')
+    if not ids:
+        raise UserError(f'{listing} has no image with an object to learn, crowd regions apart')
     try:
         files = files_below(images, [entries[number]['file_name'] for number in ids], listing)
     except Misfit as error:
@@ -280,6 +280,9 @@ def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
     how = name == 'train', not args.box_only, args.keep_empty
     key = ('coco', listing, images, *how)
     split = node.once_a_node(key, lambda: looked_at(read(images, listing, *how), rooted(Reader.of(args), args, name)))
+    if all(thing.crowd for index in range(len(split.ids)) for thing in split.of(index)):
+        what = 'learn' if name == 'train' else 'find'
+        raise UserError(f'{listing} has no image with an object to {what}, crowd regions apart')
     return split._replace(notes=[f'{name}: {note}' for note in split.notes])
 
 
