@@ -400,7 +400,6 @@ def create_detector(
         backbone = freeze_batch_norm_2d(backbone)
     network = with_neck(backbone, neck, width, None if norm == 'frozen' else norm)
     c4, strides, channels = neck == 'c4', network.strides, network.out_channels
-    check_numbers(1, math.inf, whole=False, anchor_scale=anchor_scale)
     anchor_sizes = anchor_sizes or [anchor_scale * stride for stride in ((4, 8, 16, 32, 64) if c4 else strides)]
     check_numbers(1, math.inf, whole=False, anchor_sizes=anchor_sizes)
     anchors = Anchors([anchor_sizes] if c4 else [[size] for size in anchor_sizes], (0.5, 1, 2), strides)
