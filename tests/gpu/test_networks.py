@@ -13,6 +13,7 @@ from main_pretrain import METHODS, find_method
 from util import dist
 from util.data.datasets import to_device
 from util.nn.grad_checkpoint import checkpoint_blocks
+from util.nn.models import LayerNorm, fuse_attention
 from util.optim import GuardedOptimizer, adamw, param_groups
 from util.training import memory_format
 
@@ -39,8 +40,10 @@ def layout(model):
 
 
 def on(model, device):
-    """A copy there, laid out as a run would have it."""
-    return copy.deepcopy(model).to(device, memory_format=layout(model))
+    """A copy there, laid out and with the kernels that a run would have."""
+    model = copy.deepcopy(model).to(device, memory_format=layout(model))
+    fuse_attention(model)
+    return model
 
 
 def step(model, imgs, plan, dtype=None):
@@ -105,6 +108,25 @@ def test_half_precision(module, name, dtype, device, measured):
     measured(f'{name}: {dtype} differs from float32 by {off[0]:.1e} in the loss, by {off[1]:.1e} in the gradients')
     assert off[0] < 0.01
     assert off[1] < 0.3
+
+
+def test_norm_stays_in_bf16(device, measured):
+    """As near to float64 as rounding what comes out to bf16, 2 ** -9 of a number, and weights."""
+    torch.manual_seed(0)
+    layer, x = LayerNorm(512), 3 * torch.randn(4096, 512) + 1
+    torch.nn.init.normal_(layer.weight, 1, 0.3)
+    torch.nn.init.normal_(layer.bias)
+    results = []
+    for own, features in ((copy.deepcopy(layer).to(device), x.to(device).bfloat16()), (layer.double(), x.bfloat16())):
+        features = features.requires_grad_() if own is not layer else features.double().requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16):
+            result = own(features)
+        result.backward(torch.sin(features.detach()).to(result.dtype))
+        results.append([result, features.grad, own.weight.grad, own.bias.grad])
+    assert [value.dtype for value in results[0]] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    off = [norm([ours.cpu() - exact]) / norm([exact]) for ours, exact in zip(*results, strict=True)]
+    measured(f'LayerNorm in bf16: off float64 by {max(off):.1e}')
+    assert max(off) < 2**-7
 
 
 @quick
