@@ -212,7 +212,7 @@ def test_epsilons_of_localmims_swin():
     classifier, encoder, segmenter = (
         {name: norm.eps for name, norm in network.named_modules() if isinstance(norm, nn.LayerNorm)}
         for network in (
-            models_localmim.create_classifier('localmim_swin_pico', 3),
+            models_localmim.create_classifier('localmim_swin_pico', 3, img_size=64),
             models_localmim.create_backbone('localmim_swin_pico'),
             models_localmim.create_segmenter('localmim_swin_pico', 3).encoder,
         )
