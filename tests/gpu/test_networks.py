@@ -140,7 +140,12 @@ def test_compiles_to_one_graph(module, name, device, measured):
         own = copy.deepcopy(core)
         model = dist.parallel(own, device, compiled)
         guard = guarded(module, own, device)
-        losses.append([trained(model, guard, inputs(own, side, 8, seed)) for seed in range(4)])
+        try:
+            losses.append([trained(model, guard, inputs(own, side, 8, seed)) for seed in range(4)])
+        except RuntimeError as error:
+            if compiled and '(*bias): last dimension must be contiguous' in str(error):
+                pytest.xfail(f'torch {torch.__version__} compiles float32 attention with a bias to what it refuses')
+            raise
     graphs, breaks = counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
     off = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
     measured(f'{name}: compiled to {graphs} graph, losses differ from eager by {off:.1e}')
