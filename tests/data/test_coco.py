@@ -62,7 +62,9 @@ def test_masks():
     rng = np.random.default_rng(0)
     for _ in range(20):  # what compressed runs say is checked by code of our own
         mask = (rng.random((37, 23)) < rng.random()).astype(np.uint8)
-        assert np.array_equal(mask_of(packed(mask[None])[0], 37, 23), mask)
+        [rle] = packed(mask[None])
+        for counts in (rle['counts'], rle['counts'].encode()):  # as pycocotools has them
+            assert np.array_equal(mask_of(rle | {'counts': counts}, 37, 23), mask)
 
 
 @pytest.mark.parametrize(

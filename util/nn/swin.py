@@ -390,7 +390,7 @@ class SwinBackbone(nn.Module):
 
     The image is zero-padded to whole patches, each block's map to whole windows *after* its norm and *before* it is
     rolled, and an odd map before its merging. Padding is not masked. Each stage's map has a norm of its own, `norm0` to
-    `norm3`, and is taken before the merging; every norm has an epsilon of 1e-5.
+    `norm3`, and is taken before the merging. These and `norm2` have an epsilon of 1e-5, every other norm 1e-6.
     """
 
     def __init__(
@@ -411,13 +411,10 @@ class SwinBackbone(nn.Module):
         self.patch_embed = PatchEmbed(
             None, patch_size, 3, embed_dim, norm_layer=norm_layer, output_fmt='NHWC', dynamic_img_pad=True
         )
-        rates = dict(drop_path_rate=drop_path_rate)
+        rates = dict(drop_path_rate=drop_path_rate, norm2_eps=1e-5)
         self.layers = swin_stages([window_size] * 4, embed_dim, depths, num_heads, mlp_ratio, **rates)
         for stage, width in enumerate(self.widths):
             self.add_module(f'norm{stage}', nn.LayerNorm(width))
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-5
         init_swin(self)
 
     def forward(self, imgs: Tensor) -> list[Tensor]:
