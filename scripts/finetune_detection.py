@@ -221,6 +221,8 @@ def trained_network(args: argparse.Namespace) -> tuple[argparse.Namespace, nn.Mo
         if classes not in (None, split.classes):
             differing = named.difference(classes, split.classes, source.path, str(args.data_path))
             raise UserError(f'{source.path} was trained for other classes: {differing}')
+    if args.box_only and source.origin and not source.origin.args.get('box_only'):
+        raise UserError(f'{source.path} was trained with masks: without --box_only')
     with source.expected(args):
         with rng.undrawn():
             core = create_detector(args, len(split.classes))

@@ -226,6 +226,8 @@ def with_neck(encoder: nn.Module, neck: str, width: int = 256, norm: str | None 
         if len(encoder.widths) > 1:
             raise ValueError(f"neck 'simple' is for the one map of a ViT, not for {len(encoder.widths)}; try 'fpn'")
         return ViTPyramid(encoder, width)
+    if neck == 'fpn' and len(encoder.widths) == 1:
+        raise ValueError("neck 'fpn' is for several maps, not for the one of a ViT; try 'simple'")
     return FPN(encoder, width, norm) if neck == 'fpn' else C4(encoder)
 
 
