@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio
 from util.nn.losses import PIXEL_LOSSES, explained, pixel_loss
-from util.nn.models import as_timm, eval_mode, factory, norm_layer, sizes_of
+from util.nn.models import LayerNorm, as_timm, eval_mode, factory, norm_layer, sizes_of
 from util.nn.patches import first_panels, left_out, patch_mask_to_pixels, random_plan
 from util.nn.pyramid import GeneralizedRCNN, Indices, StageMaps, as_maps, detector_rules, encoder_of
 from util.nn.sites import any_site, any_timm, find_site, stage_layers
@@ -246,21 +246,24 @@ class A2MIM(nn.Module):
         with torch.autocast(imgs.device.type, enabled=False):
             imgs, pred = imgs.float(), pred.float()
             weight = hidden + (1 - hidden) * self.unmask_weight
-            distance = (pred - imgs).abs()
+            error = pred - imgs
+            distance = error.abs()
             loss = pixel_loss(distance, **self.loss)
             loss = (loss * weight).sum() / (weight.sum() + 1e-5) / imgs.shape[1]  # 1e-5: the published code's
             squared = (distance.detach().square() * weight).sum() / weight.sum() / imgs.shape[1]
             colours, weight = imgs.movedim(1, -1), weight.movedim(1, -1)
             terms = {'spatial_loss': loss.detach(), 'explained': explained(squared, colours, weight)}
             if self.fft_weight:
-                fourier = self.fourier_loss(imgs, pred, hidden)
+                fourier = self.fourier_loss(imgs, error, hidden)
                 terms['fourier_loss'] = fourier.detach()
                 loss = loss + self.fft_weight * fourier
         return loss, terms
 
-    def fourier_loss(self, imgs: Tensor, pred: Tensor, hidden: Tensor) -> Tensor:
-        """Distance of the spectra of the image and of the prediction, in which constants stand for visible pixels."""
-        error = pred - imgs
+    def fourier_loss(self, imgs: Tensor, error: Tensor, hidden: Tensor) -> Tensor:
+        """Distance of the spectra of the image and of the prediction, in which constants stand for visible pixels.
+
+        error: prediction - image, [N, 3, S, S].
+        """
         share = hidden + (1 - hidden) * self.fft_unmask_weight
         difference = error * share + self.visible_error(imgs, error) * (1 - share)
         if self.fft_focal:
@@ -351,7 +354,8 @@ def swin(*, img_size: int, num_classes: int = 0, drop_path_rate: float = 0.0, **
     check_divides(img_size, 32, "the last map's stride")
     if unknown := sizes.keys() - inspect.signature(SwinTransformer).parameters.keys():  # older timm's takes anything
         raise TypeError(f'swin() got an unexpected keyword argument {min(unknown)!r}')
-    network = SwinTransformer(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, **sizes)
+    options = dict(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, norm_layer=LayerNorm)
+    network = SwinTransformer(**{**options, **sizes})
     return as_timm(network, 'swin_tiny_patch4_window7_224', img_size=img_size, **sizes)
 
 

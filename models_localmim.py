@@ -551,7 +551,11 @@ def create_segmenter(
     """
     if name not in VIT_ENCODERS:
         heads, sizes = split_options(kwargs)
-        return with_heads(create_backbone(name, drop_path_rate, img_size, **sizes), num_classes, **heads)
+        encoder = create_backbone(name, drop_path_rate, img_size, **sizes)
+        for module in encoder.modules():
+            if isinstance(module, nn.LayerNorm):  # the published segmenter's have one epsilon, the classifier's two
+                module.eps = 1e-5
+        return with_heads(encoder, num_classes, **heads)
     heads, sizes = split_options({**SEGMENTER_VIT, 'out_indices': local_layers, 'pool': 'avg', **kwargs})
     sizes |= dict(img_size=img_size, drop_path_rate=drop_path_rate)
     encoder = vit_backbone(**{**sizes_of(ENCODERS, name), **sizes})

@@ -259,7 +259,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, T, E / heads]
-        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = (x.transpose(1, 2) for x in self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).unbind(2))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 

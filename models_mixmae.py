@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from util.nn.checks import check_choice, check_divides, check_heads, check_mask_ratio, check_windows
 from util.nn.losses import explained
-from util.nn.models import eval_mode, factories, sizes_of
+from util.nn.models import LayerNorm, eval_mode, factories, sizes_of
 from util.nn.patches import (
     first_panels,
     normalise_patches,
@@ -89,14 +89,14 @@ class MixMIMEncoder(nn.Module):
         self.depths, self.num_features, self.num_cells = tuple(depths), dims[-1], sides[-1] ** 2
         self.last_layer = blocks + 1  # where layer decay starts; the published head is one below
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=nn.LayerNorm, output_fmt='NHWC')
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, norm_layer=LayerNorm, output_fmt='NHWC')
         self.register_buffer('absolute_pos_embed', sincos_2d(embed_dim, sides[0], cls_token=False))
         rates = iter([drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)])
         self.layers = nn.ModuleList()
         for s, depth in enumerate(depths):
             drop_path = [next(rates) for _ in range(depth)]
             self.layers.append(Stage(dims[s], num_heads[s], windows[s], mlp_ratio, drop_path, last=s == stages - 1))
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
 
     def init_weights(self) -> None:
         """Linear xavier-uniform with zero bias, bias tables truncated N(0, 0.02); the patch projection is torch's."""
@@ -163,10 +163,10 @@ class MixMAE(MixMIMEncoder):
         grid_size = round(self.num_cells**0.5)
         self.register_buffer('decoder_pos_embed', sincos_2d(decoder_dim, grid_size, cls_token=False))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=nn.LayerNorm)
+            Block(decoder_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
             for _ in range(decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_dim)
+        self.decoder_norm = LayerNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * self.cell_size**2)
         self.init_weights()
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -300,7 +300,7 @@ class Stage(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.blocks = nn.ModuleList(WindowBlock(dim, num_heads, window_size, mlp_ratio, rate) for rate in drop_path)
-        self.downsample = nn.Identity() if last else PatchMerging(dim)
+        self.downsample = nn.Identity() if last else PatchMerging(dim, norm_layer=LayerNorm)
 
 
 class WindowBlock(nn.Module):
@@ -308,9 +308,9 @@ class WindowBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window_size)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -349,9 +349,10 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias()
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # [W * heads, T, T]: it broadcasts over the batch
-        qkv = self.qkv(x).view(n, high, w, wide, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        # unbound before they are permuted, so that their gradients are put together where they belong
+        qkv = self.qkv(x).view(n, high, w, wide, w, 3, heads, -1).unbind(5)
         # [N, W * heads, T, D / heads] under a mask, else [N * W, heads, T, D / heads]
-        q, k, v = qkv.reshape(3, -1, bias.shape[0], w * w, dim // heads)
+        q, k, v = (x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, bias.shape[0], w * w, dim // heads) for x in qkv)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
         x = x.reshape(n, high, wide, heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(x.reshape(n, high * w, wide * w, dim)[:, :rows, :cols])

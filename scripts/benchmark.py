@@ -45,8 +45,10 @@ import torchvision
 from timm.data import create_transform
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import DeviceType
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -70,6 +72,7 @@ PAGE = Path(__file__).resolve().parent.parent / 'docs' / 'performance.md'
 Row = dict[str, Any]  # of a table
 Batches = Iterable[list[Tensor]]
 FEWEST = 5  # rounds from which on a ratio is told
+PROFILED = 3  # steps whose kernels are counted, after they were timed without a profiler
 TAKEN = (
     'data_path',
     'device',
@@ -119,6 +122,7 @@ def get_args_parser() -> config.Parser:
         help=f'of all arms, in random order; below {FEWEST} no ratio',
     )
     add('--steps', type=config.AT_LEAST_1, help='of an arm in a round; default: 20 on a GPU, 1 on a CPU')
+    add('--kernels', type=config.AT_LEAST_0, default=0, help='of step on a GPU: print so many that take the most time')
     add('--images', type=config.AT_LEAST_1, default=64, help='of data: how many an arm reads in a round')
     add('--decoders', nargs='+', help='of data; default: all that are installed')
     add('--workers', nargs='+', type=config.AT_LEAST_0, default=[0], help='of data: loader processes to try; 0: none')
@@ -239,15 +243,28 @@ def costs(args: argparse.Namespace) -> Costs:
     return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / n)
 
 
+def kernels(work: Callable[[], Any], device: torch.device) -> dict[str, tuple[float, int]]:
+    """What runs on the GPU in `work`, copies included: {name: (seconds, launches)}."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize(device)
+    found: dict[str, tuple[float, int]] = {}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            seconds, launches = found.get(event.name, (0.0, 0))
+            found[event.name] = seconds + event.time_range.elapsed_us() / 1e6, launches + 1
+    return found
+
+
 # --------------------------------------------------------------------------
 # the two arms of a step
 
 
-class Watch:
-    """Stands for the run in the engine, and notes when the host was last done with a step."""
+class NoRun:
+    """Stands for the run in the engine."""
 
     def after_step(self, epoch: Epoch, step: int, lr: float) -> None:
-        self.last = time.perf_counter()
+        pass
 
 
 class Ours:
@@ -262,14 +279,14 @@ class Ours:
         optimizer = build.guarded_optimizer(core, rules, args, device)
         sampler = datasets.EpochBatches(images, args.batch_size, 1, 0, 1, args.seed)
         self.training = Training(args, core, build.in_parallel(core, args, device), optimizer, sampler, device)
-        self.number, self.waited, self.host_s = itertools.count(), 0.0, math.nan
+        self.number, self.waited = itertools.count(), 0.0
 
     def run(self, batches: Batches, steps: int) -> float:
         """Train so many steps; returns the mean loss."""
-        watch, sampler, began = Watch(), self.training.sampler, time.perf_counter()
+        sampler = self.training.sampler
         meters = MetricLogger('', 0, steps, sampler.global_batch, steps + 1, self.device)
-        stats = train_one_epoch(self.training, watch, batches, Epoch(next(self.number), 0, steps, meters))
-        self.waited, self.host_s = meters.waited, watch.last - began
+        stats = train_one_epoch(self.training, NoRun(), batches, Epoch(next(self.number), 0, steps, meters))
+        self.waited = meters.waited
         return stats['loss']
 
 
@@ -391,10 +408,15 @@ def step(args: argparse.Namespace, device: torch.device, model: str) -> list[Row
         rows[name] |= {'images/s': speed, 'ms a step': 1000 * seconds, 'MFU': share(speed * cost.step / peak)}
         if args.peak_tflops:
             rows[name]['MFU of the datasheet'] = share(speed * cost.step / args.peak_tflops / 1e12)
+        if device.type == 'cuda':
+            ran = kernels(partial(arms[name].run, data[name], PROFILED), device)
+            busy, launches = (sum(column) / PROFILED for column in zip(*ran.values(), strict=True))
+            rows[name] |= {'GPU busy': share(busy / seconds), 'launches a step': round(launches)}
+            for kernel, (took, count) in sorted(ran.items(), key=lambda item: -item[1][0])[: args.kernels]:
+                each = f'{figure(1000 * took / PROFILED)} ms a step, {figure(count / PROFILED)} launches'
+                info(f'{name}: {each}: {printable(kernel)[:150]}')
     if times.keys() == ARMS.keys():
         rows['ours']['plain / ours'] = ratio(times['plain'], times['ours'])
-    if device.type == 'cuda' and 'ours' in times:
-        rows['ours']['host waits'] = share(1 - arms['ours'].host_s / times['ours'][-1])
     return list(rows.values())
 
 
@@ -843,7 +865,7 @@ def main(args: argparse.Namespace) -> None:
     given = {name: value for name, value in config.plain(args).items() if name in args.given and name not in PLACES}
     shown = []
     for model in args.model if what.of_model else ['']:
-        now = machine(device)
+        now = machine(torch.device('cpu') if args.what == 'data' else device)  # no GPU decodes
         record = {'what': args.what, 'model': model, 'arguments': given, 'rounds': args.rounds, 'machine': now}
         if same := [found for found in records if is_of(found, record)]:
             info(f'{args.what} {model}: it is in {args.output} already')

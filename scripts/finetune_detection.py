@@ -86,6 +86,7 @@ def add_network_args(parser: config.Parser) -> None:
         help='image side that the encoder has positions for; default: that of --finetune, else 224',
     )
     add = partial(add, at_resume='same')
+    add('--rel_pos', action=Switch, default=True, help="relative positions in a ViT's attention")
     add('--neck', choices=('simple', 'fpn', 'c4'), help='default: simple for a plain ViT, else fpn')
     add('--box_head', choices=('2fc', '4conv1fc'), default='2fc', help='linear layers alone, or behind convolutions')
     add(
@@ -140,13 +141,16 @@ def create_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
     method = find_method(args.model)
     if not hasattr(method, 'create_backbone'):
         raise UserError(f'{method.__name__}.py has no create_backbone: {args.model} cannot learn to detect')
+    vit = '_vit_' in args.model
+    if not (vit or args.rel_pos):
+        raise UserError(f'--no_rel_pos is for plain ViTs: {args.model} is none')
     rng.seed_all(args.seed, rng.INIT)
     encoder = build.construct(
         method.create_backbone,
         args.model,
         drop_path_rate=args.drop_path,
         img_size=args.pretrain_size,
-        **({'rel_pos_size': args.input_size} if '_vit_' in args.model else {}),  # no other has relative positions
+        **(dict(rel_pos=args.rel_pos, rel_pos_size=args.input_size) if vit else {}),
         model_kwargs=args.model_kwargs,
     )
     names = dict(none=None, sync='bn')
@@ -270,7 +274,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
     args = config.in_passes(args, build.epoch_batches(args, len(train.images)).pass_steps)
     config.check_schedule(args)
     args = argparse.Namespace(**vars(args) | {'categories': train.categories})
-    sampler = build.epoch_batches(args, len(train.images), None if args.augment == 'lsj' else train.wide)
+    sampler = build.epoch_batches(args, len(train.images), coco.kinds(train, args))
     with Run(args, 'detect', sampler, get_args_parser().roles, train.classes) as run:
         if run.nothing_left():
             return

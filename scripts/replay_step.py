@@ -208,7 +208,8 @@ class Replay:
         core = build.on_device(core, args, device)
         rules = build.param_rules(main_pretrain.find_method(args.model), core, args.rule_kwargs)
         optimizer = build.guarded_optimizer(core, rules, args, device)
-        sampler = build.epoch_batches(args, len(self.images))
+        kinds = coco.kinds(self.images.split, args) if record['stage'] == 'detect' else None
+        sampler = build.epoch_batches(args, len(self.images), kinds)
         sampler.world_size = record['world_size']
         self.training = Training(args, core, core, optimizer, sampler, device)
         self.training.train_mode()

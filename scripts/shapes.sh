@@ -27,7 +27,7 @@ case $TASK in
     form=(--coco) images=train2017 val=val2017 figure='box AP' unit=''
     budget=(--steps 280 --eval_freq 280 --drop_path 0 --augment none --test_size "${INPUT_SIZE:-96}" --max_size "${INPUT_SIZE:-96}"
             --lr_sched cosine --weight_decay 0.05 --layer_decay 1 --clip_grad 1 --width 64)
-    budget+=(--detector_kwargs anchor_sizes='(8, 16, 32, 64, 128)' rpn_samples=64 proposals='(200, 100, 200, 100)'
+    budget+=(--detector_kwargs anchor_scale=2 rpn_samples=64 proposals='(200, 100, 200, 100)'
              roi_samples=32 fc_width=128 conv_width=32 mask_convs=2)
     ;;
   *)

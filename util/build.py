@@ -20,6 +20,7 @@ from util.data.images import Reader
 from util.data.stores import Store
 from util.errors import UserError, closest
 from util.nn.grad_checkpoint import checkpoint_blocks
+from util.nn.models import fuse_attention
 from util.nn.upernet import HEAD_OPTIONS, MAP_OPTIONS
 from util.optim import OPTIMIZERS, GuardedOptimizer, Rules, param_groups
 from util.recipes import of_recipe
@@ -106,8 +107,10 @@ def apply_options(core: nn.Module, args: argparse.Namespace) -> None:
 
 
 def on_device(core: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The network on the device, in its memory format, with SyncBatchNorm where several GPUs train it."""
+    """The network on the device, in its memory format; with SyncBatchNorm where several GPUs train it."""
     core = core.to(device, memory_format=training.memory_format(args, core))
+    if device.type == 'cuda':
+        fuse_attention(core)
     return dist.sync_batchnorm(core, device) if synchronises(core, args) else core
 
 

@@ -89,12 +89,7 @@ def whole_masks(found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 def as_results(found: Found, about: dict, split: CocoSplit) -> list[dict]:
     """COCO's list of results: boxes x, y, width, height, masks as RLE, ids of categories."""
-    boxes = torch.cat([found['boxes'][:, :2], found['boxes'][:, 2:] - found['boxes'][:, :2]], 1)
-    columns = boxes.tolist(), found['labels'].tolist(), found['scores'].tolist()
-    results = [
-        {'image_id': about['image_id'], 'category_id': split.categories[label - 1], 'bbox': box, 'score': score}
-        for box, label, score in zip(*columns, strict=True)
-    ]
+    results = coco.results(about['image_id'], split.categories, found['boxes'], found['labels'], found['scores'])
     if 'masks' in found:
         rles = itertools.chain(*(coco.packed(masks) for masks in whole_masks(found, about['size'])))
         results = [result | {'segmentation': rle} for result, rle in zip(results, rles, strict=True)]

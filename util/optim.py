@@ -203,7 +203,8 @@ class GuardedOptimizer:
         """Apply the accumulated gradients, if they are finite, and clear them. Returns their norm before clipping."""
         self.scaler.unscale_(self.inner)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        bad = (~norm.isfinite()).float()
+        skip = ~norm.isfinite()
+        bad = skip.float()
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_grad, norm)
         # torch's fused kernels, and `SkipsSteps`, leave weights and state alone where this is 1. Not by `scaler.step`,
@@ -215,7 +216,7 @@ class GuardedOptimizer:
         self.scaler.update()
         self.inner.zero_grad(set_to_none=True)
         if self.running:
-            self.kept = [torch.where(bad > 0, *pair) for pair in zip(self.kept, self.running, strict=True)]
+            self.kept = [torch.where(skip, *pair) for pair in zip(self.kept, self.running, strict=True)]
             torch._foreach_copy_(self.running, self.kept)
         self.streak = (self.streak + 1) * bad
         self.total = self.total + bad

@@ -62,7 +62,9 @@ def test_masks():
     rng = np.random.default_rng(0)
     for _ in range(20):  # what compressed runs say is checked by code of our own
         mask = (rng.random((37, 23)) < rng.random()).astype(np.uint8)
-        assert np.array_equal(mask_of(packed(mask[None])[0], 37, 23), mask)
+        [rle] = packed(mask[None])
+        for counts in (rle['counts'], rle['counts'].encode()):  # as pycocotools has them
+            assert np.array_equal(mask_of(rle | {'counts': counts}, 37, 23), mask)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +278,8 @@ def test_images_to_test(folder):
     assert torch.equal(coco.test_images(unknown, given(folder), Reader())[0, 0][0], images[0, 0][0])
     assert unknown.truth()['annotations'] == []
     assert image.shape == (48, 64, 3)
+    unflipped = coco.resizing(48, 64, (32, 43)).image(Image.fromarray(image))
+    assert np.array_equal(images[0, 0][0].movedim(0, -1), unflipped)
     assert objects['masks'].sum((1, 2)).tolist() == [mask_of(row.segmentation, 48, 64).sum() for row in val.of(0)]
 
 

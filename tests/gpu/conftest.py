@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: the GPU, without which they end in one line; exact arithmetic; a summary."""
+"""What the tests on a GPU share: the GPU, without which they end in one line; exact arithmetic; errors told at once."""
 
 import contextlib
 import platform
@@ -12,6 +12,11 @@ from gpu.ready import lacking
 
 DEVICE = 'cuda:0'
 HERE = Path(__file__).parent
+PLUGINS = []  # pytest's
+
+
+def pytest_configure(config):
+    PLUGINS[:] = [config.pluginmanager]
 
 
 def pytest_collection_modifyitems(items):
@@ -43,10 +48,29 @@ def settings():
     torch.cuda.empty_cache()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Why a test failed, in one line as soon as it has: also in a log that is cut, or of tests that were stopped."""
+    terminal = PLUGINS[0].get_plugin('terminalreporter')  # none in processes of pytest-xdist
+    if report.failed and terminal and of_gpu(report):
+        terminal.ensure_newline()
+        terminal.write_line(f'FAILED {report.nodeid}: {why(report)}')
+
+
+def why(report) -> str:
+    """The error's first line."""
+    crash = getattr(report.longrepr, 'reprcrash', None)
+    return (crash.message if crash else str(report.longrepr)).strip().partition('\n')[0][:300]
+
+
+def of_gpu(report) -> bool:
+    return '/gpu/' in f'/{report.nodeid}'
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Which GPU it was, and whether it works."""
     stats = terminalreporter.stats
-    ours = [r for kind in ('passed', 'failed', 'error') for r in stats.get(kind, []) if '/gpu/' in f'/{r.nodeid}']
+    ours = [r for kind in ('passed', 'failed', 'error') for r in stats.get(kind, []) if of_gpu(r)]
     if hasattr(config, 'workerinput') or not ours:
         return
     failed = sorted({report.nodeid for report in ours if report.failed})

@@ -257,7 +257,7 @@ def test_roles_at_resume():
     assert finetune['same'] == both | {'val_share', 'repeated_aug', 'probe'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
     assert roles('segment')['same'] == both - {'decoder'} | {'eval_freq', 'reduce_zero_label'}
-    network = 'neck box_head norm rpn_depth width box_only detector_kwargs'
+    network = 'rel_pos neck box_head norm rpn_depth width box_only detector_kwargs'
     free = {'decoder', 'dataset'}  # that it has not
     assert roles('detect')['same'] == both - free | {'eval_freq', 'keep_empty', 'augment', *network.split()}
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import models_a2mim
+import models_localmim
 import models_mirl
 import models_mixmae
 from main_pretrain import find_method
@@ -204,6 +205,20 @@ def test_c4():
     assert len(encoder(imgs)) == len(encoder.widths) == 1
     assert torch.equal(layer4(found), fourth)
     assert not [name for name in network.state_dict() if 'layer4' in name]
+
+
+def test_epsilons_of_localmims_swin():
+    """Those of its pretraining, in norms that it has from there; a segmenter's are all the published one's."""
+    classifier, encoder, segmenter = (
+        {name: norm.eps for name, norm in network.named_modules() if isinstance(norm, nn.LayerNorm)}
+        for network in (
+            models_localmim.create_classifier('localmim_swin_pico', 3, img_size=64),
+            models_localmim.create_backbone('localmim_swin_pico'),
+            models_localmim.create_segmenter('localmim_swin_pico', 3).encoder,
+        )
+    )
+    assert encoder == {name: classifier.get(name, 1e-5) for name in encoder}
+    assert segmenter == dict.fromkeys(encoder, 1e-5)
 
 
 def test_mixmim_has_the_classifiers_tokens_at_224():

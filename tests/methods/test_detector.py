@@ -306,6 +306,14 @@ def test_layer4_of_c4_runs_once():
 
 
 @pytest.mark.parametrize('neck', ['fpn', 'c4'])
+def test_sizes_of_anchors(neck):
+    """By default 8 times the strides, of a pyramid's levels or in 'c4' of those that it would have."""
+    for scale, sizes in ((8, [32, 64, 128, 256, 512]), (2, [8, 16, 32, 64, 128])):
+        model = tiny(neck, anchor_sizes=None, anchor_scale=scale)
+        assert [size for level in model.rpn.anchor_generator.sizes for size in level] == sizes
+
+
+@pytest.mark.parametrize('neck', ['fpn', 'c4'])
 def test_frozen_norms(neck):
     model = tiny(neck, norm='frozen')
     running = {name: value.clone() for name, value in model.named_buffers()}

@@ -105,7 +105,7 @@ def test_inference():
 
 def swins(**sizes) -> tuple[SwinBackbone, SwinTransformer]:
     """A dense Swin and timm's with its weights, in evaluation mode."""
-    own = models_localmim.create_backbone('localmim_swin_pico', **sizes).eval()
+    own = models_localmim.create_segmenter('localmim_swin_pico', **sizes).encoder.eval()
     timms = models_a2mim.create_backbone('simmim_swin_tiny', patch_size=2, **{**PICO, **sizes}).eval()
     for param in own.parameters():
         torch.nn.init.normal_(param, std=0.2)

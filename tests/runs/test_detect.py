@@ -269,6 +269,13 @@ def test_a_step_that_diverged(shapes, tmp_path, monkeypatch, capsys):
     assert re.search(r'rank 0, micro-step 0: loss \d.*\n  finite in float32', capsys.readouterr().out)
 
 
+def test_no_relative_positions():
+    for flags, count in ((['--rel_pos'], 8), (['--no_rel_pos'], 0)):
+        args = parsed('coco', 'out', '--model', 'mirl_vit_tiny', '--input_size', '32', '--width', '8', *flags)
+        names = [name for name, _ in finetune_detection.create_detector(args, 3).named_parameters()]
+        assert sum('.rel_pos_' in name for name in names) == count
+
+
 # --------------------------------------------------------------------------
 # mistakes
 
@@ -285,6 +292,7 @@ def test_a_step_that_diverged(shapes, tmp_path, monkeypatch, capsys):
         (['--detector_kwargs', 'fc_widht=3'], 'has no option fc_widht; did you mean fc_width'),
         (['--detector_kwargs', 'width=3'], '--detector_kwargs width=3: it has a flag of its own'),
         (['--config', 'mirl_vit_base_finetune'], 'main_finetune.py, not for scripts/finetune_detection.py'),
+        (['--no_rel_pos'], '--no_rel_pos is for plain ViTs: a2mim_resnet_tiny is none'),
         (['--nb_classes', '3'], 'unknown argument --nb_classes: it belongs to main_finetune.py'),
         (['--eval'], '--eval needs a checkpoint: --resume PATH'),
         (['--predict', 'x'], '--predict needs a checkpoint: --resume PATH'),

@@ -184,6 +184,11 @@ def training_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) 
     return CocoFolder(split, train=True, transform=augment, **how)
 
 
+def kinds(split: CocoSplit, args: argparse.Namespace) -> np.ndarray | None:
+    """What images of a batch for training have in common, bool [N]; None: nothing, since all crops are padded alike."""
+    return None if args.augment == 'lsj' else split.wide
+
+
 def test_images(split: CocoSplit, args: argparse.Namespace, reader: Reader) -> CocoFolder:
     """As the arguments ask for."""
     size = Augment('shortest_edge', sizes=[args.test_size], longest=args.max_size, hflip=0.0)

@@ -25,7 +25,7 @@ from util.log import counted
 LAYOUT = 'annotations/instances_train2017.json and instances_val2017.json, train2017/ and val2017/'
 THINNEST = 1e-5  # pixels of a side of a box that is an object
 NUMBERS = {int, float}
-FAR = 10  # times an image's longer side: how far polygons may reach
+FAR = 100  # times an image's longer side: how far polygons may reach
 
 
 class CocoObject(NamedTuple):
@@ -223,11 +223,11 @@ def segmentation_fault(segmentation: Any, height: int, width: int) -> str:
                 if not -far < min(part) <= max(part) < far:
                     return 'has a polygon far outside of its image'
             return ''
-        case {'size': [int(rows), int(columns)], 'counts': list() | str() as counts}:
+        case {'size': [int(rows), int(columns)], 'counts': list() | str() | bytes() as counts}:
             if (rows, columns) != (height, width):
                 return f'has a mask of {columns} x {rows} pixels, its image {width} x {height}'
             try:
-                runs = unpacked(counts) if isinstance(counts, str) else counts
+                runs = counts if isinstance(counts, list) else unpacked(counts)
                 fits = min(runs, default=0) >= 0 and sum(runs) == height * width
             except (TypeError, IndexError):
                 fits = False
@@ -235,10 +235,10 @@ def segmentation_fault(segmentation: Any, height: int, width: int) -> str:
     return 'has no segmentation'
 
 
-def unpacked(counts: str) -> list[int]:
+def unpacked(counts: str | bytes) -> list[int]:
     """The runs in compressed RLE: numbers of 5 bits a letter, from the third on differences to the last but one."""
     runs, value, shift = [], 0, 0
-    for letter in map(ord, counts):
+    for letter in counts.encode() if isinstance(counts, str) else counts:
         value |= (letter - 48 & 31) << shift
         shift += 5
         if not letter - 48 & 32:

@@ -360,6 +360,7 @@ def create_detector(
     rpn_depth: int = 1,
     width: int = 256,
     anchor_sizes: Sequence[float] | None = None,
+    anchor_scale: float = 8,
     rpn_samples: int = 256,
     proposals: Sequence[int] | None = None,
     roi_samples: int = 512,
@@ -378,9 +379,9 @@ def create_detector(
     '4conv1fc' four convolutions and one; 'c4' has neither. `norm` of the heads and of a feature pyramid: 'ln' over
     channels, 'bn', None; 'frozen' is None, and the encoder's BatchNorms stay as they are loaded. `proposals` are how
     many are kept before and after non-maximum suppression, in training and then in test: by default 2000, 1000, 1000,
-    1000, with 'c4' 12000, 2000, 6000, 1000. `anchor_sizes` in pixels, one for each map, are by default 8 times its
-    stride, so 32 to 512; with 'c4' all five are on the one map. The encoder becomes part of the detector. Raises
-    ValueError for what does not fit.
+    1000, with 'c4' 12000, 2000, 6000, 1000. `anchor_sizes` in pixels, one for each map, are by default
+    `anchor_scale` times its stride, so 32 to 512; with 'c4' all five are on the one map. The encoder becomes part
+    of the detector. Raises ValueError for what does not fit.
     """
     neck = neck or ('simple' if len(backbone.strides) == 1 else 'fpn')
     check_choice('box_head', box_head, ('2fc', '4conv1fc'))
@@ -393,7 +394,7 @@ def create_detector(
         backbone = freeze_batch_norm_2d(backbone)
     network = with_neck(backbone, neck, width, None if norm == 'frozen' else norm)
     c4, strides, channels = neck == 'c4', network.strides, network.out_channels
-    anchor_sizes = anchor_sizes or ((32, 64, 128, 256, 512) if c4 else [8 * stride for stride in strides])
+    anchor_sizes = anchor_sizes or [anchor_scale * stride for stride in ((4, 8, 16, 32, 64) if c4 else strides)]
     anchors = Anchors([anchor_sizes] if c4 else [[size] for size in anchor_sizes], (0.5, 1, 2), strides)
     if len(anchors.sizes) != len(strides):
         raise ValueError(f'anchor_sizes {list(anchor_sizes)} must be one for each map, of strides {strides}')

@@ -36,8 +36,8 @@ def sobel(imgs: Tensor) -> tuple[Tensor, Tensor]:
     Sums of slices rather than a convolution, which a GPU may round to TF32.
     """
     x = F.pad(imgs, (1, 1, 1, 1), mode='reflect')
-    rows = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]  # [N, C, H, W + 2]
-    cols = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]  # [N, C, H + 2, W]
+    rows = torch.add(x[..., :-2, :], x[..., 1:-1, :], alpha=2) + x[..., 2:, :]  # [N, C, H, W + 2]
+    cols = torch.add(x[..., :-2], x[..., 1:-1], alpha=2) + x[..., 2:]  # [N, C, H + 2, W]
     return rows[..., :-2] - rows[..., 2:], cols[..., :-2, :] - cols[..., 2:, :]
 
 
@@ -46,10 +46,11 @@ def histogram(across: Tensor, down: Tensor, cell: int, bins: int) -> Tensor:
     n, c, height, width = across.shape
     h, w = height // cell, width // cell
     magnitude = torch.hypot(across, down)
-    index = (torch.atan2(across, down) / math.pi * bins).floor().remainder(bins).long()
+    index = (torch.atan2(across, down) / math.pi * bins).floor().remainder(bins)
     row = torch.arange(height, device=across.device).unsqueeze(1) // cell
     col = torch.arange(width, device=across.device) // cell
-    index = (index * h + row) * w + col  # in [bins, h, w]
+    # in [bins, h, w]; float32 counts to 2 ** 24 exactly and takes half of int64's memory
+    index = torch.add((row * w + col).to(index.dtype), index, alpha=h * w).long()
     sums = magnitude.new_zeros(n, c, bins * h * w).scatter_add_(2, index.flatten(2), magnitude.flatten(2))
     return sums.view(n, c, bins, h, w) / cell**2
 

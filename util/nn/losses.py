@@ -23,12 +23,14 @@ def pixel_loss(
     (2 * sigmoid(alpha * d) - 1) ** gamma, or tanh(alpha * d) ** gamma with `activate='tanh'`. `residual` adds 1 to this
     weight. Source: `regression_loss.py` of OpenMixup.
     """
-    power = 2 if mode in ('mse', 'focal_mse') else 1
+    error = distance**2 if mode in ('mse', 'focal_mse') else distance
     if mode in ('l1', 'mse'):
-        return distance**power
+        return error
     if mode in ('focal_l1', 'focal_mse'):
         focus = (alpha * distance).tanh() if activate == 'tanh' else 2 * (alpha * distance).sigmoid() - 1
-        return distance**power * (focus**gamma + residual)
+        # what changes no number is left out: each is a pass over all pixels
+        weight = focus if gamma == 1 else focus**gamma
+        return error * (weight + 1 if residual else weight)
     if mode == 'huber':
         return torch.where(distance < 1, 0.5 * distance**2, distance - 0.5)
     if mode == 'charbonnier':

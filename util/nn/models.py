@@ -5,9 +5,36 @@ import difflib
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-norm_layer = partial(nn.LayerNorm, eps=1e-6)  # of MAE and what follows it; torch's own default is 1e-5
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, but features that are in bf16 stay in it on a GPU, and only weights are cast, as a linear layer's are.
+
+    Autocast there would have features in float32 before and after, for linear layers that take bf16. Inside of the
+    kernel all sums are float32; those of a CPU's are not, but it takes float32 weights with bf16 features.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.bfloat16 or x.device.type == 'cpu':
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+norm_layer = partial(LayerNorm, eps=1e-6)  # of MAE and what follows it; torch's own default is 1e-5
+
+
+def fuse_attention(network: nn.Module) -> None:
+    """Let every attention of timm's use torch's fused kernels, its Swin's too, which by default does not.
+
+    On a CPU these kernels gain nothing there, and round another way.
+    """
+    for module in network.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = True
 
 
 def factory(cls: type[nn.Module], name: str, /, **sizes) -> Callable[..., nn.Module]:

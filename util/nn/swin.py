@@ -18,7 +18,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from util.nn.checks import check_divides, check_heads, check_windows
-from util.nn.models import as_timm, norm_layer
+from util.nn.models import LayerNorm, as_timm, norm_layer
 
 # --------------------------------------------------------------------------
 # windows
@@ -160,12 +160,14 @@ class WindowAttention(nn.Module):
             qkv = empty.index_copy(1, windows.slots, qkv)
         elif windows.slots is not None:
             qkv = qkv.new_zeros(n, windows.mask.shape[0] * size, 3 * dim).index_copy(1, windows.slots, qkv)
-        qkv = qkv.view(n, -1, size, 3, self.num_heads, dim // self.num_heads).permute(3, 0, 1, 4, 2, 5)
+        # unbound before they are permuted, so that their gradients are put together where they belong
+        qkv = qkv.view(n, -1, size, 3, self.num_heads, dim // self.num_heads).unbind(3)
+        qkv = [x.transpose(2, 3) for x in qkv]  # each [N, G, heads, S, D / heads]
         bias = self.relative_position_bias_table[windows.bias_index].permute(0, 3, 1, 2)  # [G or 1, heads, S, S]
         if windows.mask is None:
-            q, k, v = qkv.flatten(1, 2)  # each [N * G, heads, S, D / heads]
+            q, k, v = (x.flatten(0, 1) for x in qkv)  # each [N * G, heads, S, D / heads]
         else:
-            q, k, v = qkv.flatten(2, 3)  # each [N, G * heads, S, D / heads]: so that N shares the mask
+            q, k, v = (x.flatten(1, 2) for x in qkv)  # each [N, G * heads, S, D / heads]: so that N shares the mask
             bias = (bias + windows.mask.unsqueeze(1)).flatten(0, 1).unsqueeze(0)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = x.reshape(n, -1, self.num_heads, size, dim // self.num_heads).transpose(2, 3).reshape(n, -1, dim)
@@ -184,7 +186,7 @@ class SwinBlock(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window_size, num_heads)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=norm2_eps)
+        self.norm2 = LayerNorm(dim, eps=norm2_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
@@ -388,7 +390,7 @@ class SwinBackbone(nn.Module):
 
     The image is zero-padded to whole patches, each block's map to whole windows *after* its norm and *before* it is
     rolled, and an odd map before its merging. Padding is not masked. Each stage's map has a norm of its own, `norm0` to
-    `norm3`, and is taken before the merging; every norm has an epsilon of 1e-5.
+    `norm3`, and is taken before the merging. These and `norm2` have an epsilon of 1e-5, every other norm 1e-6.
     """
 
     def __init__(
@@ -409,13 +411,10 @@ class SwinBackbone(nn.Module):
         self.patch_embed = PatchEmbed(
             None, patch_size, 3, embed_dim, norm_layer=norm_layer, output_fmt='NHWC', dynamic_img_pad=True
         )
-        rates = dict(drop_path_rate=drop_path_rate)
+        rates = dict(drop_path_rate=drop_path_rate, norm2_eps=1e-5)
         self.layers = swin_stages([window_size] * 4, embed_dim, depths, num_heads, mlp_ratio, **rates)
         for stage, width in enumerate(self.widths):
             self.add_module(f'norm{stage}', nn.LayerNorm(width))
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-5
         init_swin(self)
 
     def forward(self, imgs: Tensor) -> list[Tensor]:
