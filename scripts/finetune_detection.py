@@ -171,7 +171,14 @@ def create_detector(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def check_detector(core: nn.Module, args: argparse.Namespace) -> None:
-    """Raise UserError for a network whose maps would fail in the first step, or in an evaluation."""
+    """Raise UserError for a network whose maps would fail in the first step, or in an evaluation; and for its sizes."""
+    short = {'test_size': args.test_size}
+    if args.augment in ('shortest_edge', 'crop') and not args.eval:
+        short['train_sizes'] = max(args.train_sizes)
+    for name, size in short.items():
+        if size > args.max_size:
+            line = f'--{name} {size} is a short side, and --max_size {args.max_size} a long one: it is too small'
+            raise UserError(line)
     if not args.eval:
         build.check_forward(core.backbone, args, args.input_size)
     build.check_forward(core.backbone.eval(), args, args.test_size)

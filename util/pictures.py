@@ -270,9 +270,9 @@ def detected(image: np.ndarray, objects: Objects, classes: list[str], width: int
     the highest scores are drawn last. Colours are those of the classes.
     """
     height, own = image.shape[:2]
-    width = width or own * max(1, -(-NARROWEST // own))
-    factor = width / own
-    size = width, max(1, round(height * factor))
+    tallest = segmentation.LONGEST * (width or NARROWEST)
+    factor = min(width / own, tallest / height) if width else max(1, min(-(-NARROWEST // own), tallest // height))
+    size = tuple(max(1, round(factor * side)) for side in (own, height))
     canvas = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)).copy()
     found = {name: np.asarray(values.cpu()) for name, values in objects.items()}
     order = found['scores'].argsort(kind='stable') if 'scores' in found else np.arange(len(found['boxes']))

@@ -348,6 +348,8 @@ FAULTS = {  # what is done to the training JSON, and the line
         r'the annotation 10 needs an image_id, a category_id and a bbox of .*: is it of another task\?',
     ),
     'box of words': (spoil(1, bbox=['a', 1, 2, 3]), r'the annotation 10 has a bbox or an area that is not of numbers'),
+    'huge box': (spoil(1, bbox=[10**400, 1, 2, 3]), r'the annotation 10 has a bbox or an area that is not of numbers'),
+    'crowd of words': (spoil(1, iscrowd='0'), r"the annotation 10 has an iscrowd of '0': it is 0 or 1"),
     'nan': (spoil(1, bbox=[float('nan'), 1, 2, 3]), r'instances_train2017.json is not JSON, or damaged: it holds NaN'),
     'two points': (
         spoil(1, segmentation=[[1, 1, 5, 5]]),
@@ -409,18 +411,26 @@ def test_mistakes_in_folders(tmp_path, monkeypatch):
         ({'data_path': folder / 'annotations'}, f'did you mean --data_path {re.escape(str(folder))}\\?'),
         ({'train_json': Path('annotations/instances_val2017.json')}, f'did you mean --train_json {folder}/annot'),
         ({'train_images': tmp_path / 'none'}, 'no such folder: .*/none$'),
+        ({'train_json': folder / 'annotations'}, 'no such file: .*/annotations$'),
     ):
         with pytest.raises(UserError, match=line):
             coco.splits(given(folder, **values))
     text = listing.read_text()
     for content, line in (
         (text[:-9], 'instances_train2017.json is not JSON, or damaged: '),
-        ('[1]', 'has no list of images: it should hold images, annotations, categories, not something else'),
+        ('[1]', 'has no list of images: it should hold images, annotations, categories, not a list'),
         ('[' * 100_000, 'is not JSON, or damaged'),
     ):
         listing.write_text(content)
         with pytest.raises(UserError, match=line):
             coco.splits(given(folder))
+    listing.write_text(text)
+    empty = tmp_path / 'empty.json'
+    empty.write_text(json.dumps(json.loads(text) | {'annotations': []}))
+    for values, word in ((dict(train_json=empty, keep_empty=True), 'learn'), (dict(val_json=empty), 'find')):
+        values |= dict(val_images=folder / 'train2017')
+        with pytest.raises(UserError, match=f'empty.json has no image with an object to {word}, crowd regions apart'):
+            coco.splits(given(folder, **values))
     listing.unlink()
     with pytest.raises(UserError, match=r'no such file: .*; .*/annotations holds instances_val2017.json'):
         coco.splits(given(folder))
@@ -491,6 +501,9 @@ def test_detections_are_drawn(folder):
     both = pictures.some_detected(lambda tested, size: seen.append((tested.shape, size)) or truth, images, 2)
     assert seen == [((3, 32, 43), (48, 64)), ((3, 32, 43), (48, 64))] or len(seen) == 2
     assert both.shape[1] >= 2 * 320
+    tall, nothing = np.zeros((3000, 20, 3), np.uint8), {name: values[:0] for name, values in truth.items()}
+    assert pictures.detected(tall, nothing, val.classes).shape == (3000, 20, 3)
+    assert pictures.detected(tall, nothing, val.classes, 320).shape == (4 * 320, 9, 3)
 
 
 def test_results_are_drawn(folder, tmp_path, capsys):

@@ -318,6 +318,8 @@ def test_mistakes_with_a_checkpoint(whole, shapes, tmp_path):
             r'eval_freq: 3 then, 2 now; to start a new run .*: --finetune',
         ),
         ([*SHORT, '--resume', last, '--width', '8'], r'width: 16 then, 8 now'),
+        ([*SHORT, '--max_size', '40'], '--test_size 48 is a short side, and --max_size 40 a long one: it is too small'),
+        ([*SHORT, '--augment', 'crop'], '--train_sizes 800 is a short side, and --max_size 48'),
         (['--eval', '--resume', last, '--finetune', last], r'--eval does not use --finetune'),
         (['--resume', last, '--predict', tmp_path / 'none'], 'no such file or folder'),
         (['--resume', last, '--predict', shapes, '--output_dir', shapes / 'out'], 'is among the images of --predict'),

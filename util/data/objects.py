@@ -6,7 +6,6 @@ down the columns (RLE), compressed or not.
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from util.log import counted
 LAYOUT = 'annotations/instances_train2017.json and instances_val2017.json, train2017/ and val2017/'
 THINNEST = 1e-5  # pixels of a side of a box that is an object
 NUMBERS = {int, float}
+HUGE = 1e9  # pixels, beyond which no box is
 FAR = 100  # times an image's longer side: how far polygons may reach
 
 
@@ -135,7 +135,7 @@ def parsed(listing: Path) -> dict[str, list[dict]]:
     for part in parts:
         rows = content.get(part) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            holds = listed(list(content), 5) if isinstance(content, dict) else 'something else'
+            holds = listed(list(content), 5) if isinstance(content, dict) else f'a {type(content).__name__}'
             raise UserError(
                 f'{listing} has no list of {part}: it should hold {listed(parts)}, not {holds or "nothing"}'
             )
@@ -187,8 +187,10 @@ def annotation_fault(row: dict, entries: dict[int, dict], label_of: dict[int, in
         return f'is of the image {image}, which is not among its images'
     if category not in label_of:
         return f'is of the category {category}, which is not among its categories'
-    if not set(map(type, numbers)) <= NUMBERS or not all(map(math.isfinite, numbers)):
+    if not set(map(type, numbers)) <= NUMBERS or not all(-HUGE < number < HUGE for number in numbers):
         return 'has a bbox or an area that is not of numbers'
+    if row.get('iscrowd') not in (None, 0, 1):
+        return f'has an iscrowd of {row["iscrowd"]!r:.40}: it is 0 or 1'
     if not masks:
         return ''
     fault = segmentation_fault(row.get('segmentation'), entries[image]['height'], entries[image]['width'])
@@ -278,6 +280,9 @@ def split_of(args: argparse.Namespace, name: str) -> CocoSplit:
     how = name == 'train', not args.box_only, args.keep_empty
     key = ('coco', listing, images, *how)
     split = node.once_a_node(key, lambda: looked_at(read(images, listing, *how), rooted(Reader.of(args), args, name)))
+    if all(thing.crowd for index in range(len(split.ids)) for thing in split.of(index)):
+        what = 'learn' if name == 'train' else 'find'
+        raise UserError(f'{listing} has no image with an object to {what}, crowd regions apart')
     return split._replace(notes=[f'{name}: {note}' for note in split.notes])
 
 
@@ -285,7 +290,8 @@ def advice(args: argparse.Namespace, flag: str) -> str:
     """What to do where the file or folder of a flag is missing."""
     if given := getattr(args, flag):
         inside = args.data_path / given
-        return f'; did you mean --{flag} {inside}?' if inside.exists() else ''
+        fits = inside.is_file() if flag.endswith('json') else inside.is_dir()
+        return f'; did you mean --{flag} {inside}?' if fits else ''
     folder = args.data_path / 'annotations'
     hint = datasets.nearby(args.data_path, ('annotations', 'val2017'))
     if folder.is_dir() and not hint:

@@ -1,5 +1,6 @@
 """What every network asks about its sizes; each function raises ValueError with the numbers."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -39,3 +40,13 @@ def check_mask_ratio(mask_ratio: float, num_hidden: int, total: int, what: str =
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f'{name} {value!r} is not one of {", ".join(choices)}')
+
+
+def check_numbers(least: float, most: float, whole: bool = True, **numbers: object) -> None:
+    """Of each by its name: a number, or a sequence of them. torch would stop in the first step or evaluation."""
+    kinds = (int,) if whole else (int, float)
+    for name, value in numbers.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not all(type(number) in kinds and least <= number <= most for number in values):
+            what, up_to = 'whole numbers' if whole else 'numbers', f' to {most:g}' if most < math.inf else ''
+            raise ValueError(f'{name} {value!r} should be {what} from {least:g}{up_to}')

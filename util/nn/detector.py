@@ -28,7 +28,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from util.nn.checks import check_choice
+from util.nn.checks import check_choice, check_numbers
 from util.nn.pyramid import NORMS, with_neck
 
 Sizes = Sequence[tuple[int, int]]  # height and width of each image
@@ -389,18 +389,25 @@ def create_detector(
         check_choice('norm', norm, (*NORMS, 'frozen'))
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes} must be at least 1; the background is not counted')
+    if neck == 'c4' and box_head != '2fc':
+        raise ValueError(f"box_head {box_head!r} is not for neck 'c4', whose box head is the last stage")
+    check_numbers(1, math.inf, width=width, rpn_depth=rpn_depth, rpn_samples=rpn_samples, roi_samples=roi_samples)
+    check_numbers(1, math.inf, fc_width=fc_width, conv_width=conv_width, mask_convs=mask_convs, detections=detections)
+    check_numbers(1, math.inf, size_divisible=size_divisible, **({'proposals': proposals} if proposals else {}))
+    check_numbers(0, 1, whole=False, score_threshold=score_threshold, nms=nms)
     new_norm, last, top = NORMS.get(norm), getattr(backbone, 'layer4', None), backbone.widths[-1]
     if norm == 'frozen':
         backbone = freeze_batch_norm_2d(backbone)
     network = with_neck(backbone, neck, width, None if norm == 'frozen' else norm)
     c4, strides, channels = neck == 'c4', network.strides, network.out_channels
     anchor_sizes = anchor_sizes or [anchor_scale * stride for stride in ((4, 8, 16, 32, 64) if c4 else strides)]
+    check_numbers(1, math.inf, whole=False, anchor_sizes=anchor_sizes)
     anchors = Anchors([anchor_sizes] if c4 else [[size] for size in anchor_sizes], (0.5, 1, 2), strides)
     if len(anchors.sizes) != len(strides):
         raise ValueError(f'anchor_sizes {list(anchor_sizes)} must be one for each map, of strides {strides}')
     kept = proposals or ((12000, 2000, 6000, 1000) if c4 else (2000, 1000, 1000, 1000))
-    if len(kept) != 4:
-        raise ValueError(f'proposals {list(kept)} must be four: before and after, in training and then in test')
+    if not isinstance(kept, (list, tuple)) or len(kept) != 4:
+        raise ValueError(f'proposals {kept} must be four: before and after, in training and then in test')
     before, after = (dict(training=kept[i], testing=kept[i + 2]) for i in (0, 1))
     rpn = ProposalNetwork(
         *(anchors, ProposalHead(channels, anchors.num_anchors_per_location()[0], rpn_depth)),
