@@ -140,11 +140,12 @@ def test_request_to_be_queued_again_that_is_not_granted(monkeypatch, capsys):
     assert line.endswith(', submit it with --output_dir runs/x --resume auto')
 
 
-def test_a_job_is_loaded_where_the_project_cannot_be_imported(tmp_path, monkeypatch):
-    [options, args] = launcher.parse(['segment', '--local', '--model', 'mirl_vit_tiny', '--steps', '10'])
+@pytest.mark.parametrize('word', ['segment', 'detect'])
+def test_a_job_is_loaded_where_the_project_cannot_be_imported(word, tmp_path, monkeypatch):
+    [options, args] = launcher.parse([word, '--local', '--model', 'mirl_vit_tiny', '--steps', '10'])
     cloudpickle.register_pickle_by_value(launcher)  # as that of a program that runs is
     try:
-        job = cloudpickle.dumps(launcher.Job('segment', *args.values(), options))
+        job = cloudpickle.dumps(launcher.Job(word, *args.values(), options))
     finally:
         cloudpickle.unregister_pickle_by_value(launcher)
     monkeypatch.delenv('PYTHONPATH', raising=False)
