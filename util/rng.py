@@ -107,9 +107,12 @@ def skip_float32(rng: np.random.Generator, count: int) -> None:
     rng.random(count % 8, dtype=np.float32)
 
 
-def settle_kernels(deterministic: bool) -> None:
-    """Let cuDNN pick its fastest kernels, or allow only those that repeat to the bit."""
+def settle_kernels(deterministic: bool, sizes_vary: bool = False) -> None:
+    """Let cuDNN pick its fastest kernels, or allow only those that repeat to the bit.
+
+    It tries them all at each new size: not where sizes vary, as the number of a detector's regions does.
+    """
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = not (deterministic or sizes_vary)

@@ -272,7 +272,7 @@ class Run:
         device = self.meet()
         agreement.check(self.args, device, **data)
         self.agreed = True
-        rng.settle_kernels(self.args.deterministic)
+        rng.settle_kernels(self.args.deterministic, sizes_vary=self.stage == 'detect')
         return device
 
     def resume(self, training: Training, images: ImageFiles) -> None:

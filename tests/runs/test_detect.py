@@ -141,6 +141,7 @@ def test_resumed_equals_uninterrupted(whole, shapes, tmp_path):
     for moment in ((1, 1, True), (1, 3, False)):
         flags = [*SHORT, '--save_freq_steps', '1', '--use_ema', '--resume', moments[moment]]
         assert equal_states(train('detect', shapes, tmp_path / f'{moment}', *flags), load(folder))
+    assert not torch.backends.cudnn.benchmark  # regions are of another number in each step, and each would be tried
 
 
 def test_detections_in_other_pictures(whole, shapes, tmp_path, capsys, monkeypatch):
