@@ -373,7 +373,7 @@ def test_the_backbone_alone_is_compiled(monkeypatch):
         ('c4', dict(box_head='4conv1fc'), "box_head '4conv1fc' is not for neck 'c4'"),
         ('fpn', dict(neck='simple'), "neck 'simple'"),
         ('fpn', dict(neck='c4'), "neck 'c4'"),
-        ('simple', dict(neck='fpn'), 'a feature pyramid takes two or more'),
+        ('simple', dict(neck='fpn'), "neck 'fpn' is for several maps, not for the one of a ViT; try 'simple'"),
     ],
 )
 def test_options_that_do_not_fit(neck, options, line):
