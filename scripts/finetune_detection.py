@@ -21,7 +21,20 @@ from torch import Tensor, nn
 import main_finetune
 from engine_finetune import LossOf, forward, train_one_epoch
 from main_pretrain import find_method
-from util import agreement, build, checkpoint, config, detecting, dist, dry_run, labelling, predictions, resources, rng
+from util import (
+    agreement,
+    build,
+    checkpoint,
+    config,
+    detecting,
+    dist,
+    dry_run,
+    labelling,
+    predictions,
+    resources,
+    rng,
+    steps,
+)
 from util.config import ABOVE_0, AT_LEAST_1, KeyValues, Switch
 from util.data import coco, decoders, named
 from util.data.images import Reader
@@ -47,7 +60,7 @@ def get_args_parser() -> config.Parser:
     config.add_model_args(parser, 1024)
     config.add_batch_args(parser, batch_size=2)
     schedule = dict(steps=184_375, lr=1e-4, warmup_steps=250, warmup_lr_ratio=1e-3)
-    config.add_step_args(parser, **schedule, schedules=('step', 'cosine', 'poly'))
+    steps.add_step_args(parser, **schedule, schedules=('step', 'cosine', 'poly'))
     config.add_optimiser_args(parser, betas=[0.9, 0.999])
     config.add_output_args(parser, unit='round')
     config.add_hardware_args(parser)
@@ -280,7 +293,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
     for name in ('train', 'val'):
         config.check_apart('output_dir', args.output_dir, folder_of(args, name), 'folder', f'--{name}_images')
     train, val = coco.splits(args)
-    args = config.in_passes(args, build.epoch_batches(args, len(train.images)).pass_steps)
+    args = steps.in_passes(args, build.epoch_batches(args, len(train.images)).pass_steps)
     config.check_schedule(args)
     args = argparse.Namespace(**vars(args) | {'categories': train.categories})
     sampler = build.epoch_batches(args, len(train.images), coco.kinds(train, args))
@@ -293,6 +306,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         rules = build.param_rules(method, core, args.rule_kwargs)
         ema = WeightAverage(core, args.ema_decay) if args.use_ema else None
         build.apply_options(core, args)
+        run.notices += build.statistics_notices(args, core, sampler)
 
         device = run.join(core, ema, train=train, val=val)
         core = build.on_device(core, args, device)

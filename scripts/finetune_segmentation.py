@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import main_finetune
 from engine_finetune import LossOf, forward, train_one_epoch
 from main_pretrain import find_method
-from util import agreement, build, checkpoint, config, dist, dry_run, labelling, predictions, resources, rng
+from util import agreement, build, checkpoint, config, dist, dry_run, labelling, predictions, resources, rng, steps
 from util.config import AT_LEAST_1, Switch, number
 from util.data import datasets, decoders, named, segmentation
 from util.data.annotations import listing_of
@@ -30,7 +30,7 @@ from util.data.images import Reader
 from util.data.segmentation import PairSplit
 from util.errors import UserError, printable, run_main
 from util.labelling import Labeller
-from util.log import counted, info
+from util.log import info
 from util.optim import WeightAverage
 from util.run import Run
 from util.training import Training, memory_format
@@ -47,7 +47,7 @@ def get_args_parser() -> config.Parser:
     parser.add_argument('--config', type=config.path, metavar='YAML', at_resume='free', help='recipe, or its name')
     config.add_model_args(parser, 512, '--crop_size')
     config.add_batch_args(parser, batch_size=2)
-    config.add_step_args(parser, steps=160_000, lr=1e-4, warmup_steps=1500)
+    steps.add_step_args(parser, steps=160_000, lr=1e-4, warmup_steps=1500)
     config.add_optimiser_args(parser, betas=[0.9, 0.999])
     config.add_output_args(parser, unit='round')
     config.add_hardware_args(parser)
@@ -203,15 +203,6 @@ def by_name(**pairs: PairSplit) -> dict[str, datasets.Split]:
     return splits
 
 
-def statistics_notice(args: argparse.Namespace, core: nn.Module, sampler: datasets.EpochBatches) -> str:
-    """What of a step BatchNorm sees, on which the result depends more than one would think."""
-    seen = args.batch_size * (sampler.world_size if build.synchronises(core, args) else 1)
-    return (
-        f'effective batch: {sampler.global_batch}; the statistics of BatchNorm are those of {counted(seen, "image")}, '
-        f'one forward, which --accum_iter does not widen'
-    )
-
-
 # --------------------------------------------------------------------------
 # evaluation and prediction
 
@@ -300,7 +291,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
         rules = build.param_rules(method, core, args.rule_kwargs)
         ema = WeightAverage(core, args.ema_decay) if args.use_ema else None
         build.apply_options(core, args)
-        run.notices.append(statistics_notice(args, core, sampler))
+        run.notices += build.statistics_notices(args, core, sampler)
 
         device = run.join(core, ema, **by_name(train=train, val=val))
         core = build.on_device(core, args, device)

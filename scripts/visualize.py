@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -96,16 +97,16 @@ def detections(args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
         raise UserError(f'{args.detections} is of other images: {args.annotations} has no image {unknown[0]}')
     if unknown := sorted({result['category_id'] for result in results} - {*split.categories}):
         raise UserError(f'{args.detections} is of other classes: {args.annotations} has no category {unknown[0]}')
-    chosen, rows = np.arange(min(args.count, len(images))) * len(images) // min(args.count, len(images)), []
-    for index in chosen.tolist():
-        image, truth = images.original(index)
-        likely = [r for r in results if r['image_id'] == split.ids[index] and r['score'] >= detecting.DRAWN]
+
+    def find(image: Tensor, about: dict) -> pictures.Objects:
+        number = about['image_id']
+        likely = [r for r in results if r['image_id'] == number and r['score'] >= detecting.DRAWN]
         try:
-            both = truth, objects_of(likely, split.categories, image.shape[:2], masks)
+            return objects_of(likely, split.categories, about['size'], masks)
         except ValueError as error:
-            raise UserError(f'{args.detections}: what was found in the image {split.ids[index]} {error}') from error
-        rows.append([Image.fromarray(pictures.detected(image, objects, split.classes, 320)) for objects in both])
-    return np.asarray(pictures.arranged(rows, ['truth', 'prediction'], 320)[0]), len(chosen), len(images)
+            raise UserError(f'{args.detections}: what was found in the image {number} {error}') from error
+
+    return pictures.some_detected(find, images, args.count), min(args.count, len(images)), len(images)
 
 
 def results_in(file: Path) -> list[dict]:

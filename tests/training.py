@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import main_pretrain
 from scripts import finetune_detection, finetune_segmentation
 from util import checkpoint, rng
 from util.recipes import program
+from util.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ['--model', 'mirl_vit_tiny', '--input_size', '32', '--device', 'cpu', '--num_workers', '0', '--print_freq', '1']
@@ -58,6 +60,21 @@ def train(stage: str, data: Path, output: Path, *more: str) -> dict:
     main = PROGRAMS[stage]
     main.main(main.get_args_parser().parse(arguments(data, output, *more), stage=stage))
     return load(output)
+
+
+def with_moments(stage: str, data: Path, folder: Path, *flags) -> tuple[Path, dict[tuple[int, int, bool], Path]]:
+    """The folder of a finished run, and every state that it saved on the way, by (epoch or round, step, closed)."""
+    moments = {}
+
+    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save, **more):
+        save(self, name, epoch, step, closed, **more)
+        moments[epoch.number, step, closed] = folder / f'{epoch.number}-{step}-{closed}.pth'
+        shutil.copy(self.args.output_dir / name, moments[epoch.number, step, closed])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, 'save', save_and_copy)
+        train(stage, data, folder / 'run', *flags, '--save_freq_steps', '1')
+    return folder / 'run', moments
 
 
 def load(output: Path, name: str = 'checkpoint-last.pth') -> dict:

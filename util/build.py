@@ -19,6 +19,7 @@ from util.data import augment, datasets
 from util.data.images import Reader
 from util.data.stores import Store
 from util.errors import UserError, closest
+from util.log import counted
 from util.nn.grad_checkpoint import checkpoint_blocks
 from util.nn.models import fuse_attention
 from util.nn.upernet import HEAD_OPTIONS, MAP_OPTIONS
@@ -139,6 +140,17 @@ def param_rules(method: ModuleType, core: nn.Module, rule_kwargs: dict) -> Rules
         return method.param_rules(core, **rule_kwargs)
     except ValueError as error:
         raise UserError(f'--rule_kwargs: {error}') from error
+
+
+def statistics_notices(args: argparse.Namespace, core: nn.Module, sampler: datasets.EpochBatches) -> list[str]:
+    """What of a step BatchNorm sees, on which a dense task depends more than one would think; nothing without one."""
+    if not dist.has_batchnorm(core):
+        return []
+    seen = args.batch_size * (sampler.world_size if synchronises(core, args) else 1)
+    return [
+        f'effective batch: {sampler.global_batch}; the statistics of BatchNorm are those of {counted(seen, "image")}, '
+        f'one forward, which --accum_iter does not widen'
+    ]
 
 
 def epoch_batches(args: argparse.Namespace, num_images: int, kinds: np.ndarray | None = None) -> datasets.EpochBatches:

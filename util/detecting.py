@@ -1,7 +1,6 @@
 """What a detector finds: held against COCO's annotations, its figures; in other pictures, boxes to look at."""
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ from util.errors import UserError, printable
 from util.labelling import put, put_bytes
 from util.log import counted, info
 from util.nn.detector import batch_images, paste_masks
+from util.nn.models import testing
 from util.training import amp_dtype, memory_format
 
 KINDS = {'bbox': 'box', 'segm': 'mask'}  # COCO's names of what is evaluated, and ours
@@ -43,7 +43,7 @@ def test_loader(split: CocoSplit, args: argparse.Namespace, device: torch.device
 
 
 class Finder:
-    """Finds objects in images with a network; in `testing` alone."""
+    """Finds objects in images with a network; while that is in `testing` alone."""
 
     def __init__(self, core: nn.Module, args: argparse.Namespace, device: torch.device):
         self.core, self.device, self.amp_dtype = core, device, amp_dtype(args, device)
@@ -58,15 +58,6 @@ class Finder:
         height, width = (own / tested for own, tested in zip(size, sizes[0], strict=True))
         return found | {'boxes': found['boxes'] * found['boxes'].new_tensor([width, height, width, height])}
 
-    @contextlib.contextmanager
-    def testing(self) -> Iterator[None]:
-        """In evaluation mode, and without gradients."""
-        was_training = self.core.training
-        self.core.eval()
-        with torch.inference_mode():
-            yield
-        self.core.train(was_training)
-
 
 def drawable(found: Found, size: tuple[int, int]) -> Found:
     """What is likely an object, with its masks in the size of the image, bool [n, H, W]."""
@@ -76,8 +67,12 @@ def drawable(found: Found, size: tuple[int, int]) -> Found:
 
 def drawing(finder: Finder, images: coco.CocoFolder) -> np.ndarray:
     """A few images with what is annotated and what was found: [height, width, 3] uint8."""
-    with finder.testing():
-        return pictures.some_detected(lambda image, size: drawable(finder(image, size), size), images)
+
+    def find(image: Tensor, about: dict) -> Found:
+        return drawable(finder(image, about['size']), about['size'])
+
+    with testing(finder.core):
+        return pictures.some_detected(find, images)
 
 
 def whole_masks(found: Found, size: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -100,7 +95,7 @@ def results(finder: Finder, batches: datasets.Loader, split: CocoSplit) -> list[
     """Those of the images of all ranks, in the order of their ids, on rank 0; an empty list on others."""
     own = []
     dist.share_running_statistics(finder.core)
-    with finder.testing():
+    with testing(finder.core):
         for [image], [about] in batches:
             if about['image_id'] != datasets.SKIPPED:
                 own.append((about['image_id'], as_results(finder(image, about['size']), about, split)))
@@ -152,7 +147,7 @@ def report(stats: dict[str, Any], split: CocoSplit, reader: Reader) -> None:
     known = {name: ap for name, ap in class_figures(stats, split)['box'].items() if ap >= 0}
     worst = sorted(known, key=known.get)[:WORST]
     listed = ', '.join(f'{printable(name, 40)} {known[name]:.2f}' for name in worst)
-    info(f'lowest box AP of {counted(len(known), "class").replace("classs", "classes")} that are annotated: {listed}')
+    info(f'lowest box AP of {len(known)} classes that are annotated: {listed}')
 
 
 def class_figures(stats: dict[str, Any], split: CocoSplit) -> dict[str, dict[str, float]]:
@@ -204,7 +199,7 @@ def write(finder: Finder, batches: datasets.Loader, files: list[Path], split: Co
     for [image], [about] in batches:
         if (index := about['image_id']) == datasets.SKIPPED:
             continue
-        with finder.testing():
+        with testing(finder.core):
             objects = finder(image, about['size'])
             of_image, likely = as_results(objects, about, split), drawable(objects, about['size'])
         drawn = pictures.detected(np.asarray(images.image(index)), likely, split.classes)

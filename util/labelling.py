@@ -1,10 +1,8 @@
 """What a segmentation network answers: held against annotations, its figures; of other pictures, labels to look at."""
 
 import argparse
-import contextlib
 import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from util.data.segmentation import Confusion, PairSplit, TestPairs
 from util.data.stores import Store
 from util.errors import StorageError, UserError, printable
 from util.log import counted, info
+from util.nn.models import testing
 from util.training import amp_dtype, memory_format
 
 WORST = 5  # classes in a line
@@ -35,7 +34,7 @@ def test_loader(split: PairSplit, args: argparse.Namespace, core: nn.Module, dev
 
 
 class Labeller:
-    """Labels images with a network, as the arguments say; in `testing` alone."""
+    """Labels images with a network, as the arguments say; while that is in `testing` alone."""
 
     def __init__(self, core: nn.Module, args: argparse.Namespace, device: torch.device):
         self.core, self.args, self.device, self.amp_dtype = core, args, device, amp_dtype(args, device)
@@ -48,15 +47,6 @@ class Labeller:
         how = self.mode, self.args.input_size, self.args.stride, self.args.test_flip
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return segmentation.predict(self.core, imgs, size, *how).argmax(1)
-
-    @contextlib.contextmanager
-    def testing(self) -> Iterator[None]:
-        """In evaluation mode, and without gradients."""
-        was_training = self.core.training
-        self.core.eval()
-        with torch.inference_mode():
-            yield
-        self.core.train(was_training)
 
     def pixels(self, images: TestPairs, most: int = 20) -> float:
         """How many pixels of an image the network is given, all windows, scales and flips of it: a mean over some."""
@@ -81,7 +71,7 @@ def evaluate(labeller: Labeller, batches: datasets.Loader, num_classes: int) -> 
     """
     confusion = Confusion(num_classes, labeller.device)
     dist.share_running_statistics(labeller.core)
-    with labeller.testing():
+    with testing(labeller.core):
         for imgs, labels in batches:
             confusion.update(labeller(imgs, labels.shape[1:]), labels.to(labeller.device))
     dist.barrier()  # hosts notice a lost rank, before any of them waits for a GPU
@@ -109,7 +99,7 @@ def class_table(stats: dict[str, Any], classes: list[str]) -> list[list]:
 
 def drawing(labeller: Labeller, pairs: TestPairs) -> np.ndarray:
     """A few images, their labels and the network's: [height, width, 3] uint8."""
-    with labeller.testing():
+    with testing(labeller.core):
         return pictures.some_labelled(labeller, pairs)
 
 
@@ -160,7 +150,7 @@ def write_labels(
     for ((_, index),), (imgs, labels) in zip(batches.batch_sampler, batches, strict=True):
         if printable(images.name(index)) in images.reader.skipped():
             continue
-        with labeller.testing():
+        with testing(labeller.core):
             label = labeller(imgs, labels.shape[1:])[0].byte().cpu().numpy()
         drawn = pictures.overlay(np.asarray(images.image(index)), label, classes)
         put(files[index], pictures.label_png(label))

@@ -246,11 +246,11 @@ Objects = dict[str, Tensor]  # boxes [n, 4], labels [n] from 1, and where there 
 
 
 def some_detected(
-    find: Callable[[Tensor, tuple[int, int]], Objects], images: CocoFolder, count: int = 4, width: int = 320
+    find: Callable[[Tensor, dict], Objects], images: CocoFolder, count: int = 4, width: int = 320
 ) -> np.ndarray:
     """A few images, evenly from all, with the annotated objects and the detections: [height, width, 3] uint8.
 
-    `find(image, size)` gives what is in an image to test, uint8 [3, h, w], in pixels of its own size.
+    `find(image, about)` gives what is in an image to test, uint8 [3, h, w], in pixels of its own `size`.
     """
     rows = []
     for number in range(min(count, len(images))):
@@ -258,7 +258,7 @@ def some_detected(
         tested, about = images[0, index]
         if about['image_id'] != datasets.SKIPPED:
             image, truth = images.original(index)
-            found = truth, find(tested, about['size'])
+            found = truth, find(tested, about)
             rows.append([Image.fromarray(detected(image, of, images.split.classes, width)) for of in found])
     return np.asarray(arranged(rows, ['truth', 'prediction'], width)[0])
 

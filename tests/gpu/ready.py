@@ -5,7 +5,7 @@ import sys
 
 NEEDED = {  # what is imported: what is installed
     **dict(torch='torch', torchvision='torchvision', timm='timm', numpy='numpy', yaml='pyyaml', PIL='pillow'),
-    **dict(safetensors='safetensors', tensorboard='tensorboard', pytest='pytest'),
+    **dict(safetensors='safetensors', tensorboard='tensorboard', pytest='pytest', pycocotools='pycocotools'),
 }
 
 

@@ -76,7 +76,7 @@ LEVELS = ('p2', 'p3', 'p4', 'p5', 'p6')
 
 
 @pytest.mark.parametrize('name', ['sfp_tiny', 'sfp_odd'])
-def test_simple_pyramid_parity(name):
+def test_simple_pyramid_parity(name, measured):
     case = golden(f'detection/{name}.json')
     args, outputs = case['args'], case['outputs']
     pyramid = SimpleFeaturePyramid(args['in_channels'], args['out_channels'], args['in_stride'])
@@ -89,13 +89,13 @@ def test_simple_pyramid_parity(name):
     probed(list(maps.values())).backward()
     inputs = difference(x.grad, case['gradients']['input'])
     grads = largest_gradient_difference(case, dict(pyramid.named_parameters()), SIMPLE_PYRAMID)
-    print(f'\n{name}: levels {found:.1e}, gradient of the input {inputs:.1e}, norms of the others {grads:.1e}')
+    measured(f'{name}: levels {found:.1e}, gradient of the input {inputs:.1e}, norms of the others {grads:.1e}')
     assert max(found, inputs) < 1e-5
     assert grads < 1e-4
 
 
 @pytest.mark.parametrize('name', ['vitdet_relpos', 'vitdet_plain'])
-def test_vitdet_parity(name):
+def test_vitdet_parity(name, measured):
     """Blocks, levels and gradients, of images that are no square, in windows that do not divide their grids."""
     case = golden(f'detection/{name}.json')
     args, outputs = case['args'], case['outputs']
@@ -122,12 +122,12 @@ def test_vitdet_parity(name):
     own = {f'net.{name}': param for name, param in encoder.named_parameters()}
     own |= dict(network.pyramid.named_parameters())
     grads = largest_gradient_difference(case, own, SIMPLE_PYRAMID)
-    print(f'\n{name}: blocks {max(inside):.1e}, levels {levels:.1e}, norms of gradients {grads:.1e}')
+    measured(f'{name}: blocks {max(inside):.1e}, levels {levels:.1e}, norms of gradients {grads:.1e}')
     assert max(*inside, levels) < 1e-5
     assert grads < 1e-4
 
 
-def test_swin_fpn_parity():
+def test_swin_fpn_parity(measured):
     case = golden('detection/swin_fpn.json')
     args, outputs = case['args'], case['outputs']
     sizes = {key: args[key] for key in ('patch_size', 'embed_dim', 'depths', 'num_heads', 'window_size', 'mlp_ratio')}
@@ -141,7 +141,7 @@ def test_swin_fpn_parity():
     found = max(found, *(difference(x, outputs['fpn'][level]) for x, level in levels))
     probed(stages).backward()
     grads = largest_gradient_difference(case, dict(network.encoder.named_parameters()), SWIN_DOWNSAMPLE)
-    print(f'\nswin_fpn: {found:.1e}, norms of gradients {grads:.1e}')
+    measured(f'swin_fpn: {found:.1e}, norms of gradients {grads:.1e}')
     assert found < 1e-5
     assert grads < 1e-4
 
@@ -341,7 +341,7 @@ def test_compiled(name, sizes):
         sizes = dict(sizes, window_size=3, global_blocks=[1])
     encoder = find_method(name).create_backbone(name, img_size=32, **sizes)
     torch.compiler.reset()
-    compiled = torch.compile(encoder, fullgraph=True, backend='eager')
+    compiled = torch.compile(encoder, fullgraph=True, backend='aot_eager')
     imgs = torch.randn(1, 3, 40, 50)
     maps = compiled(imgs)
     sum(x.sum() for x in maps).backward()

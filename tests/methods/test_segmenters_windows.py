@@ -156,7 +156,7 @@ def test_compiled(case):
     """Without a break, in training and evaluation of one image size."""
     encoder = swins(depths=(1, 2, 1, 1))[case]
     torch.compiler.reset()
-    compiled = torch.compile(encoder, fullgraph=True, backend='eager')
+    compiled = torch.compile(encoder, fullgraph=True, backend='aot_eager')
     imgs = torch.randn(1, 3, 37, 50)
     maps = compiled(imgs)
     sum(x.sum() for x in maps).backward()

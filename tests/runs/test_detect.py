@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import arguments, command, equal_states, load, make_images, read_until, run, start, train
+from training import arguments, command, equal_states, load, make_images, read_until, run, start, train, with_moments
 
 from scripts import finetune_detection, make_shapes, replay_step
-from util import config, detecting, dist, dry_run, signals
+from util import detecting, dist, dry_run, signals, steps
 from util.data import coco
 from util.data.datasets import to_device
 from util.errors import STOPPED, DivergedError, UserError, run_main
@@ -47,17 +47,7 @@ def plain():
 @pytest.fixture(scope='module')
 def whole(shapes, tmp_path_factory, plain):
     """The folder of a finished run, with every state that it saved on the way, by (round, step, closed)."""
-    folder, moments = tmp_path_factory.mktemp('whole'), {}
-
-    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save, **more):
-        save(self, name, epoch, step, closed, **more)
-        moments[epoch.number, step, closed] = folder / f'{epoch.number}-{step}-{closed}.pth'
-        shutil.copy(self.args.output_dir / name, moments[epoch.number, step, closed])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, 'save', save_and_copy)
-        train('detect', shapes, folder / 'run', *SHORT, '--save_freq_steps', '1', '--use_ema')
-    return folder / 'run', moments
+    return with_moments('detect', shapes, tmp_path_factory.mktemp('whole'), *SHORT, '--use_ema')
 
 
 def parsed(data, output, *flags):
@@ -178,6 +168,7 @@ def test_crowds_and_empty_images(shapes, tmp_path, capsys):
     told = capsys.readouterr().out
     assert '13 training images, 1 step a pass' in told
     assert 'batch 13 x accum 1 x ranks 1 = 13, lr = 0.001 x 13 / 26 = 0.0005' in told
+    assert 'effective batch: 13; the statistics of BatchNorm are those of 13 images, one forward' in told
     assert figures(told).keys() == {'box'}
 
 
@@ -211,11 +202,11 @@ def test_lengths(tmp_path):
     assert parse('--steps', '900').lr_batch == 16
     assert parse('--steps', '900', '--decay_steps', '7').decay_steps == [7]
     assert parse('--lr', '1').lr_batch is None
-    args = config.in_passes(parse('--epochs', '12'), 7000)
+    args = steps.in_passes(parse('--epochs', '12'), 7000)
     assert (args.steps, args.eval_freq, args.epochs, args.warmup_steps) == (84000, 14000, 6, 1000)
     assert args.decay_steps == [56000, 74667]
     assert args.lr_decay_epochs[0] == 4
-    args = config.in_passes(parse('--epochs', '2'), 100)
+    args = steps.in_passes(parse('--epochs', '2'), 100)
     assert (args.steps, args.eval_freq, args.warmup_steps, args.decay_steps) == (200, 100, 20, [133, 178])
     for flags, words in (
         (['--epochs', '2', '--steps', '5'], '--steps 5 and --epochs 2 both say how long the run is: give one'),
@@ -223,7 +214,7 @@ def test_lengths(tmp_path):
         (['--epochs', '2', '--eval_freq', '150'], '--eval_freq 150 must divide the 200 steps of --epochs 2, 100 each'),
     ):
         with pytest.raises(UserError, match=words):
-            config.in_passes(parse(*flags), 100)
+            steps.in_passes(parse(*flags), 100)
 
 
 def test_targets_on_the_device():

@@ -10,7 +10,7 @@ import torch
 from pairs import CLASSES, make_pairs
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import arguments, command, equal_states, load, make_images, read_until, run, start, train
+from training import arguments, command, equal_states, load, make_images, read_until, run, start, train, with_moments
 
 from scripts import finetune_segmentation, replay_step
 from util import dist, labelling, signals
@@ -41,17 +41,7 @@ def plain():
 @pytest.fixture(scope='module')
 def whole(pairs, tmp_path_factory, plain):
     """The folder of a finished run, with every state that it saved on the way, by (round, step, closed)."""
-    folder, moments = tmp_path_factory.mktemp('whole'), {}
-
-    def save_and_copy(self, name, epoch, step, closed=True, save=Run.save, **more):
-        save(self, name, epoch, step, closed, **more)
-        moments[epoch.number, step, closed] = folder / f'{epoch.number}-{step}-{closed}.pth'
-        shutil.copy(self.args.output_dir / name, moments[epoch.number, step, closed])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, 'save', save_and_copy)
-        train('segment', pairs, folder / 'run', *SHORT, '--save_freq_steps', '1', '--use_ema')
-    return folder / 'run', moments
+    return with_moments('segment', pairs, tmp_path_factory.mktemp('whole'), *SHORT, '--use_ema')
 
 
 def parsed(pairs, output, *flags):

@@ -109,7 +109,10 @@ def read(images: Path, listing: Path, train: bool, masks: bool = True, keep_empt
         raise UserError(f'{error}') from error
     left_out = [(len(entries) - len(ids), 'image', ' without objects')]
     if train:
-        left_out += [(counts['crowds'], 'crowd region', ''), (counts['outside'], 'object', ' outside of the image')]
+        left_out += [
+            (counts['crowds'], 'crowd region', ''),
+            (counts['without'], 'object', ' without area in its image'),
+        ]
     words = ', '.join(f'{counted(number, what)}{more}' for number, what, more in left_out if number)
     note = f'{counted(len(ids), "image")}, {counted(total, "annotation")}, {len(known)} classes'
     return CocoSplit(
@@ -161,7 +164,7 @@ def by_id(rows: list[dict], what: str, listing: Path) -> dict[int, dict]:
 def gathered(
     annotations: list[dict], entries: dict[int, dict], known: list[int], masks: bool, listing: Path
 ) -> tuple[dict[int, list[CocoObject]], Counter]:
-    """The objects in each image, and counts: of `crowds`, of objects `outside`, and by image of those to learn."""
+    """The objects in each image, and counts: of `crowds`, of objects `without` area, and by image of those to learn."""
     label_of = {number: label for label, number in enumerate(known, 1)}
     objects, counts = {number: [] for number in entries}, Counter()
     for row in annotations:
@@ -172,7 +175,7 @@ def gathered(
         segmentation = row['segmentation'] if masks else None
         objects[image].append(CocoObject(label_of[row['category_id']], bbox, area, crowd, segmentation))
         there = has_area(corners(bbox, entries[image]['height'], entries[image]['width']))
-        counts['crowds' if crowd else image if there else 'outside'] += 1
+        counts['crowds' if crowd else image if there else 'without'] += 1
     return objects, counts
 
 

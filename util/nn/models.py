@@ -80,3 +80,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def testing(model: nn.Module) -> Iterator[None]:
+    """The same, and without gradients."""
+    with eval_mode(model), torch.inference_mode():
+        yield

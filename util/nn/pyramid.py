@@ -156,10 +156,8 @@ class ViTPyramid(nn.Module):
 
     def __init__(self, encoder: nn.Module, out_channels: int = 256):
         super().__init__()
-        self.encoder, self.pyramid = (
-            encoder,
-            SimpleFeaturePyramid(encoder.widths[-1], out_channels, encoder.strides[-1]),
-        )
+        self.encoder = encoder
+        self.pyramid = SimpleFeaturePyramid(encoder.widths[-1], out_channels, encoder.strides[-1])
         self.out_channels, self.strides = out_channels, self.pyramid.strides
 
     def forward(self, imgs: Tensor) -> dict[str, Tensor]:
