@@ -1,6 +1,7 @@
 """Figures as PNG files. The one file that imports matplotlib: import it late, and do without where it is missing."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT, DPI = 4.6, 3.6, 130  # inches of a panel, pixels of an inch
 SMALL = 2.7  # inches of a panel where there is one for each network
@@ -21,10 +22,8 @@ BANDS = {'attn': ('attention', '0.88'), 'down': ('down-sampling', '#c9dff2')}  #
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {network: (depths from 0 to 1, values)}
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]  # {network: (x, y, error)}
 Spectra = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {point: (frequencies in units of pi, values)}
-Heads = tuple[Sequence[Sequence[float]], Sequence[float] | None]  # values of the heads [layers][heads], of uniform ones
-HeatMap = tuple[
-    str, Sequence[str], str, Sequence[str], Sequence[Sequence[float]]
-]  # rows, columns (name, layers), cells
+Heads = tuple[Sequence[Sequence[float]], Sequence[float] | None]  # values [layers][heads], and of a uniform head
+HeatMap = tuple[str, Sequence[str], str, Sequence[str], Sequence[Sequence[float]]]  # (name, layers) twice, cells
 
 # --------------------------------------------------------------------------
 # a line for each network
@@ -47,7 +46,7 @@ def over_depth(
     single = all(len(values) == 1 for lines in panels.values() for _, values in lines.values())
     for ax, (quantity, lines) in zip(axes, panels.items(), strict=True):
         (draw_dots if single else draw_lines)(ax, lines)
-        (ax.set_xlabel if single else ax.set_ylabel)(quantity)
+        (ax.set_xlabel if single else ax.set_ylabel)(wrapped(quantity, 34))
         ax.grid(alpha=0.3)
     if single:
         for ax in axes[1:]:
@@ -125,24 +124,32 @@ def spectra(path: Path, title: str, networks: Mapping[str, Spectra]) -> None:
     for ax, (name, points) in zip(axes, networks.items(), strict=True):
         for number, (frequencies, values) in enumerate(points.values()):
             ax.plot(frequencies, values, color=DEPTHS(number / max(1, len(points) - 1)), linewidth=1)
-        ax.set(title=name, xlabel='frequency', ylabel='Δ log amplitude', xlim=(0, 1))
-        ax.xaxis.set_major_formatter(FormatStrFormatter('%gπ'))
+        ax.set(title=wrapped(name, 26), xlabel='frequency', ylabel='Δ log amplitude', xlim=(0, 1))
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ['0', '0.25π', '0.5π', '0.75π', 'π'])
         ax.grid(alpha=0.3)
     share_range(axes)
-    fig.colorbar(ScalarMappable(cmap=DEPTHS), ax=axes, label='normalised depth')
+    fig.colorbar(ScalarMappable(cmap=DEPTHS), ax=axes, label='normalised depth', aspect=25)
     finish(fig, path, title)
 
 
 def heat_maps(path: Path, title: str, panels: Sequence[HeatMap]) -> None:
-    """A map for each two networks, the layers of one upwards, of the other to the right; colours from 0 to 1."""
-    fig, [axes] = grid([len(panels)], SMALL, SMALL)
-    for ax, (row, row_layers, column, column_layers, cells) in zip(axes, panels, strict=True):
+    """A map for each two networks: layers of the one upwards, of the other to the right; colours from 0 to 1.
+
+    A panel is (name and layers of the rows, name and layers of the columns, cells [rows][columns]). It lies in the row
+    and the column of its names.
+    """
+    rows, columns = (list(dict.fromkeys(panel[place] for panel in panels)) for place in (0, 2))
+    fig = Figure(figsize=(2.1 * len(columns) + 1.4, 2.1 * len(rows) + 0.7), layout='constrained')
+    places = fig.add_gridspec(len(rows), len(columns))
+    for row, row_layers, column, column_layers, cells in panels:
+        ax = fig.add_subplot(places[rows.index(row), columns.index(column)])
         image = ax.imshow(cells, cmap='magma', vmin=0, vmax=1, origin='lower', aspect='auto', interpolation='nearest')
         ax.set_box_aspect(1)
         for axis, name, layers in ((ax.yaxis, row, row_layers), (ax.xaxis, column, column_layers)):
-            axis.set_major_locator(MaxNLocator(6, integer=True))
-            axis.set_label_text(f'{name}: layer, 0 to {len(layers) - 1}')
-    fig.colorbar(image, ax=axes, label='CKA')
+            axis.set_major_locator(MaxNLocator(min(5, len(layers)), integer=True))
+            axis.set_label_text(wrapped(f'block of {name}', 22))
+        ax.label_outer()
+    fig.colorbar(image, ax=fig.axes, label='CKA', aspect=25, shrink=0.6)
     finish(fig, path, title)
 
 
@@ -156,17 +163,15 @@ def heads(path: Path, title: str, panels: Mapping[str, Mapping[str, Heads]]) -> 
         for number, (ax, (name, (values, uniform))) in enumerate(zip(of_quantity, networks.items(), strict=True)):
             colour, layers = COLOURS[number % 8], range(1, len(values) + 1)
             for layer, of_heads in zip(layers, values, strict=True):
-                ax.plot(
-                    [layer] * len(of_heads), of_heads, 'o', color=colour, alpha=0.4, markersize=3, markeredgewidth=0
-                )
+                ax.scatter([layer] * len(of_heads), of_heads, s=9, color=colour, alpha=0.4, linewidths=0)
             means = [sum(of_heads) / len(of_heads) for of_heads in values]
             ax.plot(layers, means, color=colour, linewidth=1.5, label='mean of the heads')
             if uniform is not None:
                 ax.plot(layers, uniform, '--', color='0.3', linewidth=1, label='uniform attention')
-            ax.set(title=name, xlabel='depth (layer)', ylabel=quantity)
+            ax.set(title=wrapped(name, 26), xlabel='layer', ylabel=wrapped(quantity, 26), xlim=(0.5, len(values) + 0.5))
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             ax.grid(alpha=0.3)
-        share_range(of_quantity)
+        share_range(of_quantity, 0)
     legend(fig, axes[0][0], 2)
     finish(fig, path, title)
 
@@ -187,11 +192,11 @@ def grid(counts: Sequence[int], width: float, height: float) -> tuple[Figure, li
     return fig, axes
 
 
-def share_range(axes: Sequence[Axes]) -> None:
-    """Give panels one range of y, so that they can be compared."""
-    low, high = (of(ax.get_ylim()[end] for ax in axes) for end, of in ((0, min), (1, max)))
+def share_range(axes: Sequence[Axes], low: float | None = None) -> None:
+    """Give panels one range of y, so that they can be compared; from `low` if it is given."""
+    lowest, highest = (of(ax.get_ylim()[end] for ax in axes) for end, of in ((0, min), (1, max)))
     for ax in axes:
-        ax.set_ylim(low, high)
+        ax.set_ylim(lowest if low is None else low, highest)
 
 
 # --------------------------------------------------------------------------
@@ -203,5 +208,10 @@ def legend(fig: Figure, ax: Axes, columns: int) -> None:
 
 
 def finish(fig: Figure, path: Path, title: str) -> None:
-    fig.suptitle(title)
+    fig.suptitle(wrapped(title, int(9 * fig.get_figwidth())))
     fig.savefig(path, dpi=DPI)
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text in lines of at most so many characters."""
+    return textwrap.fill(text, width)
