@@ -55,7 +55,7 @@ def over_depth(
         for ax, lines in zip(axes, panels.values(), strict=True):
             ax.set_xlabel('normalised depth' if bands else 'depth: 0 the first block, 1 what the head is given')
             draw_bands(ax, lines, bands or {})
-        legend(fig, axes[0], 2 * len(panels))
+        legend(fig, 2 * len(panels))
     finish(fig, path, title)
 
 
@@ -77,14 +77,14 @@ def curves(
         ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     ax.grid(alpha=0.3)
-    legend(fig, ax, 3)
+    legend(fig, 3)
     finish(fig, path, title)
 
 
 def draw_lines(ax: Axes, lines: Lines) -> None:
-    """Markers are on a dozen of the points at most, of each network on others."""
+    """Of many points 25 at most have a marker, other ones for each network."""
     for number, (name, (depths, values)) in enumerate(lines.items()):
-        every = math.ceil(len(values) / 12)
+        every = math.ceil(len(values) / 25)
         style = dict(marker=MARKERS[number % 8], color=COLOURS[number % 8], linestyle=DASHES[number % 4])
         ax.plot(depths, values, markersize=4, linewidth=1.3, markevery=(number % every, every), label=name, **style)
 
@@ -149,7 +149,7 @@ def heat_maps(path: Path, title: str, panels: Sequence[HeatMap]) -> None:
             axis.set_major_locator(MaxNLocator(min(5, len(layers)), integer=True))
             axis.set_label_text(wrapped(f'block of {name}', 22))
         ax.label_outer()
-    fig.colorbar(image, ax=fig.axes, label='CKA', aspect=25, shrink=0.6)
+    fig.colorbar(image, ax=fig.axes, label='CKA', aspect=25, shrink=max(0.6, 1 / len(rows)))
     finish(fig, path, title)
 
 
@@ -172,7 +172,7 @@ def heads(path: Path, title: str, panels: Mapping[str, Mapping[str, Heads]]) -> 
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             ax.grid(alpha=0.3)
         share_range(of_quantity, 0)
-    legend(fig, axes[0][0], 2)
+    legend(fig, 2)
     finish(fig, path, title)
 
 
@@ -203,8 +203,13 @@ def share_range(axes: Sequence[Axes], low: float | None = None) -> None:
 # all figures
 
 
-def legend(fig: Figure, ax: Axes, columns: int) -> None:
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=columns, frameon=False)
+def legend(fig: Figure, columns: int) -> None:
+    """What the lines of all panels are, each once."""
+    found = {}
+    for ax in fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    fig.legend(found.values(), found.keys(), loc='outside lower center', ncols=columns, frameon=False)
 
 
 def finish(fig: Figure, path: Path, title: str) -> None:
