@@ -88,8 +88,11 @@ class MinibatchCKA:
 
 
 def cka(products: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
-    """CKA [A, B] by the sums over batches of the dot products of `centred_gram`s: [A, B], [A] and [B]."""
-    return products / (of_a.sqrt().unsqueeze(1) * of_b.sqrt())
+    """CKA [..., A, B] by the dot products of `centred_gram`s, of pairs [..., A, B], with themselves [..., A], [..., B].
+
+    Products are of a batch, or sums over batches.
+    """
+    return products / (of_a.sqrt().unsqueeze(-1) * of_b.sqrt().unsqueeze(-2))
 
 
 def centred_gram(features: Tensor) -> Tensor:
