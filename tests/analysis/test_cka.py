@@ -1,4 +1,9 @@
-"""Layers are compared by CKA over batches of images: the published numbers, the formula, and mistakes."""
+"""Layers are compared by CKA over batches of images: the published numbers, the formula, networks, and mistakes."""
+
+import argparse
+import json
+import re
+import shutil
 
 import fill
 import pytest
@@ -7,10 +12,13 @@ import torch
 from golden import golden
 from torch import Tensor, nn
 
+from scripts import analyse
+from util import rng
 from util.analysis import similarity
-from util.analysis.features import captured, evaluating
+from util.analysis.features import block_names, captured, evaluating
 from util.analysis.similarity import MinibatchCKA
-from util.errors import UserError
+from util.errors import UserError, run_main
+from util.studies.common import batches
 
 DOUBLE_AND_SINGLE = pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 
@@ -118,3 +126,80 @@ def test_batches_that_do_not_fit():
     ours.update([x], [x])
     with pytest.raises(UserError, match=r'got \[5, 6\]'):
         ours.update([x[:5]], [x[:5]])
+
+
+# --------------------------------------------------------------------------
+# the study
+
+NETWORKS = ['random,model=mirl_vit_tiny,input_size=32', 'b=random,model=a2mim_resnet_tiny,input_size=40']
+
+
+def line_of(images, output, *more) -> list[str]:
+    flags = ['--data_path', images, '--output_dir', output, '--num_workers', '0', '--device', 'cpu']
+    return ['cka', *map(str, flags), '--checkpoint', *NETWORKS, *more]
+
+
+def analysed(images, output, *more) -> dict:
+    analyse.main(analyse.parsed(line_of(images, output, *more)))
+    return json.loads((output / 'cka.json').read_text())
+
+
+def test_networks_are_compared(images, tmp_path, capsys):
+    """Of any two, also of other kinds and sizes of image: as `MinibatchCKA` of their blocks, on the same batches."""
+    result = analysed(images, tmp_path, '--batch_size', '7')
+    said = capsys.readouterr().out
+    assert 'batches of 7 images: 2; 1 image of an incomplete one are left out' in said
+    assert re.search(r'^b +4 +0\.\d{3} +0\.\d{3}$', said, re.MULTILINE)
+    assert (tmp_path / 'cka.png').stat().st_size > 10_000
+    args = analyse.parsed(line_of(images, tmp_path))
+    job = analyse.ready(argparse.Namespace(**vars(args) | analyse.FIXED))
+    order = rng.generator(0, rng.ORDER).permutation(15)
+    features = {}
+    for network in job.networks:
+        blocks = block_names(network.core)
+        with torch.no_grad(), captured(blocks, lambda name, output: output) as found:
+            [(imgs, _, places)] = batches(job, network)
+            assert places == list(range(15))
+            network.core(imgs)
+        features[network.name] = [found[name][order][:14] for name in blocks]
+    names = list(features)
+    assert [of['layers'] for of in result['checkpoints']] == [list(block_names(of.core)) for of in job.networks]
+    whose = [(0, 0), (1, 0), (1, 1)]
+    assert [(pair['rows'], pair['columns']) for pair in result['pairs']] == [(names[i], names[j]) for i, j in whose]
+    for pair in result['pairs']:
+        of_pair = [features[pair[side]] for side in ('rows', 'columns')]
+        whole = of_batches(*of_pair, 7)
+        parts = torch.stack([of_batches(*([x[i : i + 7] for x in of] for of in of_pair), 7) for i in (0, 7)])
+        assert torch.allclose(torch.tensor(pair['cka']).double(), whole, atol=1e-5)
+        assert torch.allclose(torch.tensor(pair['deviation_over_batches']).double(), parts.std(0), atol=1e-5)
+    with pytest.raises(UserError, match='--from_json: cka compares the networks of one file; give one'):
+        analysed(images, tmp_path, '--from_json', *[str(tmp_path / 'cka.json')] * 2)
+
+
+def test_batches_of_images_that_cannot_be_read(images, tmp_path, capsys):
+    """They are left out, and nothing else changes: the last place of the order is in the second batch."""
+    broken = tmp_path / 'broken'
+    shutil.copytree(images / 'val', broken / 'val')
+    files = sorted((broken / 'val').rglob('*.*'))
+    files[rng.generator(0, rng.ORDER).permutation(15)[13]].write_bytes(b'no image')
+    result = analysed(broken, tmp_path / 'out', '--batch_size', '7', '--bad_images', 'skip', '--max_bad_images', '0.5')
+    assert 'batches left out, since they hold images that cannot be read: 1 of 2' in capsys.readouterr().out
+    assert (result['images'], result['batches']) == (7, 1)
+    assert result['pairs'][0]['deviation_over_batches'] is None
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--batch_size', '3'], '--batch_size 3: CKA needs 4 images or more in a batch'),
+        ([], '15 images make no batch of --batch_size 256: CKA takes whole batches; --batch_size 15 takes them all'),
+    ],
+)
+def test_mistakes(images, tmp_path, capsys, flags, words):
+    """One line, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: analysed(images, tmp_path, *flags))
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count('\n') == 1
+    assert words in line

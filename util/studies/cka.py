@@ -33,11 +33,12 @@ def compute(job: Job) -> dict:
     if batch < FEWEST:
         raise UserError(f'--batch_size {batch}: CKA needs {FEWEST} images or more in a batch')
     if not count:
-        raise UserError(f'{left} images make no batch of --batch_size {batch}: CKA takes whole batches')
-    if left:
-        info(
-            f'batches of {batch} images: {count}; the last {counted(left, "image")} make no whole one and are left out'
+        raise UserError(
+            f'{left} images make no batch of --batch_size {batch}: CKA takes whole batches; --batch_size {left} takes '
+            'them all'
         )
+    if left:
+        info(f'batches of {batch} images: {count}; {counted(left, "image")} of an incomplete one are left out')
     layers = {network.name: list(block_names(network.core)) for network in job.networks}
     for network in job.networks:
         if not layers[network.name]:
@@ -124,15 +125,16 @@ def check(products: Tensor, layers: dict[str, list[str]]) -> None:
 
 
 def table(result: dict) -> list[list[str]]:
-    """CKA of the last blocks, each network with those before it, and of its own first and last block."""
-    networks = {of['name']: of['layers'] for of in result['checkpoints']}
-    found = {(pair['rows'], pair['columns']): pair['cka'] for pair in result['pairs']}
-    header = ['network', 'blocks', 'first with last', *(f'last with that of {name}' for name in list(networks)[:-1])]
+    """CKA of the last block of each network with its own first, and with the last of the networks before it."""
+    layers = {of['name']: of['layers'] for of in result['checkpoints']}
+    names = list(layers)
+    found = {(pair['rows'], pair['columns']): f'{pair["cka"][-1][-1]:.3f}' for pair in result['pairs']}
+    within = {pair['rows']: f'{pair["cka"][-1][0]:.3f}' for pair in result['pairs'] if pair['rows'] == pair['columns']}
+    header = ['last block of', 'blocks', 'with its first', *(f'with {name}' for name in names[:-1])]
     rows = []
-    for number, (name, layers) in enumerate(networks.items()):
-        others = [f'{found[name, other][-1][-1]:.3f}' for other in list(networks)[:number]]
-        within = f'{found[name, name][0][-1]:.3f}'
-        rows.append([name, str(len(layers)), within, *others, *['-'] * (len(header) - 3 - number)])
+    for number, name in enumerate(names):
+        others = [found[name, other] if place < number else '-' for place, other in enumerate(names[:-1])]
+        rows.append([name, str(len(layers[name])), within[name], *others])
     return [header, *rows]
 
 
