@@ -131,12 +131,12 @@ def test_batches_that_do_not_fit():
 # --------------------------------------------------------------------------
 # the study
 
-NETWORKS = ['random,model=mirl_vit_tiny,input_size=32', 'b=random,model=a2mim_resnet_tiny,input_size=40']
+VIT, RESNET = 'random,model=mirl_vit_tiny,input_size=32', 'random,model=a2mim_resnet_tiny,input_size=40'
 
 
 def line_of(images, output, *more) -> list[str]:
     flags = ['--data_path', images, '--output_dir', output, '--num_workers', '0', '--device', 'cpu']
-    return ['cka', *map(str, flags), '--checkpoint', *NETWORKS, *more]
+    return ['cka', *map(str, flags), '--checkpoint', VIT, f'b={RESNET}', f'c={VIT},depth=2', *more]
 
 
 def analysed(images, output, *more) -> dict:
@@ -145,11 +145,11 @@ def analysed(images, output, *more) -> dict:
 
 
 def test_networks_are_compared(images, tmp_path, capsys):
-    """Of any two, also of other kinds and sizes of image: as `MinibatchCKA` of their blocks, on the same batches."""
+    """Of any two, also of other kinds and sizes of image: as `MinibatchCKA` of their blocks, on the same images."""
     result = analysed(images, tmp_path, '--batch_size', '7')
     said = capsys.readouterr().out
     assert 'batches of 7 images: 2; 1 image of an incomplete one are left out' in said
-    assert re.search(r'^b +4 +0\.\d{3} +0\.\d{3}$', said, re.MULTILINE)
+    assert re.search(r'^b +4 +0\.\d{3} +0\.\d{3} +-$', said, re.MULTILINE)
     assert (tmp_path / 'cka.png').stat().st_size > 10_000
     args = analyse.parsed(line_of(images, tmp_path))
     job = analyse.ready(argparse.Namespace(**vars(args) | analyse.FIXED))
@@ -164,7 +164,7 @@ def test_networks_are_compared(images, tmp_path, capsys):
         features[network.name] = [found[name][order][:14] for name in blocks]
     names = list(features)
     assert [of['layers'] for of in result['checkpoints']] == [list(block_names(of.core)) for of in job.networks]
-    whose = [(0, 0), (1, 0), (1, 1)]
+    whose = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
     assert [(pair['rows'], pair['columns']) for pair in result['pairs']] == [(names[i], names[j]) for i, j in whose]
     for pair in result['pairs']:
         of_pair = [features[pair[side]] for side in ('rows', 'columns')]

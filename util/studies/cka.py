@@ -83,11 +83,12 @@ def of_batches(job: Job) -> Iterator[tuple[int, Tensor]]:
     views: dict[str, list[Network]] = {}
     for network in job.networks:
         views.setdefault(str([getattr(network.args, name) for name in VIEW]), []).append(network)
+    blocks = [block_names(network.core) for network in job.networks]
     with contextlib.ExitStack() as stack:
-        found = [
-            stack.enter_context(captured(block_names(stack.enter_context(evaluated(job, network))), of_block(network)))
-            for network in job.networks
-        ]
+        found = []
+        for network, modules in zip(job.networks, blocks, strict=True):
+            stack.enter_context(evaluated(job, network))
+            found.append(stack.enter_context(captured(modules, of_block(network))))
         streams = [batches(job, networks[0], drop_last=True) for networks in views.values()]
         for seen in zip(*streams, strict=True):
             for networks, (imgs, *_) in zip(views.values(), seen, strict=True):
@@ -95,7 +96,7 @@ def of_batches(job: Job) -> Iterator[tuple[int, Tensor]]:
                     network.core(imgs)
             _, labels, places = seen[0]
             if (labels >= 0).all():
-                grams = torch.stack([gram for of_network in found for gram in of_network.values()])
+                grams = torch.stack([kept[name] for kept, names in zip(found, blocks, strict=True) for name in names])
                 yield places[0] // job.args.batch_size, (grams @ grams.T).cpu()
 
 
