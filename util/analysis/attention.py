@@ -64,11 +64,19 @@ def layers(model: nn.Module, img_size: int) -> dict[str, Looks]:
 
 def checked(model: nn.Module, found: dict[str, Looks]) -> dict[str, Looks]:
     if not found:
-        kind = f'a {type(model).__name__}'
-        if any(hasattr(module, 'num_heads') for module in model.modules()):
-            raise UserError(f'{kind} attends in a way of its own, not by scaled_dot_product_attention: nothing to see')
-        raise UserError(f'{kind} has no attention')
+        if attentions(model):
+            raise UserError(
+                f'{type(model).__name__} has an attention of its own, not scaled_dot_product_attention: none to see'
+            )
+        raise UserError(f'{type(model).__name__} has no attention')
     return found
+
+
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that have heads, by their names; not the parts of one that know the heads too."""
+    found = {name: module for name, module in model.named_modules() if name and hasattr(module, 'num_heads')}
+    prefixes = tuple(f'{name}.' for name in found)
+    return {name: module for name, module in found.items() if not name.startswith(prefixes)}
 
 
 @contextlib.contextmanager
@@ -84,12 +92,11 @@ def looking(model: nn.Module) -> Iterator[dict[str, Looks]]:
         handles.append(module.register_forward_pre_hook(hook))
 
     before(model, lambda _, inputs: observer.start(inputs[0]))
-    for name, module in model.named_modules():
-        if hasattr(module, 'num_heads'):
-            block = model.get_submodule(name.rpartition('.')[0])
-            before(module if isinstance(block, nn.ModuleList) else block, partial(observer.enter_block))
-            before(module, partial(observer.enter, name))
-            handles.append(module.register_forward_hook(observer.leave))
+    for name, module in attentions(model).items():
+        block = model.get_submodule(name.rpartition('.')[0])
+        before(module if isinstance(block, nn.ModuleList) else block, observer.enter_block)
+        before(module, partial(observer.enter, name))
+        handles.append(module.register_forward_hook(observer.leave))
     try:
         with evaluating(model), fused(model), observer:
             yield observer.found
