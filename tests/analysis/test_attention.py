@@ -133,8 +133,8 @@ def test_heads_of_windows(name, strides, windows, shifted):
         distance, information = ours['distance'].tolist(), ours['mutual_information'].tolist()
         assert (distance[0], information[0]) == pytest.approx((0, 1), abs=1e-5)
         if number in shifted:
-            assert all(x < 0.9 * uniform for x in distance[1:])
-            assert all(x > 0.1 for x in information[1:])
+            assert all(x < 0.95 * uniform for x in distance[1:])
+            assert all(x > 0.05 for x in information[1:])
         else:
             assert distance[1:] == pytest.approx([uniform] * len(distance[1:]))
             assert information[1:] == pytest.approx([0] * len(distance[1:]), abs=1e-9)
@@ -176,11 +176,13 @@ def test_the_network_is_as_before():
     attention_modules[0].fused_attn = True
     network.head.eval()
     modes = [module.training for module in network.modules()]
-    imgs = pictures(2, 32).float()
+    imgs, seen = pictures(2, 32).float(), []
     with torch.no_grad(), attention.fused(network), features.evaluating(network):
         plain = network(imgs)
-    with torch.no_grad(), attention.looking(network):
-        assert torch.equal(network(imgs), plain)
+    handle = network.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
+    attention.look(network, imgs)
+    handle.remove()
+    assert torch.equal(seen[0], plain)
     assert [module.fused_attn for module in attention_modules] == [True, False, False, False]
     assert modes == [module.training for module in network.modules()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
@@ -205,4 +207,4 @@ def test_the_network_is_as_before():
 )
 def test_what_cannot_be_seen(network, words):
     with pytest.raises(UserError, match=words):
-        attention.layers(network(), 32)
+        attention.look(network(), torch.zeros(1, 3, 32, 32))

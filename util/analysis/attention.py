@@ -39,37 +39,47 @@ def attention_statistics(
     window by window. Evaluation mode, no autocast. Raises UserError for a network whose attention cannot be seen.
     """
     device = next(model.parameters()).device
-    sums, images, uniform = {}, 0, {}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), looking(model) as found:
-        for batch in batches:
-            imgs = batch if isinstance(batch, Tensor) else batch[0]
-            model(imgs.to(device, non_blocking=True))
-            images += len(imgs)
-            for name, (distance, information, same) in checked(model, found).items():
-                sums[name] = sums.get(name, 0) + torch.stack([distance.sum(0), information.sum(0)])
-                uniform[name] = same
-    means = {name: (total / images).cpu() for name, total in sums.items()}
+    sums, uniform, count = {}, {}, 0
+    for batch in batches:
+        imgs = batch if isinstance(batch, Tensor) else batch[0]
+        count += len(imgs)
+        for name, looks in look(model, imgs.to(device, non_blocking=True)).items():
+            sums[name] = sums.get(name, 0) + torch.stack([looks.distance.sum(0), looks.mutual_information.sum(0)])
+            uniform[name] = looks.uniform
+    means = {name: (total / count).cpu() for name, total in sums.items()}
     return {
         name: {'distance': mean[0], 'mutual_information': mean[1], 'uniform': uniform[name]}
         for name, mean in means.items()
     }
 
 
-def layers(model: nn.Module, img_size: int) -> dict[str, Looks]:
-    """Those of a blank image, with all names, numbers of heads, uniform distances. Raises UserError as above."""
-    with torch.no_grad(), looking(model) as found:
-        model(next(model.parameters()).new_zeros(1, 3, img_size, img_size))
-    return checked(model, found)
+def look(model: nn.Module, imgs: Tensor) -> dict[str, Looks]:
+    """`Looks` of each attention at these images, in the order of the forward, on their device.
 
-
-def checked(model: nn.Module, found: dict[str, Looks]) -> dict[str, Looks]:
-    if not found:
-        if attentions(model):
-            raise UserError(
-                f'{type(model).__name__} has an attention of its own, not scaled_dot_product_attention: none to see'
-            )
-        raise UserError(f'{type(model).__name__} has no attention')
-    return found
+    An attention is what calls `scaled_dot_product_attention` inside of a module that has `num_heads`, whose name it
+    has. The call is answered as ever; its weights are computed beside it, one layer at a time, and reduced at once.
+    Modes and hooks of the network are restored. Raises UserError as `attention_statistics`.
+    """
+    modules, observer, handles = attentions(model), Observer(model, imgs), []
+    for name, module in modules.items():
+        block = model.get_submodule(name.rpartition('.')[0])
+        block = module if isinstance(block, nn.ModuleList) else block
+        handles.append(block.register_forward_pre_hook(observer.enter_block))
+        handles.append(module.register_forward_pre_hook(partial(observer.enter, name)))
+        handles.append(module.register_forward_hook(observer.leave))
+    try:
+        no_autocast = torch.autocast(imgs.device.type, enabled=False)
+        with torch.no_grad(), no_autocast, evaluating(model), fused(model), observer:
+            model(imgs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not observer.found:
+        kind = type(model).__name__
+        if modules:
+            raise UserError(f'{kind} has an attention of its own, not scaled_dot_product_attention: none to see')
+        raise UserError(f'{kind} has no attention')
+    return observer.found
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,32 +87,6 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if name and hasattr(module, 'num_heads')}
     prefixes = tuple(f'{name}.' for name in found)
     return {name: module for name, module in found.items() if not name.startswith(prefixes)}
-
-
-@contextlib.contextmanager
-def looking(model: nn.Module) -> Iterator[dict[str, Looks]]:
-    """While it is open, in evaluation mode, `Looks` of each attention in the last forward, by the names of the modules.
-
-    An attention is what calls `scaled_dot_product_attention` inside of a module that has `num_heads`. The call is
-    answered as ever; its weights are computed beside it, one layer at a time, and reduced at once.
-    """
-    observer, handles = Observer(model), []
-
-    def before(module: nn.Module, hook: Callable) -> None:
-        handles.append(module.register_forward_pre_hook(hook))
-
-    before(model, lambda _, inputs: observer.start(inputs[0]))
-    for name, module in attentions(model).items():
-        block = model.get_submodule(name.rpartition('.')[0])
-        before(module if isinstance(block, nn.ModuleList) else block, observer.enter_block)
-        before(module, partial(observer.enter, name))
-        handles.append(module.register_forward_hook(observer.leave))
-    try:
-        with evaluating(model), fused(model), observer:
-            yield observer.found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -120,14 +104,12 @@ def fused(model: nn.Module) -> Iterator[None]:
 class Observer(TorchFunctionMode):
     """Sees the calls of attention in a forward, and in which module of which block they are."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, imgs: Tensor):
         super().__init__()
         self.prefix = getattr(model, 'num_prefix_tokens', 0)
-        self.found: dict[str, Looks] = {}
-
-    def start(self, imgs: Tensor) -> None:
         self.images, self.pixels = len(imgs), imgs.shape[-1]
         self.module = self.first_side = None
+        self.found: dict[str, Looks] = {}
 
     def enter_block(self, block: nn.Module, inputs: tuple) -> None:
         x = inputs[0]  # [N, L, D], [N, H, W, D] or [N, D, H, W]
