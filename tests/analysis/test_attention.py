@@ -96,6 +96,12 @@ def test_windows_by_true_coordinates(size, window):
         assert math.isclose(ours['uniform'], apart[0].mean())
 
 
+def test_strides():
+    """Of maps of odd sides, which mergings pad; of a patch that does not divide the image."""
+    assert [attention.stride(36, 9, side) for side in (9, 5, 3, 2)] == [4, 8, 16, 32]
+    assert attention.stride(50, 13, 13) == 4
+
+
 def test_own_swin_as_timms():
     """The same weights in an own Swin and in timm's: the same numbers, by the same names, in shifted windows too."""
     sizes = dict(img_size=64, patch_size=4, embed_dim=16, depths=(2, 2, 1, 1), num_heads=(2, 4, 4, 4), num_classes=3)
