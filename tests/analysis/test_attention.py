@@ -148,8 +148,8 @@ def test_heads_of_windows(name, strides, windows, shifted):
 
 def test_tokens_that_are_no_patches():
     """Those of a class and registers are left out, and a block whose one query pools the map is no layer."""
-    sizes = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=3)
-    imgs, found = pictures(2, 32), []
+    sizes = dict(img_size=40, patch_size=10, embed_dim=24, depth=2, num_heads=3, num_classes=3)
+    imgs, found = pictures(2, 40), []
     for more in (dict(global_pool='avg', class_token=False), dict(reg_tokens=4), dict(global_pool='map')):
         network = noisy(VisionTransformer(**sizes, **more))
         with torch.no_grad():
@@ -161,7 +161,7 @@ def test_tokens_that_are_no_patches():
         found.append(statistics['blocks.0.attn'])
     for statistics in found:
         assert statistics['distance'].tolist() == pytest.approx([statistics['uniform']] * 3)
-        assert statistics['uniform'] == pytest.approx(8 * 2.0080149694)
+        assert statistics['uniform'] == pytest.approx(10 * 2.0080149694)
 
 
 def test_of_other_networks():

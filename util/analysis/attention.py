@@ -39,14 +39,14 @@ def attention_statistics(
     window by window. Evaluation mode, no autocast. Raises UserError for a network whose attention cannot be seen.
     """
     device = next(model.parameters()).device
-    sums, uniform, count = {}, {}, 0
+    sums, uniform, images = {}, {}, 0
     for batch in batches:
         imgs = batch if isinstance(batch, Tensor) else batch[0]
-        count += len(imgs)
+        images += len(imgs)
         for name, looks in look(model, imgs.to(device, non_blocking=True)).items():
             sums[name] = sums.get(name, 0) + torch.stack([looks.distance.sum(0), looks.mutual_information.sum(0)])
             uniform[name] = looks.uniform
-    means = {name: (total / count).cpu() for name, total in sums.items()}
+    means = {name: (total / images).cpu() for name, total in sums.items()}
     return {
         name: {'distance': mean[0], 'mutual_information': mean[1], 'uniform': uniform[name]}
         for name, mean in means.items()
@@ -63,7 +63,7 @@ def look(model: nn.Module, imgs: Tensor) -> dict[str, Looks]:
     modules, observer, handles = attentions(model), Observer(model, imgs), []
     for name, module in modules.items():
         block = model.get_submodule(name.rpartition('.')[0])
-        block = module if isinstance(block, nn.ModuleList) else block
+        block = module if block is model or isinstance(block, nn.ModuleList) else block
         handles.append(block.register_forward_pre_hook(observer.enter_block))
         handles.append(module.register_forward_pre_hook(partial(observer.enter, name)))
         handles.append(module.register_forward_hook(observer.leave))
