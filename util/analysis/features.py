@@ -136,14 +136,14 @@ def widths(model: nn.Module, img_size: int, layers: str, feature: str) -> dict[s
 def collect(
     model: nn.Module, imgs: Tensor, halves: bool = True, reduce: Callable[[Tensor], Tensor] = lambda maps: maps
 ) -> dict[str, Tensor]:
-    """{point: map [N, C, h, w]} of images [N, 3, H, W] as the network takes them, in the order of depth; no prefix token.
+    """{point: map [N, C, h, w]} of images [N, 3, H, W], as the network takes them, in the order of depth.
 
-    Points: `embed`, what the first block of a ViT is given; `patch_embed` of a window transformer; `stem` of a
-    convolutional network, its max-pool included. Then the states of the residual stream: blocks.0.attn after attention,
-    blocks.0.mlp after the MLP; without `halves`, and where a block has no such halves or norms what they add instead of
-    what they are given (SwinV2), one, blocks.0. Mergings are points of their own, such as layers.1.downsample. `reduce`
-    is applied to each map at once: its results are kept instead. Evaluation mode, no autocast; modes are restored, hooks
-    removed. Raises UserError for a network whose blocks give no maps.
+    Points: `embed`, what the first block of a ViT is given, and of tokens always the patches alone; `patch_embed` of a
+    window transformer; `stem` of a convolutional network, with its max-pool. Then the states of the residual stream:
+    blocks.0.attn after attention, blocks.0.mlp after the MLP; one, blocks.0, without `halves`, and where a block has no
+    halves, or norms what they add instead of what they are given (SwinV2). Mergings are points of their own, such as
+    layers.1.downsample. `reduce` is applied to each map at once; what it gives is kept in place of the map. Evaluation
+    mode, no autocast; modes are restored, hooks removed. Raises UserError for a network whose blocks give no maps.
     """
     found = {}
 
@@ -192,10 +192,15 @@ def residual_stream(model: nn.Module, halves: bool, keep: Callable[[str, Tensor]
                 after(module, keep, name)
             if name in modules:
                 after(module, after_block, name)
-                if halves and all(hasattr(module, part) for part in ('attn', 'norm2', 'mlp')):
+                if halves and has_halves(module):
                     before(module.norm2, before_norm2, name)
                     before(module.mlp, before_mlp, name)
         yield
+
+
+def has_halves(block: nn.Module) -> bool:
+    """Whether a block is attention, then an MLP that has a norm of its own."""
+    return all(hasattr(block, part) for part in ('attn', 'norm2', 'mlp'))
 
 
 def as_map(model: nn.Module, point: str, output: Tensor, of_images: torch.Size) -> Tensor:

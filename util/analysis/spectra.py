@@ -21,7 +21,7 @@ def log_amplitude(maps: Tensor) -> Tensor:
 
 
 def log_amplitudes(maps: Tensor) -> Tensor:
-    """The same of each map, a mean over C alone: [N, ceil(h / 2)] float64.
+    """The same of each image, a mean over C alone: [N, ceil(h / 2)] float64.
 
     On the diagonal both frequencies are k, so F(k, k) = sum of f(y, x) exp(-2 pi i k (y + x) / h): one product of
     matrices with a table of cosines and sines, and no transform of which one line is kept.
@@ -58,6 +58,8 @@ def variance(maps: Tensor) -> Tensor:
 
 
 def variances(maps: Tensor) -> Tensor:
-    """The same of each map: [N] float64. A single position has none."""
+    """The same of each image, a mean over C alone: [N] float64; nan for maps of a single position."""
     maps = maps if maps.dtype == torch.float64 else maps.float()
-    return maps.flatten(2).var(dim=-1).mean(dim=1, dtype=torch.float64)
+    values = maps.flatten(2)
+    squares = (values - values.mean(dim=2, keepdim=True)).square().sum(dim=2)
+    return (squares / (values.shape[2] - 1)).mean(dim=1, dtype=torch.float64)
