@@ -149,8 +149,10 @@ def test_the_two_kinds_of_swin_agree():
     torch.manual_seed(0)
     ours = find_method('localmim_swin_pico').create_classifier('localmim_swin_pico', num_classes=3, img_size=64)
     sizes = dict(patch_size=2, embed_dim=24, depths=(2, 2, 2, 2), num_heads=(2, 2, 4, 4), window_size=4)
-    theirs = swin_transformer.SwinTransformer(img_size=64, num_classes=3, norm_layer=nn.LayerNorm, **sizes)
-    theirs.load_state_dict(ours.timm_state_dict(), strict=False)
+    theirs = swin_transformer.SwinTransformer(
+        img_size=64, num_classes=3, norm_layer=partial(nn.LayerNorm, eps=1e-6), **sizes
+    )
+    theirs.load_state_dict(ours.timm_state_dict())
     imgs = torch.randn(2, 3, 64, 64)
     found, expected = features.collect(ours, imgs), features.collect(theirs, imgs)
     assert len(found) == len(expected) == 1 + 16 + 3
