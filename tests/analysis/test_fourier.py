@@ -1,6 +1,7 @@
 """Spectra of feature maps: the published numbers, the points of every kind of network, and what the figures say."""
 
 import math
+from argparse import Namespace
 from functools import partial
 
 import fill
@@ -13,6 +14,8 @@ from torch import nn
 from main_pretrain import find_method
 from util.analysis import features, spectra
 from util.errors import UserError
+from util.studies import fourier
+from util.studies.common import Network
 
 
 def filled(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -193,3 +196,60 @@ def test_maps_that_are_not_square():
     assert shapes == 3 * [[1, 16, 18, 25]] + 5 * [[1, 32, 9, 13]]
     with pytest.raises(UserError, match='a Sequential has no residual blocks'):
         features.collect(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8))
+
+
+# --------------------------------------------------------------------------
+# the study
+
+
+def network_of(name: str, core: nn.Module, size: int) -> Network:
+    return Network(name, '', None, Namespace(input_size=size), core, '', None, False)
+
+
+def test_numbers_of_the_figures():
+    """Means over images that come in batches are those of all images; small maps have no number that means nothing."""
+    torch.manual_seed(0)
+    core = find_method('simmim_swin_pico').create_classifier('simmim_swin_pico', num_classes=3, img_size=64)
+    imgs, shapes = torch.randn(5, 3, 64, 64), fourier.points(network_of('swin', core, 64))
+    values = torch.cat([fourier.of_images(core, batch) for batch in imgs.split(2)])
+    result = fourier.judged(shapes, values)
+    maps = features.collect(core, imgs)
+    assert [point['point'] for point in result['points']] == list(maps)
+    for point, expected in zip(result['points'], maps.values(), strict=True):
+        curve = spectra.log_amplitude(expected)
+        assert point['map'] == list(expected.shape[1:])
+        assert point['log_amplitude'] == pytest.approx(curve.tolist(), abs=1e-5)
+        assert point['relative_log_amplitude'] == pytest.approx((curve - curve[0]).tolist(), abs=1e-5)
+        assert point['variance'] == pytest.approx(spectra.variance(expected).item(), rel=1e-5)
+        each = torch.stack([spectra.log_amplitude(image[None]) for image in expected])
+        spread = (each - each[:, :1]).std(0, correction=0)
+        assert point['relative_spread'] == pytest.approx(spread.tolist(), abs=1e-5)
+        high = point['relative_log_amplitude'][-1] if point['map'][1] > 2 else None
+        assert point['high_frequency'] == high
+    kinds = ['stem', 'attn', 'mlp', 'down', 'attn', 'mlp', 'down', *2 * ['attn', 'mlp'], 'down', 'attn', 'mlp']
+    assert [point['kind'] for point in result['points']] == kinds
+    assert [point['depth'] for point in result['points']] == pytest.approx([i / 13 for i in range(14)])
+    single = fourier.judged({'stem': [2, 1, 1]}, torch.tensor([[0.5, math.nan], [1.5, math.nan]]).double())
+    assert [single['points'][0][key] for key in ('high_frequency', 'variance', 'variance_spread')] == [None] * 3
+
+
+def test_table():
+    """What a half-block changes, on average: not across another kind of step, nor where there is no number."""
+    highs = [('stem', -1.0), ('attn', -3.0), ('mlp', -2.5), ('down', -1.0), ('attn', -2.0), ('mlp', None)]
+    points = [{'kind': kind, 'high_frequency': high, 'variance': 2.0} for kind, high in highs]
+    _, row = fourier.table({'checkpoints': [{'name': 'a', 'points': points}]})
+    assert row == ['a', '6', '-1.000', '-2.000', '-1.500', '+0.500', '2.000', '2.000']
+
+
+def test_what_is_said_of_a_network():
+    sizes = dict(img_size=(32, 48), patch_size=4, embed_dim=16, depths=(1, 1, 1), num_heads=(2, 2, 2), window_size=4)
+    network = swin_transformer_v2.SwinTransformerV2(**sizes)
+    shapes = {name: list(maps.shape[1:]) for name, maps in features.collect(network, torch.randn(1, 3, 32, 48)).items()}
+    whole, square, small = fourier.notes(network, shapes)
+    assert 'no state between attention and MLP' in whole
+    assert 'largest centred square' in square
+    assert small.endswith('layers.2.downsample, layers.2.blocks.0')
+    core = find_method('mixmae_tiny').create_classifier('mixmae_tiny', num_classes=3, img_size=32)
+    assert not fourier.notes(core, fourier.points(network_of('mix', core, 32)))
+    with pytest.raises(UserError, match=r'plain: a Sequential has no residual .*; leave it out of --checkpoint'):
+        fourier.points(network_of('plain', nn.Sequential(nn.Conv2d(3, 4, 3)), 8))

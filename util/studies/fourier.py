@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from util.analysis import features, spectra
+from util.errors import UserError
 from util.log import info
 from util.studies.common import Job, Network, described, rows
 
 HELP = 'fourier: frequencies and variance of the feature maps after every half-block'
 SPLITS = {'val': 1024}
 NEEDS_HEAD = False
+QUANTITIES = {'high_frequency': 'high frequency (Δ log amplitude)', 'variance': 'variance over positions'}
 
 
 def add_flags(add: Callable) -> None:
@@ -38,9 +40,12 @@ def compute(job: Job) -> dict:
 
 
 def points(network: Network) -> dict[str, list[int]]:
-    """{point: [C, h, w]} of the network's maps."""
+    """{point: [C, h, w]} of the network's maps. Raises UserError where it has none."""
     side = network.args.input_size
-    maps = features.collect(network.core, torch.zeros(1, 3, side, side))
+    try:
+        maps = features.collect(network.core, torch.zeros(1, 3, side, side))
+    except UserError as error:
+        raise UserError(f'{network.name}: {error}; leave it out of --checkpoint') from error
     return {point: list(of_point.shape[1:]) for point, of_point in maps.items()}
 
 
@@ -52,7 +57,7 @@ def notes(core: nn.Module, shapes: dict[str, list[int]]) -> list[str]:
     if any(shape[1] != shape[2] for shape in shapes.values()):
         found.append('its maps are not square: spectra are of the largest centred square')
     if small:
-        found.append(f'maps below 3 x 3 have no frequency but 0, and are not in the figure: {", ".join(small)}')
+        found.append(f'maps below 3 x 3 have no frequency but 0, and no spectrum is drawn of {", ".join(small)}')
     return found
 
 
@@ -141,16 +146,16 @@ def draw(result: dict, path: Path) -> None:
 
     networks = {network['name']: network['points'] for network in result['checkpoints']}
     curves = {
-        name: {p['point']: (p['frequencies'], p['relative_log_amplitude']) for p in of_points if side(p['map']) > 2}
+        name: {point['point']: (point['frequencies'], point['relative_log_amplitude']) for point in of_points}
         for name, of_points in networks.items()
     }
-    figures.spectra(path, 'Relative log amplitudes of feature maps', curves)
+    figures.spectra(path, 'Relative log amplitude of feature maps', curves)
     panels = {
         label: {
             name: ([p['depth'] for p in of_points], [math.nan if p[key] is None else p[key] for p in of_points])
             for name, of_points in networks.items()
         }
-        for label, key in (('high frequency (delta log amplitude)', 'high_frequency'), ('variance', 'variance'))
+        for key, label in QUANTITIES.items()
     }
     bands = {name: [p['kind'] for p in of_points] for name, of_points in networks.items()}
     depth = path.with_stem(f'{path.stem}-depth')
