@@ -67,6 +67,7 @@ def test_half_diagonal(side):
     whole = torch.fft.fft2(maps[:, :, 2:-2]).diagonal(dim1=2, dim2=3)[..., : math.ceil(side / 2)]
     plain = (whole.abs() + 1e-6).log().mean((0, 1))
     assert torch.allclose(spectra.log_amplitude(maps), plain, rtol=0, atol=1e-11)
+    assert torch.allclose(spectra.log_amplitude(maps.mT), plain, rtol=0, atol=1e-11)
     assert torch.equal(spectra.log_amplitude(maps.half()), spectra.log_amplitude(maps.half().float()))
     assert spectra.log_amplitudes(maps).mean(0).tolist() == pytest.approx(plain.tolist())
     assert len(spectra.frequencies(side)) == len(plain)
@@ -194,6 +195,10 @@ def test_maps_that_are_not_square():
         for maps in features.collect(swin_transformer.SwinTransformer(**sizes), torch.randn(1, 3, 72, 100)).values()
     ]
     assert shapes == 3 * [[1, 16, 18, 25]] + 5 * [[1, 32, 9, 13]]
+    for shape in ((2, 5, 3, 3), (2, 3, 3, 5)):  # where a network does not say which layout it has
+        assert features.as_map(nn.Identity(), 'block', torch.zeros(shape), (2, 3, 9, 9)).shape == (2, 5, 3, 3)
+    with pytest.raises(UserError, match=r'block of a Identity gives \[2, 7, 5\]: neither a map'):
+        features.as_map(nn.Identity(), 'block', torch.zeros(2, 7, 5), (2, 3, 9, 9))
     with pytest.raises(UserError, match='a Sequential has no residual blocks'):
         features.collect(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8))
 
@@ -235,10 +240,18 @@ def test_numbers_of_the_figures():
 
 def test_table():
     """What a half-block changes, on average: not across another kind of step, nor where there is no number."""
-    highs = [('stem', -1.0), ('attn', -3.0), ('mlp', -2.5), ('down', -1.0), ('attn', -2.0), ('mlp', None)]
+    highs = [
+        ('stem', -1.0),
+        ('attn', -3.0),
+        ('mlp', -2.5),
+        ('down', -1.0),
+        ('attn', -2.0),
+        ('mlp', None),
+        ('attn', -2.0),
+    ]
     points = [{'kind': kind, 'high_frequency': high, 'variance': 2.0} for kind, high in highs]
     _, row = fourier.table({'checkpoints': [{'name': 'a', 'points': points}]})
-    assert row == ['a', '6', '-1.000', '-2.000', '-1.500', '+0.500', '2.000', '2.000']
+    assert row == ['a', '7', '-1.000', '-2.000', '-1.500', '+0.500', '2.000', '2.000']
 
 
 def test_what_is_said_of_a_network():

@@ -157,8 +157,8 @@ def collect(
 
 @contextlib.contextmanager
 def residual_stream(model: nn.Module, halves: bool, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While it is open, a forward calls `keep(point, output)` at the points of `collect`."""
-    modules, halved, whole = block_names(model), set(), set()
+    """While it is open, one forward calls `keep(point, output)` at the points of `collect`."""
+    modules, halved, past_mlp = block_names(model), set(), set()
     if not modules:
         raise UserError(f'a {type(model).__name__} has no residual blocks that are known here')
 
@@ -170,13 +170,9 @@ def residual_stream(model: nn.Module, halves: bool, keep: Callable[[str, Tensor]
 
     def before_norm2(name: str, state: Tensor) -> None:
         """It is given the state after attention, LayerScale and all; unless it norms what the MLP adds."""
-        if name not in whole:
+        if name not in past_mlp:
             halved.add(name)
             keep(f'{name}.attn', state)
-
-    def before_mlp(name: str, _: Tensor) -> None:
-        if name not in halved:
-            whole.add(name)
 
     def after_block(name: str, state: Tensor) -> None:
         keep(f'{name}.mlp' if name in halved else name, state)
@@ -194,7 +190,7 @@ def residual_stream(model: nn.Module, halves: bool, keep: Callable[[str, Tensor]
                 after(module, after_block, name)
                 if halves and has_halves(module):
                     before(module.norm2, before_norm2, name)
-                    before(module.mlp, before_mlp, name)
+                    before(module.mlp, lambda name, _: past_mlp.add(name), name)
         yield
 
 
