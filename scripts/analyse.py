@@ -28,11 +28,11 @@ from util import agreement, build, checkpoint, config, digests, dist, resources
 from util.data import datasets, named
 from util.errors import UserError, run_main
 from util.log import info
-from util.studies import attention, cka, knn
+from util.studies import attention, cka, fourier, knn
 from util.studies.common import OF_FILE, Job, Network, writing
 from util.weights import file_of, load_published
 
-STUDIES = {module.__name__.rpartition('.')[2]: module for module in (knn, cka, attention)}
+STUDIES = {module.__name__.rpartition('.')[2]: module for module in (knn, fourier, cka, attention)}
 MOST = 8  # networks in a table
 RANDOM = 'random'
 TAKEN = (  # of fine-tuning's flags
