@@ -18,6 +18,7 @@ from util.analysis import similarity
 from util.analysis.features import block_names, captured, evaluating
 from util.analysis.similarity import MinibatchCKA
 from util.errors import UserError, run_main
+from util.studies import cka
 from util.studies.common import batches
 
 DOUBLE_AND_SINGLE = pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -185,14 +186,21 @@ def test_batches_of_images_that_cannot_be_read(images, tmp_path, capsys):
     result = analysed(broken, tmp_path / 'out', '--batch_size', '7', '--bad_images', 'skip', '--max_bad_images', '0.5')
     assert 'batches left out, since they hold images that cannot be read: 1 of 2' in capsys.readouterr().out
     assert (result['images'], result['batches']) == (7, 1)
-    assert result['pairs'][0]['deviation_over_batches'] is None
+    assert 'deviation_over_batches' not in result['pairs'][0]
+
+
+@pytest.mark.parametrize('square', [0.0, float('nan'), float('inf')])
+def test_blocks_that_cannot_be_compared(square):
+    with pytest.raises(UserError, match=r'features of blocks\.1 of a are not finite, or the same for every image'):
+        cka.check(torch.tensor([1.0, square]).diag(), {'a': ['blocks.0', 'blocks.1']})
 
 
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
-        (['--batch_size', '3'], '--batch_size 3: CKA needs 4 images or more in a batch'),
-        ([], '15 images make no batch of --batch_size 256: CKA takes whole batches; --batch_size 15 takes them all'),
+        (['--batch_size', '3'], '--batch_size 3, 15 images: CKA needs batches of 4 or more'),
+        (['--images', '3'], '--batch_size 256, 3 images: CKA needs batches of 4 or more'),
+        ([], '15 images make no batch of --batch_size 256; --batch_size 15 takes them all'),
     ],
 )
 def test_mistakes(images, tmp_path, capsys, flags, words):

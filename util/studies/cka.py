@@ -28,17 +28,7 @@ def add_flags(add: Callable) -> None:
 
 def compute(job: Job) -> dict:
     """CKA of all blocks of all networks, over batches of the same images for all of them."""
-    split, batch = job.splits['val'], job.args.batch_size
-    count, left = divmod(len(split.images), batch)
-    if batch < FEWEST:
-        raise UserError(f'--batch_size {batch}: CKA needs {FEWEST} images or more in a batch')
-    if not count:
-        raise UserError(
-            f'{left} images make no batch of --batch_size {batch}: CKA takes whole batches; --batch_size {left} takes '
-            'them all'
-        )
-    if left:
-        info(f'batches of {batch} images: {count}; {counted(left, "image")} of an incomplete one are left out')
+    batch, count = job.args.batch_size, whole_batches(job)
     layers = {network.name: list(block_names(network.core)) for network in job.networks}
     for network in job.networks:
         if not layers[network.name]:
@@ -51,22 +41,25 @@ def compute(job: Job) -> dict:
         raise UserError('no batch is left')
     products = torch.stack(found)
     check(products.sum(0), layers)
-    similarity, spread = cka_of(products.sum(0)), cka_of(products).std(0) if len(products) > 1 else None
-    ends = [0, *itertools.accumulate(map(len, layers.values()))]
-    places = {name: slice(*of) for name, of in zip(layers, itertools.pairwise(ends), strict=True)}
-    pairs = [
-        {'rows': row, 'columns': column}
-        | {'cka': similarity[places[row], places[column]].tolist()}
-        | {'deviation_over_batches': None if spread is None else spread[places[row], places[column]].tolist()}
-        for number, row in enumerate(layers)
-        for column in list(layers)[: number + 1]
-    ]
     return {
-        'images': len(products) * batch,
-        'batches': len(products),
+        'images': len(found) * batch,
+        'batches': len(found),
         'checkpoints': [described(network) | {'layers': layers[network.name]} for network in job.networks],
-        'pairs': pairs,
+        'pairs': pairs_of(products, layers),
     }
+
+
+def whole_batches(job: Job) -> int:
+    """How many batches there are. Raises UserError if there is none."""
+    batch = job.args.batch_size
+    count, left = divmod(len(job.splits['val'].images), batch)
+    if min(batch, count * batch + left) < FEWEST:
+        raise UserError(f'--batch_size {batch}, {count * batch + left} images: CKA needs batches of {FEWEST} or more')
+    if not count:
+        raise UserError(f'{left} images make no batch of --batch_size {batch}; --batch_size {left} takes them all')
+    if left:
+        info(f'batches of {batch} images: {count}; {counted(left, "image")} of an incomplete one are left out')
+    return count
 
 
 def shuffled(job: Job) -> Job:
@@ -109,6 +102,25 @@ def of_block(network: Network) -> Callable[[str, Tensor], Tensor]:
         return centred_gram(output)
 
     return gram
+
+
+def pairs_of(products: Tensor, layers: dict[str, list[str]]) -> list[dict]:
+    """CKA of each network with itself and those before it, by the products [batches, L, L] of all blocks.
+
+    With the deviation over the batches, if there are several.
+    """
+    similarity = cka_of(products.sum(0))
+    spread = cka_of(products).std(0) if len(products) > 1 else None
+    ends = [0, *itertools.accumulate(map(len, layers.values()))]
+    places = {name: slice(*of) for name, of in zip(layers, itertools.pairwise(ends), strict=True)}
+    found = []
+    for number, row in enumerate(layers):
+        for column in list(layers)[: number + 1]:
+            values, deviations = (x if x is None else x[places[row], places[column]] for x in (similarity, spread))
+            found.append({'rows': row, 'columns': column, 'cka': values.tolist()})
+            if deviations is not None:
+                found[-1]['deviation_over_batches'] = deviations.tolist()
+    return found
 
 
 def cka_of(products: Tensor) -> Tensor:
