@@ -4,15 +4,14 @@ The players are the cells of a grid over the image. A player who does not take p
 normalised space, the mean colour of the data set.
 """
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.analysis.features import evaluating
+from util.analysis.features import exact
 from util.errors import UserError
 
 RATIOS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)  # of the orders; the ends weigh more in J
@@ -92,26 +91,6 @@ def hide(imgs: Tensor, keep: Tensor) -> Tensor:
     return torch.where(shown.unsqueeze(1), imgs, 0)
 
 
-@contextlib.contextmanager
-def exact(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, in the precision of the weights: no autocast, no TF32.
-
-    Raises UserError for weights of 16 bits: differences of rewards would drown in their rounding.
-    """
-    weight = next(model.parameters())
-    if weight.dtype not in (torch.float32, torch.float64):
-        kind = str(weight.dtype).removeprefix('torch.')
-        raise UserError(f'interactions need a network in float32, not in {kind}: their differences drown in rounding')
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        with evaluating(model), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
 # --------------------------------------------------------------------------
 # interactions
 
@@ -142,7 +121,8 @@ def interactions(
 
     The mean over the pair's contexts S [P, S, m] of v(S+i+j) - v(S+i) - v(S+j) + v(S), where v is the reward that
     the network gives to the label when only these cells are shown. Each different cell set is forwarded once,
-    `batch_size` of them at a time. The network runs as in `exact`; the reward is in float64.
+    `batch_size` of them at a time. No autocast, no TF32; the reward is in float64. Raises
+    UserError for weights of 16 bits.
     """
     sets, places = distinct_sets(pairs, contexts, grid)
     return of_sets(model, img, label, sets, places, reward, batch_size)
@@ -152,7 +132,11 @@ def of_sets(
     model: nn.Module, img: Tensor, label: int, sets: np.ndarray, places: np.ndarray, reward: str, batch_size: int
 ) -> Tensor:
     """`interactions` by what `distinct_sets` gives. The host does not wait for the device."""
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    if weight.dtype not in (torch.float32, torch.float64):
+        kind = str(weight.dtype).removeprefix('torch.')
+        raise UserError(f'interactions need a network in float32, not in {kind}: its rounding is larger than they are')
+    device = weight.device
     kept, places, img = uploaded(sets, device), uploaded(places, device), img.to(device)
     with exact(model):
         rewards = [REWARDS[reward](model(hide(img, keep)).double(), int(label)) for keep in kept.split(batch_size)]
