@@ -264,6 +264,20 @@ def captured(modules: dict[str, nn.Module], reduce: Callable[[str, Tensor], Tens
 
 
 @contextlib.contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, in the precision of the weights: no autocast, no TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards each module has its own again."""
     modes = {module: module.training for module in model.modules()}
