@@ -97,7 +97,8 @@ def samples(args: argparse.Namespace, grid: int, k: int) -> Iterator[tuple[int, 
 def of_network(job: Job, args: argparse.Namespace, network: Network, grid: int, outputs: Tensor) -> dict:
     """The results of a network; `outputs` are those of its head, class by class."""
     own = {name: value for name, value in described(network).items() if name not in ('name', 'path', 'weights')}
-    own |= {name: getattr(args, name) for name in OF_ROWS} | {'grid': grid}
+    own |= {name: getattr(args, name) for name in OF_ROWS}
+    own |= {'grid': grid, 'global_pool': network.args.global_pool}
     own |= {} if network.sha256 else {'weights': network.report}
     kept, mine = Kept(args.output_dir, network.name), {}
     with evaluated(job, network) as core:
@@ -106,10 +107,10 @@ def of_network(job: Job, args: argparse.Namespace, network: Network, grid: int, 
                 continue
             label = outputs[place].item()
             key = key_of(own | {'image': k, 'label': label}, img)
+            if args.only_correct and core(img.unsqueeze(0)).argmax() != label:
+                mine[k] = None
+                continue
             if key not in kept.rows:
-                if args.only_correct and core(img.unsqueeze(0)).argmax() != label:
-                    mine[k] = None
-                    continue
                 kept.add(key, of_image(core, img, label, args, grid, k))
             mine[k] = key, kept.rows[key]
     dist.barrier()  # hosts notice a lost rank
