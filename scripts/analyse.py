@@ -28,11 +28,13 @@ from util import agreement, build, checkpoint, config, digests, dist, resources
 from util.data import datasets, named
 from util.errors import UserError, run_main
 from util.log import info
-from util.studies import interactions, knn, occlusion
+from util.studies import attention, cka, fourier, interactions, knn, occlusion
 from util.studies.common import OF_FILE, Job, Network, writing
 from util.weights import file_of, load_published
 
-STUDIES = {module.__name__.rpartition('.')[2]: module for module in (knn, interactions, occlusion)}
+STUDIES = {
+    module.__name__.rpartition('.')[2]: module for module in (knn, interactions, fourier, cka, attention, occlusion)
+}
 MOST = 8  # networks in a table
 RANDOM = 'random'
 TAKEN = (  # of fine-tuning's flags
@@ -75,6 +77,7 @@ def get_args_parser(what: str | None = None) -> config.Parser:
     parser.take(finetune, *TAKEN)
     if what:
         STUDIES[what].add_flags(partial(parser.add_argument, heading=what))
+        parser.set_defaults(**getattr(STUDIES[what], 'DEFAULTS', {}))
     if '--feature' not in parser.flags:  # which takes its place
         parser.take(finetune, 'global_pool')
     return parser
