@@ -21,7 +21,6 @@ from util.data import named
 from util.errors import UserError, run_main
 from util.studies import interactions as study
 
-FLOATS = pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['double', 'single'])
 STOCK = {
     'timm VisionTransformer': VisionTransformer,
     'timm ResNet(BasicBlock)': lambda **kwargs: ResNet(BasicBlock, **kwargs),
@@ -53,10 +52,9 @@ def test_samples_as_published():
             assert (m, sha256(contexts)) == (of_order['order'], of_order['sha256'])
 
 
-@pytest.fixture(scope='module', params=['vit', 'resnet'])
-def published(request):
+def published(kind):
     """A network's golden, its images, and the pairs and contexts of each image and ratio."""
-    known = golden(f'analysis/interactions_{request.param}.json')
+    known = golden(f'analysis/interactions_{kind}.json')
     imgs = torch.from_numpy(filled_images(2, known['kwargs'].get('img_size', 64)))
     grid, seed, samples = known['grid'], known['seed'], []
     for k in range(2):
@@ -71,11 +69,11 @@ def published(request):
     return known, imgs, samples
 
 
-@FLOATS
-def test_interactions_as_published(published, dtype):
-    known, imgs, samples = published
-    if dtype == torch.float64 and 'ResNet' in known['network']:
-        pytest.skip('takes seconds')
+@pytest.mark.parametrize(
+    ('kind', 'dtype'), [('vit', torch.float64), ('vit', torch.float32), ('resnet', torch.float32)], ids=str
+)
+def test_interactions_as_published(kind, dtype):
+    known, imgs, samples = published(kind)
     network = network_of(known, dtype)
     for reward in interactions.REWARDS:
         if f'interactions_{reward}' not in known:
@@ -253,6 +251,7 @@ def test_interactions_are_resumed(images, tuned, tmp_path, monkeypatch):
     assert (first['grid'], first['orders'], first['images']) == (4, [0, 0, 7, 14], 5)
     assert first['forwards'] == kept['forwards'].sum() < 5 * 3 * 24
 
+    monkeypatch.setattr(study, 'draw', lambda result, path: None)
     computed, of_image, killed = [], study.of_image, []
 
     def until_killed(*args):
