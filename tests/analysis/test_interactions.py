@@ -276,7 +276,7 @@ def test_interactions_are_resumed(images, tuned, tmp_path, monkeypatch):
     correct = analysed('interactions', images, tmp_path / 'killed', *checkpoints, *FEW, '--seed', '1', '--only_correct')
     assert not computed
     assert [of['images'] < 5 for of in correct['checkpoints']] == [False, True]
-    (tmp_path / 'killed/interactions-random.npz').write_bytes(b'PK')
+    (tmp_path / 'killed/interactions-random.npz').write_bytes(b'PK\x03\x04')
     with pytest.raises(UserError, match=r'interactions-random\.npz is damaged, or not of this program: move it away'):
         analysed('interactions', images, tmp_path / 'killed', *checkpoints, *FEW)
 
