@@ -20,6 +20,7 @@ from util.analysis import interactions, occlusion
 from util.data import named
 from util.errors import UserError, run_main
 from util.studies import interactions as study
+from util.studies.occlusion import hidden_first
 
 STOCK = {
     'timm VisionTransformer': VisionTransformer,
@@ -287,7 +288,7 @@ def test_occlusion_does_not_depend_on_batches(images, tuned, tmp_path):
     assert found[0]['checkpoints'] == found[1]['checkpoints']
     [ours] = found[0]['checkpoints']
     assert abs(ours['top1'][2] - 100 / 3) < 1e-3, 'nothing is seen: the same answer to all'
-    orders = torch.stack([occlusion.hidden_first(4, 0, k) for k in range(2)])
+    orders = torch.stack([hidden_first(4, 0, k) for k in range(2)])
     half, all_hidden = occlusion.kept_cells(orders, [0.5, 1])
     assert half.sum(1).tolist() == [8, 8]
     assert not torch.equal(*half)
