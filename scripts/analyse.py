@@ -268,14 +268,16 @@ def joined(what: str, files: list[Path]) -> dict:
             results.append(json.loads(file.read_bytes()))
             if results[-1]['what'] != what:
                 raise UserError(f'--from_json {file} has results of {results[-1]["what"]}, not of {what}')
-            headers.append(STUDIES[what].table(results[-1])[0])
             if not results[-1]['checkpoints']:
                 raise ValueError
+            headers.append(STUDIES[what].table(results[-1])[0])
         except OSError as error:
             raise UserError(f'--from_json {file}: {error.strerror}') from error
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f'--from_json {file}: not a file that this program wrote') from error
-    if len(files) > 1 and what == 'cka':
+    if len(files) == 1:
+        return results[0]
+    if what == 'cka':
         raise UserError('--from_json: cka compares the networks of one file; give one')
     for file, header in zip(files, headers, strict=True):
         if header != headers[0]:
