@@ -211,11 +211,14 @@ def share_range(axes: Sequence[Axes], low: float | None = None) -> None:
 
 
 def legend(fig: Figure, columns: int) -> None:
-    """What the lines of all panels are, each once."""
+    """What the lines of all panels are, each once, in so many columns, or fewer where names are long."""
     found = {}
     for ax in fig.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            found.setdefault(wrapped(label, 26), handle)
+    lines = [line for label in found for line in label.splitlines()]
+    columns = max(1, min(columns, int(11 * fig.get_figwidth()) // (max(map(len, lines)) + 6)))
+    fig.set_figheight(fig.get_figheight() + 0.2 * max(0, math.ceil(len(lines) / columns) - 2))
     fig.legend(found.values(), found.keys(), loc='outside lower center', ncols=columns, frameon=False)
 
 
