@@ -198,7 +198,7 @@ def line_of(images, output, *more) -> list[str]:
 
 
 def analysed(images, output, *more) -> dict:
-    analyse.main(analyse.get_args_parser().parse(line_of(images, output, *more)))
+    analyse.main(analyse.parsed(line_of(images, output, *more)))
     return json.loads((output / 'knn.json').read_text())
 
 
@@ -290,7 +290,7 @@ def test_drawn_again_and_without_matplotlib(images, tmp_path, capsys, monkeypatc
     monkeypatch.undo()
     analysed(images, tmp_path / 'b', *few, '--seed', '1')
     files = [str(tmp_path / folder / 'knn.json') for folder in 'ab']
-    analyse.main(analyse.get_args_parser().parse(['knn', '--from_json', *files, '--output_dir', str(tmp_path / 'c')]))
+    analyse.main(analyse.parsed(['knn', '--from_json', *files, '--output_dir', str(tmp_path / 'c')]))
     assert [file.name for file in (tmp_path / 'c').iterdir()] == ['knn.png']
     said = capsys.readouterr().out
     assert 'random (a)' in said

@@ -105,6 +105,14 @@ def test_util_analysis_knows_no_method_and_no_run(path):
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_util_studies_is_for_analyse_alone(path):
+    """And no study needs another."""
+    rooms = [module for module in imports(path) if inside(module, 'util.studies')]
+    own = inside(name_of(path), 'util.studies')
+    assert set(rooms) <= {'util.studies.common'} if own else not rooms or path.name == 'analyse.py'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_util_weights_has_one_door(path):
     if not inside(name_of(path), 'util.weights'):
         assert not [module for module in imports(path) if module.startswith('util.weights.')]
