@@ -342,12 +342,10 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
     with source.expected(args):
         num_classes = wanted or 1
         core, report = load(num_classes)
-        last = last_layer(core)
-        others = re.compile(re.escape(f'{last}.weight [') + r'(\d+),')  # a head for other classes, which was not loaded
-        if not wanted and (found := next(filter(None, map(others.match, report.ignored)), None)):
-            num_classes = int(found[1])
+        if not wanted and (other := other_head(core, report)):
+            num_classes = other
             core, report = load(num_classes)
-    lacks_head = any(name.startswith(f'{last}.') for name in report.missing)
+    lacks_head = any(name.startswith(f'{last_layer(core)}.') for name in report.missing)
     if report.missing and (head or wanted or not lacks_head) and head is not False:
         what = f'classifier{f" of {wanted} classes" if wanted else ""}' + ' of the class token' * (not args.global_pool)
         raise UserError(f'{source.path} has no {what}: {report}')
@@ -355,6 +353,12 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
         take_head_off(core)
         num_classes = 0
     return Loaded(core, report, kwargs, num_classes)
+
+
+def other_head(core: nn.Module, report: Report) -> int:
+    """How many classes the head in a file has, where it was not loaded since the network's has others; else 0."""
+    of_file = re.compile(re.escape(f'{last_layer(core)}.weight [') + r'(\d+),')
+    return next((int(found[1]) for found in map(of_file.match, report.ignored) if found), 0)
 
 
 @resources.program

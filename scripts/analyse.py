@@ -28,11 +28,13 @@ from util import agreement, build, checkpoint, config, digests, dist, resources
 from util.data import datasets, named
 from util.errors import UserError, run_main
 from util.log import info
-from util.studies import knn
+from util.studies import attention, cka, fourier, interactions, knn, occlusion
 from util.studies.common import OF_FILE, Job, Network, writing
 from util.weights import file_of, load_published
 
-STUDIES = {module.__name__.rpartition('.')[2]: module for module in (knn,)}
+STUDIES = {
+    module.__name__.rpartition('.')[2]: module for module in (knn, interactions, fourier, cka, attention, occlusion)
+}
 MOST = 8  # networks in a table
 RANDOM = 'random'
 TAKEN = (  # of fine-tuning's flags
@@ -75,6 +77,7 @@ def get_args_parser(what: str | None = None) -> config.Parser:
     parser.take(finetune, *TAKEN)
     if what:
         STUDIES[what].add_flags(partial(parser.add_argument, heading=what))
+        parser.set_defaults(**getattr(STUDIES[what], 'DEFAULTS', {}))
     if '--feature' not in parser.flags:  # which takes its place
         parser.take(finetune, 'global_pool')
     return parser
@@ -169,7 +172,11 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
         if path == RANDOM:
             report, digest, trained = f'{args.model}, random weights of --seed {args.seed}', None, False
         else:
-            report = load_published(core, source.container, ema=args.use_ema, label=source.path)
+            load = partial(load_published, source=source.container, ema=args.use_ema, label=source.path)
+            report = load(core)
+            if STUDIES[args.what].NEEDS_HEAD and (other := main_finetune.other_head(core, report)):
+                core = main_finetune.checked_classifier(args, other)
+                report = load(core)
             digest = path.partition('#sha256=')[2] or digests.sum_of(file_of(path))
             trained = f'{last_linear(core)}.weight' not in report.missing
     for line in (report, *source.notices):
@@ -188,7 +195,9 @@ def images(args: argparse.Namespace) -> dict[str, datasets.Split]:
     found = {}
     for name, whole in zip(sizes, named.labelled_splits(args, tuple(sizes)), strict=True):
         per_class = vars(args).get('max_per_class') if name == 'train' else None
-        split = named.some(whole, args.seed, args.images or sizes[name], per_class)
+        choose = getattr(STUDIES[args.what], 'choose', None)  # a study may have its own way
+        most = args.images or sizes[name]
+        split = choose(whole, args) if choose else named.some(whole, args.seed, most, per_class)
         if len(split.images) < len(whole.images):
             notes = '; '.join([*split.notes, f'{len(split.images)} of these images are taken'])
             split = split._replace(notes=[notes])

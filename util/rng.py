@@ -1,7 +1,8 @@
 """Randomness as a function of (seed, position), not of history: nothing of it is saved, any split of the work agrees.
 
 The streams: initial weights, the epoch's order, each sample's augmentation, each micro-step (drop path, mixup), the
-masks, the pictures' masks, the images that replace skipped ones, those that validate, and those that are analysed.
+masks, the pictures' masks, the images that replace skipped ones, those that validate, those that are analysed, and
+their hidden cells.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT, VAL_SHARE, CHOICE = range(9)
+INIT, ORDER, SAMPLE, STEP, MASK, PICTURE, REPLACEMENT, VAL_SHARE, CHOICE, OCCLUSION = range(10)
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:

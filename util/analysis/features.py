@@ -129,6 +129,91 @@ def widths(model: nn.Module, img_size: int, layers: str, feature: str) -> dict[s
 
 
 # --------------------------------------------------------------------------
+# maps at all depths
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module, imgs: Tensor, halves: bool = True, reduce: Callable[[Tensor], Tensor] = lambda maps: maps
+) -> dict[str, Tensor]:
+    """{point: map [N, C, h, w]} of images [N, 3, H, W], as the network takes them, in the order of depth.
+
+    Points: `embed`, what the first block of a ViT is given, and of tokens always the patches alone; `patch_embed` of a
+    window transformer; `stem` of a convolutional network, with its max-pool. Then the states of the residual stream:
+    blocks.0.attn after attention, blocks.0.mlp after the MLP; one, blocks.0, without `halves`, and where a block has no
+    halves, or norms what they add instead of what they are given (SwinV2). Mergings are points of their own, such as
+    layers.1.downsample. `reduce` is applied to each map at once; what it gives is kept in place of the map. Evaluation
+    mode, no autocast; modes are restored, hooks removed. Raises UserError for a network whose blocks give no maps.
+    """
+    found = {}
+
+    def keep(point: str, output: Tensor) -> None:
+        found[point] = reduce(as_map(model, point, output, imgs.shape))
+
+    with evaluating(model), residual_stream(model, halves, keep), torch.autocast(imgs.device.type, enabled=False):
+        model(imgs)
+    return found
+
+
+@contextlib.contextmanager
+def residual_stream(model: nn.Module, halves: bool, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While it is open, one forward calls `keep(point, output)` at the points of `collect`."""
+    modules, halved, past_mlp = block_names(model), set(), set()
+    if not modules:
+        raise UserError(f'a {type(model).__name__} has no residual blocks that are known here')
+
+    def before(module: nn.Module, act: Callable, *of: str) -> None:
+        hooks.enter_context(module.register_forward_pre_hook(lambda module, inputs: act(*of, inputs[0])))
+
+    def after(module: nn.Module, act: Callable, *of: str) -> None:
+        hooks.enter_context(module.register_forward_hook(lambda module, inputs, output: act(*of, output)))
+
+    def before_norm2(name: str, state: Tensor) -> None:
+        """It is given the state after attention, LayerScale and all; unless it norms what the MLP adds."""
+        if name not in past_mlp:
+            halved.add(name)
+            keep(f'{name}.attn', state)
+
+    def after_block(name: str, state: Tensor) -> None:
+        keep(f'{name}.mlp' if name in halved else name, state)
+
+    [first, *_] = modules
+    with contextlib.ExitStack() as hooks:
+        if first.startswith('blocks.') or not hasattr(model, 'patch_embed'):
+            before(modules[first], keep, 'embed' if hasattr(model, 'patch_embed') else 'stem')
+        else:
+            after(model.patch_embed, keep, 'patch_embed')
+        for name, module in model.named_modules():
+            if name.startswith('layers.') and name.endswith('.downsample') and not isinstance(module, nn.Identity):
+                after(module, keep, name)
+            if name in modules:
+                after(module, after_block, name)
+                if halves and has_halves(module):
+                    before(module.norm2, before_norm2, name)
+                    before(module.mlp, lambda name, _: past_mlp.add(name), name)
+        yield
+
+
+def has_halves(block: nn.Module) -> bool:
+    """Whether a block is attention, then an MLP that has a norm of its own."""
+    return all(hasattr(block, part) for part in ('attn', 'norm2', 'mlp'))
+
+
+def as_map(model: nn.Module, point: str, output: Tensor, of_images: torch.Size) -> Tensor:
+    """Tokens [N, L, D], or a map of either layout -> [N, C, h, w]; of tokens, h : w is that of the images."""
+    if isinstance(output, Tensor) and output.ndim == 4:
+        return output.permute(0, 3, 1, 2) if channels_last(model, output.shape) else output
+    if isinstance(output, Tensor) and output.ndim == 3:
+        tokens = patches(model, output)
+        length, (height, width) = tokens.shape[1], of_images[2:]
+        rows = round((length * height / width) ** 0.5)
+        if rows and length % rows == 0:
+            return tokens.transpose(1, 2).unflatten(2, (rows, length // rows))
+    given = list(output.shape) if isinstance(output, Tensor) else f'a {type(output).__name__}'
+    raise UserError(f'{point} of a {type(model).__name__} gives {given}: neither a map, nor tokens of one')
+
+
+# --------------------------------------------------------------------------
 # hooks and layouts
 
 
@@ -151,11 +236,13 @@ def patches(model: nn.Module, output: Tensor) -> Tensor:
     """Patch tokens [N, L, D] of tokens behind class token or registers, or of a map: [N, C, H, W], or [N, H, W, C]."""
     if output.ndim == 3:
         return output[:, getattr(model, 'num_prefix_tokens', 0) :]
-    return (output if channels_last(model) else output.permute(0, 2, 3, 1)).flatten(1, 2)
+    return (output if channels_last(model, output.shape) else output.permute(0, 2, 3, 1)).flatten(1, 2)
 
 
-def channels_last(model: nn.Module) -> bool:
-    """Whether the maps of a network are [N, H, W, C], as those of window transformers are."""
+def channels_last(model: nn.Module, shape: torch.Size) -> bool:
+    """Whether a map of this shape is [N, H, W, C]: where only one reading is square, that; else as the network says."""
+    if (shape[1] == shape[2]) != (shape[2] == shape[3]):
+        return shape[1] == shape[2]
     layout = getattr(model, 'output_fmt', None) or getattr(getattr(model, 'patch_embed', None), 'output_fmt', 'NCHW')
     return layout == 'NHWC'
 
@@ -174,6 +261,20 @@ def captured(modules: dict[str, nn.Module], reduce: Callable[[str, Tensor], Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, in the precision of the weights: no autocast, no TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from timm.data import ImageNetInfo
 from torchvision.datasets import CIFAR10, CIFAR100, INaturalist, Places365
 
 from util import digests, rng
@@ -25,6 +26,7 @@ from util.data import datasets, node, shards
 from util.data.datasets import CLASS_FOLDERS, Split, labelled_files
 from util.data.stores import Files, Pixels, Store
 from util.errors import UserError, listed, printable
+from util.log import info
 
 
 class Misfit(Exception):
@@ -386,15 +388,43 @@ def difference(ours: list[str], theirs: list[str], us: str, them: str) -> str:
     return '; '.join(parts)
 
 
-def some(split: Split, seed: int, most: int | None = None, per_class: int | None = None) -> Split:
+def outputs_of(classes: list[str], known: list[str] | None, outputs: int, owner: str) -> np.ndarray:
+    """Which of the outputs of a head stands for each of the classes: int64 [classes].
+
+    By their names: those that the checkpoint tells, `known`, or ImageNet's for wnids and a head of 1000. Else there
+    must be as many, and the order is taken to be the same. Raises UserError.
+    """
+    imagenet = ImageNetInfo('imagenet-1k').label_names()
+    if not known and outputs == len(imagenet) and set(classes) <= set(imagenet):
+        known = imagenet
+    if not known:
+        if outputs != len(classes):
+            raise UserError(
+                f'{owner} has a head for {outputs} classes whose names it does not tell, the data have {len(classes)}: '
+                f'give the data that it was trained on'
+            )
+        info(f'{owner}: its file names no classes; class k of the data is taken for output k')
+        known = classes
+    place = {name: number for number, name in enumerate(known)}
+    if not place.keys() >= set(classes):
+        raise UserError(f'the head of {owner} has other classes: {difference(classes, known, "the data", "the head")}')
+    return np.array([place[name] for name in classes])
+
+
+def some(split: Split, seed: int, most: int | None = None, per_class: int | None = None, first: bool = False) -> Split:
     """At most `per_class` images of each class, and `most` in all, as evenly from the classes as can be.
 
-    Drawn from the seed; in the order of the split.
+    Drawn from the seed; in the order of the split. `first`: of each class the first ones; only classes are drawn.
     """
-    labels = split.labels
-    order = rng.generator(seed, rng.CHOICE).permutation(len(labels))
+    labels, classes = split.labels, np.arange(len(split.classes))
+    if first:
+        order, classes = np.arange(len(labels)), rng.generator(seed, rng.CHOICE).permutation(classes)
+    else:
+        order = rng.generator(seed, rng.CHOICE).permutation(len(labels))
     order = order[labels[order].argsort(kind='stable')]  # class by class
     number = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])  # of each image within its class
-    turns = number.argsort(kind='stable')[: (number < (per_class or len(order))).sum()]  # one of each class in turn
+    turns = np.lexsort((classes[labels[order]], number))[
+        : (number < (per_class or len(order))).sum()
+    ]  # one of each class in turn
     chosen = np.sort(order[turns[:most]])
     return split._replace(images=split.images.take(chosen), labels=labels[chosen])

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from util import build, dist
-from util.analysis.features import evaluating
-from util.data import datasets
+from util import build, config, dist
+from util.analysis.features import evaluating, exact
+from util.data import datasets, named
 from util.data.datasets import Split
 from util.errors import StorageError, UserError
 from util.log import clock, counted, info
+from util.nn.linear_probe import last_layer
 
 OF_FILE = ('model', 'model_kwargs', 'input_size', 'mean', 'std')  # arguments that a checkpoint gives
 TOLD_EVERY = 30  # seconds between two lines on progress
@@ -95,6 +96,29 @@ def check_read(job: Job, name: str, read: Tensor) -> None:
         info(f'bad images skipped: {missing}, listed in {job.args.output_dir / f"bad_images_{name}.txt"}')
 
 
+def add_grid(add: Callable) -> None:
+    add(
+        '--grid',
+        type=config.number(int, 2),
+        help='cells of each side; default: cells of 16 pixels, of images below 128 pixels 16 x 16 cells',
+    )
+
+
+def grid_of(network: Network) -> int:
+    """How many cells each side of a network's images has, by --grid or its default."""
+    side, given = network.args.input_size, network.args.grid
+    if given and given > side:
+        raise UserError(f'--grid {given}: the images of {network.name} have {side} rows of pixels')
+    return given or (side // 16 if side >= 128 else min(16, side))
+
+
+def head_labels(job: Job, network: Network, name: str = 'val') -> Tensor:
+    """Which output of its head stands for each class of a split: int64 [classes]. Raises UserError."""
+    head = network.core.get_submodule(last_layer(network.core))
+    outputs = [module for module in head.modules() if isinstance(module, nn.Linear)][-1].out_features
+    return torch.from_numpy(named.outputs_of(job.splits[name].classes, network.classes, outputs, network.name))
+
+
 # --------------------------------------------------------------------------
 # numbers
 
@@ -137,15 +161,12 @@ def gathered(parts: dict[int, Tensor]) -> dict[int, Tensor]:
 @contextlib.contextmanager
 def evaluated(job: Job, network: Network) -> Iterator[nn.Module]:
     """The network on the device, in evaluation mode, without gradients, in float32: no autocast, no TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    core = network.core.to(job.device)
     try:
-        with evaluating(network.core), torch.no_grad(), torch.autocast(job.device.type, enabled=False):
-            yield network.core.to(job.device)
+        with exact(core):
+            yield core
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-        network.core.to('cpu')
+        core.to('cpu')
 
 
 # --------------------------------------------------------------------------

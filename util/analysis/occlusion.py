@@ -1,0 +1,35 @@
+"""What a classifier answers when cells of an image are hidden (Naseer et al. 2021, A2MIM's figure 1)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from util import rng
+from util.analysis.features import evaluating
+from util.analysis.interactions import hide
+
+
+def hidden_first(grid: int, seed: int, image: int) -> Tensor:
+    """The order in which the cells of an image are hidden, [n]: those of a smaller share are among those of a larger.
+
+    A function of the seed and the image's number, so that no batch matters.
+    """
+    return torch.from_numpy(rng.generator(seed, rng.OCCLUSION, image).permutation(grid**2))
+
+
+def kept_cells(order: Tensor, ratios: Sequence[float]) -> Tensor:
+    """bool [ratios, N, n]: all cells but the first round(ratio * n) of each image's `order` [N, n]."""
+    place = order.argsort(1)
+    return torch.stack([place >= round(ratio * order.shape[1]) for ratio in ratios])
+
+
+@torch.no_grad()
+def occluded(model: nn.Module, imgs: Tensor, keep: Tensor) -> Tensor:
+    """Logits [ratios, N, C] of normalised images [N, 3, H, W] with only these cells, `keep` bool [ratios, N, n].
+
+    One forward for all ratios, in evaluation mode.
+    """
+    sets = keep.to(imgs.device).flatten(0, 1)
+    with evaluating(model):
+        return model(hide(imgs.repeat(len(keep), 1, 1, 1), sets)).unflatten(0, keep.shape[:2])
