@@ -230,6 +230,8 @@ def joined(what: str, files: list[Path]) -> dict:
             results.append(json.loads(file.read_bytes()))
             if results[-1]['what'] != what:
                 raise UserError(f'--from_json {file} has results of {results[-1]["what"]}, not of {what}')
+            if not results[-1]['checkpoints'] or not STUDIES[what].table(results[-1]):
+                raise ValueError
         except OSError as error:
             raise UserError(f'--from_json {file}: {error.strerror}') from error
         except (ValueError, LookupError, TypeError) as error:

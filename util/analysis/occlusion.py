@@ -5,17 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from util import rng
 from util.analysis.features import evaluating
 from util.analysis.interactions import hide
-
-
-def hidden_first(grid: int, seed: int, image: int) -> Tensor:
-    """The order in which the cells of an image are hidden, [n]: those of a smaller share are among those of a larger.
-
-    A function of the seed and the image's number, so that no batch matters.
-    """
-    return torch.from_numpy(rng.generator(seed, rng.OCCLUSION, image).permutation(grid**2))
 
 
 def kept_cells(order: Tensor, ratios: Sequence[float]) -> Tensor:

@@ -403,7 +403,7 @@ def outputs_of(classes: list[str], known: list[str] | None, outputs: int, owner:
                 f'{owner} has a head for {outputs} classes whose names it does not tell, the data have {len(classes)}: '
                 f'give the data that it was trained on'
             )
-        info(f'{owner}: its file names no classes; class k of the data is taken for output k')
+        info(f'{owner}: the names of its classes are not known; class k of the data is taken for output k')
         known = classes
     place = {name: number for number, name in enumerate(known)}
     if not place.keys() >= set(classes):

@@ -34,10 +34,10 @@ def compute(job: Job) -> dict:
         raise UserError('; '.join(lines))
     for line in lines:
         info(f'{line}; the others go on')
-    for network in job.networks:
-        if network.name in blank:
-            tell_cost(network, len(job.splits['val'].images))
-            found[network.name] = seen(job, network, blank[network.name])
+    able = [network for network in job.networks if network.name in blank]
+    for network in able:
+        tell_cost(network, len(job.splits['val'].images))
+    found |= {network.name: seen(job, network, blank[network.name]) for network in able}
     return {'checkpoints': [described(network) | found[network.name] for network in job.networks]}
 
 

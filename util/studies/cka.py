@@ -109,18 +109,17 @@ def pairs_of(products: Tensor, layers: dict[str, list[str]]) -> list[dict]:
 
     With the deviation over the batches, if there are several.
     """
-    similarity = cka_of(products.sum(0))
-    spread = cka_of(products).std(0) if len(products) > 1 else None
+    numbers = {'cka': cka_of(products.sum(0))}
+    if len(products) > 1:
+        numbers['deviation_over_batches'] = cka_of(products).std(0)
     ends = [0, *itertools.accumulate(map(len, layers.values()))]
     places = {name: slice(*of) for name, of in zip(layers, itertools.pairwise(ends), strict=True)}
-    found = []
-    for number, row in enumerate(layers):
-        for column in list(layers)[: number + 1]:
-            values, deviations = (x if x is None else x[places[row], places[column]] for x in (similarity, spread))
-            found.append({'rows': row, 'columns': column, 'cka': values.tolist()})
-            if deviations is not None:
-                found[-1]['deviation_over_batches'] = deviations.tolist()
-    return found
+    return [
+        {'rows': row, 'columns': column}
+        | {name: values[places[row], places[column]].tolist() for name, values in numbers.items()}
+        for number, row in enumerate(layers)
+        for column in list(layers)[: number + 1]
+    ]
 
 
 def cka_of(products: Tensor) -> Tensor:

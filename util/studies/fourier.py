@@ -41,9 +41,9 @@ def compute(job: Job) -> dict:
 
 def points(network: Network) -> dict[str, list[int]]:
     """{point: [C, h, w]} of the network's maps. Raises UserError where it has none."""
-    side = network.args.input_size
+    size = network.args.input_size
     try:
-        maps = features.collect(network.core, torch.zeros(1, 3, side, side))
+        maps = features.collect(network.core, torch.zeros(1, 3, size, size))
     except UserError as error:
         raise UserError(f'{network.name}: {error}; leave it out of --checkpoint') from error
     return {point: list(of_point.shape[1:]) for point, of_point in maps.items()}

@@ -8,7 +8,6 @@ import glob
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +42,6 @@ NEEDS_HEAD = True
 QUICK = dict(images=100, pairs=20, contexts=20)
 OF_ROWS = ('use_ema', 'seed', 'pairs', 'contexts', 'orders', 'radius', 'reward')  # arguments that a row depends on
 SEEDS = 2**32  # of numpy's legacy generator
-TOO_SMALL = 1e-5  # rounding makes up to 2e-6
 
 
 def add_flags(add: Callable) -> None:
@@ -97,7 +95,8 @@ def samples(args: argparse.Namespace, grid: int, k: int) -> Iterator[tuple[int, 
 def of_network(job: Job, args: argparse.Namespace, network: Network, grid: int, outputs: Tensor) -> dict:
     """The results of a network; `outputs` are those of its head, class by class."""
     own = {name: value for name, value in described(network).items() if name not in ('name', 'path', 'weights')}
-    own |= {name: getattr(args, name) for name in OF_ROWS} | {'grid': grid}
+    own |= {name: getattr(args, name) for name in OF_ROWS}
+    own |= {'grid': grid, 'global_pool': network.args.global_pool}
     own |= {} if network.sha256 else {'weights': network.report}
     kept, mine = Kept(args.output_dir, network.name), {}
     with evaluated(job, network) as core:
@@ -106,10 +105,10 @@ def of_network(job: Job, args: argparse.Namespace, network: Network, grid: int, 
                 continue
             label = outputs[place].item()
             key = key_of(own | {'image': k, 'label': label}, img)
+            if args.only_correct and core(img.unsqueeze(0)).argmax() != label:
+                mine[k] = None
+                continue
             if key not in kept.rows:
-                if args.only_correct and core(img.unsqueeze(0)).argmax() != label:
-                    mine[k] = None
-                    continue
                 kept.add(key, of_image(core, img, label, args, grid, k))
             mine[k] = key, kept.rows[key]
     dist.barrier()  # hosts notice a lost rank
@@ -122,8 +121,6 @@ def of_network(job: Job, args: argparse.Namespace, network: Network, grid: int, 
         kept.finish(dict(every.values()), [job.splits['val'].images.name(k) for k in every])
         info(f'{network.name}: interactions of {counted(len(every), "image")} in {kept.path}')
     values = torch.stack([torch.from_numpy(row.values) for _, row in every.values()], 1)
-    if (size := values.abs().mean().item()) < TOO_SMALL:
-        info(f'{network.name}: interactions are {size:.1g} on average, near the rounding of float32: J is mostly noise')
     forwards = sum(row.forwards for _, row in every.values())
     counts = {'images': len(every), 'forwards': forwards}
     return described(network) | counts | strengths(args, grid, values)
@@ -192,7 +189,7 @@ class Kept:
             with np.load(path) as file:
                 columns = zip(file['keys'].tolist(), file['interactions'].swapaxes(0, 1), file['forwards'], strict=True)
                 return {key: Row(values, int(forwards)) for key, values, forwards in columns}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy, zip files and their compression have kinds of their own
             raise UserError(f'{path} is damaged, or not of this program: move it away') from error
 
     def add(self, key: str, row: Row) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import config
+from util import config, rng
 from util.analysis import occlusion
 from util.studies.common import Job, Network, add_grid, described, grid_of, head_labels, rows, tell_cost
 
@@ -39,9 +39,7 @@ def of_network(job: Job, network: Network, labels: Tensor) -> dict:
 
     def answers(imgs: Tensor, numbers: Tensor) -> Tensor:
         # of an image that could not be read, -1, the answer is not taken
-        order = torch.stack(
-            [occlusion.hidden_first(grid, job.args.seed, number) for number in numbers.clamp(min=0).tolist()]
-        )
+        order = torch.stack([hidden_first(grid, job.args.seed, number) for number in numbers.clamp(min=0).tolist()])
         return occlusion.occluded(network.core, imgs, occlusion.kept_cells(order, ratios)).argmax(2).T
 
     answered, read = rows(job, network, answers, batch_size=max(1, job.args.batch_size // len(ratios)))
@@ -49,6 +47,14 @@ def of_network(job: Job, network: Network, labels: Tensor) -> dict:
     error = 100 * (share * (1 - share) / read.sum()).sqrt()
     found = {'grid': grid, 'top1': (100 * share).tolist(), 'error': error.tolist()}
     return described(network) | found | {'images': int(read.sum())}
+
+
+def hidden_first(grid: int, seed: int, image: int) -> Tensor:
+    """The order in which the cells of an image are hidden, [n]: those of a smaller share are among those of a larger.
+
+    A function of the seed and the image's number, so that no batch matters.
+    """
+    return torch.from_numpy(rng.generator(seed, rng.OCCLUSION, image).permutation(grid**2))
 
 
 def table(result: dict) -> list[list[str]]:
