@@ -26,11 +26,12 @@ from torch import nn
 import main_finetune
 from util import agreement, build, checkpoint, config, digests, dist, resources
 from util.data import datasets, named
-from util.errors import UserError, run_main
+from util.errors import CheckpointError, UserError, run_main
 from util.log import info
+from util.nn.linear_probe import last_layer
 from util.studies import attention, cka, fourier, interactions, knn, occlusion
 from util.studies.common import OF_FILE, Job, Network, writing
-from util.weights import file_of, load_published
+from util.weights import check_finite, file_of, load_published
 
 STUDIES = {
     module.__name__.rpartition('.')[2]: module for module in (knn, interactions, fourier, cka, attention, occlusion)
@@ -86,7 +87,12 @@ def get_args_parser(what: str | None = None) -> config.Parser:
 def parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments. WHAT comes first, since it decides which flags there are."""
     what = argv[0] if argv and argv[0] in STUDIES else None
-    args = get_args_parser(what).parse(argv, stage='finetune')
+    parser = get_args_parser(what)
+    for word in (config.underscored(word).partition('=')[0] for word in argv):
+        others = [name for name in STUDIES if word not in parser.flags and word in get_args_parser(name).flags]
+        if word.startswith('--') and what and others:
+            raise UserError(f'{word} is a flag of {" and ".join(others)}, not of {what}')
+    args = parser.parse(argv, stage='finetune')
     if not what:
         raise UserError(f'{args.what} comes first: analyse.py {args.what} --checkpoint ...')
     return args
@@ -178,15 +184,20 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
                 core = main_finetune.checked_classifier(args, other)
                 report = load(core)
             digest = path.partition('#sha256=')[2] or digests.sum_of(file_of(path))
-            trained = f'{last_linear(core)}.weight' not in report.missing
+            finite(core, source.path)
+            trained = not any(key.startswith(f'{last_layer(core)}.') for key in report.missing)
     for line in (report, *source.notices):
-        info(f'{name}: {line}')
+        if path != RANDOM or line == report:  # what a file was trained with is nothing to random weights
+            info(f'{name}: {line}')
     return Network(name, path.partition('#')[0], digest, args, core.eval(), str(report), classes_of_file, trained)
 
 
-def last_linear(core: nn.Module) -> str:
-    """The name of a classifier's last layer."""
-    return [name for name, module in core.named_modules() if isinstance(module, nn.Linear)][-1]
+def finite(core: nn.Module, path: str) -> None:
+    """Raise CheckpointError for weights from which no number can be computed."""
+    try:
+        check_finite(core.state_dict())
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: {error}') from error
 
 
 def images(args: argparse.Namespace) -> dict[str, datasets.Split]:
@@ -197,7 +208,8 @@ def images(args: argparse.Namespace) -> dict[str, datasets.Split]:
         per_class = vars(args).get('max_per_class') if name == 'train' else None
         choose = getattr(STUDIES[args.what], 'choose', None)  # a study may have its own way
         most = args.images or sizes[name]
-        split = choose(whole, args) if choose else named.some(whole, args.seed, most, per_class)
+        alone = len(sizes) == 1  # else training and validation images are of the same classes
+        split = choose(whole, args) if choose else named.some(whole, args.seed, most, per_class, draw_classes=alone)
         if len(split.images) < len(whole.images):
             notes = '; '.join([*split.notes, f'{len(split.images)} of these images are taken'])
             split = split._replace(notes=[notes])

@@ -122,7 +122,7 @@ def one_line(capsys, *line: str) -> str:
         ('occlusion', ['{pretrained}'], r'occlusion needs a classifier: pretrain/checkpoint-last has no trained head'),
         ('interactions', ['{tuned}', '--grid', '64'], r'--grid 64: the images of .* have 32 rows'),
         ('attention', ['a=random,model=a2mim_resnet_tiny'], 'a: ResNet has no attention'),
-        ('cka', ['{tuned}', '--pairs', '3'], 'unknown argument --pairs'),
+        ('cka', ['{tuned}', '--pairs', '3'], '--pairs is a flag of interactions, not of cka'),
         ('fourier', ['{tuned}', '--amp_dtype', 'bf16'], 'unknown argument --amp_dtype: it belongs to main_finetune'),
     ],
 )

@@ -411,20 +411,25 @@ def outputs_of(classes: list[str], known: list[str] | None, outputs: int, owner:
     return np.array([place[name] for name in classes])
 
 
-def some(split: Split, seed: int, most: int | None = None, per_class: int | None = None, first: bool = False) -> Split:
+def some(
+    split: Split,
+    seed: int,
+    most: int | None = None,
+    per_class: int | None = None,
+    first: bool = False,
+    draw_classes: bool = False,
+) -> Split:
     """At most `per_class` images of each class, and `most` in all, as evenly from the classes as can be.
 
-    Drawn from the seed; in the order of the split. `first`: of each class the first ones; only classes are drawn.
+    Drawn from the seed, or, with `first`, the first ones of each class; in the order of the split. Where some classes
+    have one more, or fewer images than classes are taken, it is those that come first, or with `draw_classes` any.
     """
     labels, classes = split.labels, np.arange(len(split.classes))
-    if first:
-        order, classes = np.arange(len(labels)), rng.generator(seed, rng.CHOICE).permutation(classes)
-    else:
-        order = rng.generator(seed, rng.CHOICE).permutation(len(labels))
+    order = np.arange(len(labels)) if first else rng.generator(seed, rng.CHOICE).permutation(len(labels))
+    if draw_classes:
+        classes = rng.generator(seed, rng.CHOICE, 1).permutation(classes)
     order = order[labels[order].argsort(kind='stable')]  # class by class
     number = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])  # of each image within its class
-    turns = np.lexsort((classes[labels[order]], number))[
-        : (number < (per_class or len(order))).sum()
-    ]  # one of each class in turn
-    chosen = np.sort(order[turns[:most]])
+    turns = np.lexsort((classes[labels[order]], number))  # one of each class in turn
+    chosen = np.sort(order[turns[: (number < (per_class or len(order))).sum()][:most]])
     return split._replace(images=split.images.take(chosen), labels=labels[chosen])

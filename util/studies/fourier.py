@@ -149,7 +149,8 @@ def draw(result: dict, path: Path) -> None:
         name: {point['point']: (point['frequencies'], point['relative_log_amplitude']) for point in of_points}
         for name, of_points in networks.items()
     }
-    figures.spectra(path, 'Relative log amplitude of feature maps', curves)
+    images = ' or '.join(map(str, sorted({network['images'] for network in result['checkpoints']})))
+    figures.spectra(path, f'relative log amplitude of feature maps, {images} images', curves)
     panels = {
         label: {
             name: ([p['depth'] for p in of_points], [math.nan if p[key] is None else p[key] for p in of_points])
@@ -159,4 +160,5 @@ def draw(result: dict, path: Path) -> None:
     }
     bands = {name: [p['kind'] for p in of_points] for name, of_points in networks.items()}
     depth = path.with_stem(f'{path.stem}-depth')
-    figures.over_depth(depth, 'High frequencies and variance of feature maps', panels, bands)
+    figures.over_depth(depth, f'high frequencies and variance of feature maps, {images} images', panels, bands)
+    info(f'figure in {depth}')

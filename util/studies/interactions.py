@@ -65,7 +65,7 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
 
 def choose(split: Split, args: argparse.Namespace) -> Split:
     """The first image of each class, then the second."""
-    return named.some(split, args.seed, settled(args).images or SPLITS['val'], first=True)
+    return named.some(split, args.seed, settled(args).images or SPLITS['val'], first=True, draw_classes=True)
 
 
 # --------------------------------------------------------------------------
