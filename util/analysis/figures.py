@@ -183,9 +183,9 @@ def heads(path: Path, title: str, panels: Mapping[str, Mapping[str, Heads]]) -> 
 def grid(counts: Sequence[int], width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
     """A figure with groups of so many panels of this size in inches; each group begins a row.
 
-    A row has four panels, or more where that is nearer to a square.
+    A row has at most four panels; five are three and two.
     """
-    columns = max(min(4, max(counts)), math.ceil(math.sqrt(max(counts))))
+    columns = math.ceil(max(counts) / math.ceil(max(counts) / 4))
     rows = [math.ceil(count / columns) for count in counts]
     fig = Figure(figsize=(width * columns + 0.8, height * sum(rows) + 0.4), layout='constrained')
     cells = fig.add_gridspec(sum(rows), columns)

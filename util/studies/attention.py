@@ -91,4 +91,4 @@ def draw(result: dict, path: Path) -> None:
         'normalised mutual information': panel('mutual_information', uniform=False),
     }
     counts = sorted({network['images'] for network in result['checkpoints'] if network['layers']})
-    figures.heads(path, f'{" or ".join(map(str, counts))} images', panels)
+    figures.heads(path, f'where heads look, {" or ".join(map(str, counts))} images', panels)
