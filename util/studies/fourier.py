@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from util.analysis import features, spectra
 from util.errors import UserError
 from util.log import info
-from util.studies.common import Job, Network, described, rows
+from util.studies.common import Job, Network, described, rows, tell_cost
 
 HELP = 'fourier: frequencies and variance of the feature maps after every half-block'
 SPLITS = {'val': 1024}
@@ -28,6 +28,7 @@ def compute(job: Job) -> dict:
     """Spectra and variance at each point. Raises UserError for a network without maps before any image is read."""
     every = [points(network) for network in job.networks]
     for network, shapes in zip(job.networks, every, strict=True):
+        tell_cost(network, len(job.splits['val'].images))
         for note in notes(network.core, shapes):
             info(f'{network.name}: {note}')
     results = []
