@@ -16,6 +16,7 @@ from util import start  # noqa: F401
 
 # isort: split
 import argparse
+import contextlib
 import json
 import re
 from functools import partial
@@ -37,6 +38,7 @@ STUDIES = {
     module.__name__.rpartition('.')[2]: module for module in (knn, interactions, fourier, cka, attention, occlusion)
 }
 MOST = 8  # networks in a table
+COUNTS = {'images', 'pairs', 'contexts'}  # of results, that their titles tell
 RANDOM = 'random'
 TAKEN = (  # of fine-tuning's flags
     *('model', 'model_kwargs', 'input_size', 'crop_pct', 'mean', 'std', 'max_pixels', 'device', 'seed', 'batch_size'),
@@ -95,7 +97,19 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     args = parser.parse(argv, stage='finetune')
     if not what:
         raise UserError(f'{args.what} comes first: analyse.py {args.what} --checkpoint ...')
+    if args.from_json and args.checkpoint:
+        raise UserError('--from_json draws what was computed, --checkpoint computes: give one of them')
+    if not args.from_json:
+        check_names(args)
     return args
+
+
+def check_names(args: argparse.Namespace) -> None:
+    if not 1 <= len(args.checkpoint) <= MOST:
+        raise UserError(f'--checkpoint takes 1 to {MOST} checkpoints, got {len(args.checkpoint)}')
+    names = [parts(text)[0] for text in args.checkpoint]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'--checkpoint: there are two named {twice[0]}; --checkpoint NAME=PATH names them')
 
 
 # --------------------------------------------------------------------------
@@ -104,17 +118,14 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 def networks(args: argparse.Namespace, classes: int) -> list[Network]:
     """Those of --checkpoint. Raises UserError before anything is computed."""
-    if not 1 <= len(args.checkpoint) <= MOST:
-        raise UserError(f'--checkpoint takes 1 to {MOST} checkpoints, got {len(args.checkpoint)}')
-    names = [parts(text)[0] for text in args.checkpoint]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f'--checkpoint: there are two named {twice[0]}; --checkpoint NAME=PATH names them')
-    found, before = [], checkpoint.Source('', {})
+    found, before, of_before = [], checkpoint.Source('', {}), {}
     for text in args.checkpoint:
         name, path, options = parts(text)
-        own = with_options(args, options, text)
         if path != RANDOM:
-            before = checkpoint.Source.read(path)
+            before, of_before = checkpoint.Source.read(path), options
+        elif 'model' not in options:
+            options = of_before | options
+        own = with_options(args, options, text)
         found.append(network(name, path, before, own, classes))
     if STUDIES[args.what].NEEDS_HEAD:
         for of_file in found:
@@ -133,7 +144,9 @@ def check_head(network: Network, what: str) -> None:
 
 def described_checkpoint(text: str) -> str:
     """The type of --checkpoint: a text of which `parts` can make something."""
-    parts(text)
+    name, equals, path = parts(text)[1].partition('=')
+    if equals and Path(path).exists() and not Path(f'{name}={path}').exists():
+        raise UserError(f'--checkpoint {text}: a name is without / , : and #')
     return text
 
 
@@ -147,15 +160,23 @@ def parts(text: str) -> tuple[str, str, dict[str, str]]:
 
 def with_options(args: argparse.Namespace, options: dict[str, str], text: str) -> argparse.Namespace:
     """The arguments with what one checkpoint has of its own: flags of the network, and options of its model."""
-    known = get_args_parser(args.what).of_network
-    flags = {key: value for key, value in options.items() if key in known}
-    given = {
-        key: config.converted(known[key], key, value, f'--checkpoint {text}: {key}') for key, value in flags.items()
-    }
+    parser, given, words = get_args_parser(args.what), {}, []
+    for key, value in options.items():
+        flag = parser.flags.get(f'--{key}')
+        if flag and flag.dest in parser.of_network:
+            given[flag.dest] = config.converted(flag, key, in_yaml(flag, value), f'--checkpoint {text}: {key}')
+        else:
+            words.append(f'{key}={value}')
     own = argparse.Namespace(**vars(args) | given | {'given': sorted({*args.given, *given})})
-    words = [f'{key}={value}' for key, value in options.items() if key not in known]
-    known['model_kwargs'](None, own, words, f'--checkpoint {text}')
+    parser.of_network['model_kwargs'](None, own, words, f'--checkpoint {text}')
     return own
+
+
+def in_yaml(flag: argparse.Action, value: str) -> str | bool | list[str]:
+    """A value as a recipe would have it: `cls_token=true`, `mean=0.5 0.5 0.5`."""
+    if isinstance(flag, config.Switch):
+        return {'true': True, 'false': False}.get(value, value)
+    return value.split() if flag.nargs else value
 
 
 def network(name: str, path: str, source: checkpoint.Source, args: argparse.Namespace, classes: int) -> Network:
@@ -173,7 +194,7 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
         args.global_pool = args.feature == 'pooled'
     args.probe = source.origin.args.get('probe') if source.origin and path != RANDOM else None  # fine-tuning's flag
     classes_of_file = (source.origin and source.origin.classes) or None
-    with source.expected(args):
+    with source.expected(args) if path != RANDOM else contextlib.nullcontext():
         core = main_finetune.checked_classifier(args, len(classes_of_file or []) or classes)
         if path == RANDOM:
             report, digest, trained = f'{args.model}, random weights of --seed {args.seed}', None, False
@@ -186,10 +207,15 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
             digest = path.partition('#sha256=')[2] or digests.sum_of(file_of(path))
             finite(core, source.path)
             trained = not any(key.startswith(f'{last_layer(core)}.') for key in report.missing)
+            if STUDIES[args.what].NEEDS_HEAD and trained and report.missing:
+                of_token = any(key.startswith('fc_norm.') for key in report.missing)
+                hint = '; is its head that of the class token? then cls_token=true behind its path' if of_token else ''
+                raise UserError(f'{args.what} needs all weights of a classifier: {report}{hint}')
     for line in (report, *source.notices):
         if path != RANDOM or line == report:  # what a file was trained with is nothing to random weights
             info(f'{name}: {line}')
-    return Network(name, path.partition('#')[0], digest, args, core.eval(), str(report), classes_of_file, trained)
+    core.eval().requires_grad_(False)  # with parameters that a network hands on, FLOPs could not be counted
+    return Network(name, path.partition('#')[0], digest, args, core, str(report), classes_of_file, trained)
 
 
 def finite(core: nn.Module, path: str) -> None:
@@ -236,25 +262,51 @@ def ready(args: argparse.Namespace) -> Job:
 
 def joined(what: str, files: list[Path]) -> dict:
     """The results of several files in one; names that they share get that of their folder."""
-    results = []
+    results, headers = [], []
     for file in files:
         try:
             results.append(json.loads(file.read_bytes()))
             if results[-1]['what'] != what:
                 raise UserError(f'--from_json {file} has results of {results[-1]["what"]}, not of {what}')
-            if not results[-1]['checkpoints'] or not STUDIES[what].table(results[-1]):
+            if not results[-1]['checkpoints']:
                 raise ValueError
+            headers.append(STUDIES[what].table(results[-1])[0])
         except OSError as error:
             raise UserError(f'--from_json {file}: {error.strerror}') from error
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f'--from_json {file}: not a file that this program wrote') from error
-    if len(files) > 1 and 'pairs' in results[0]:
-        raise UserError(f'--from_json: {what} compares the networks of one file; give one')
+    if len(files) == 1:
+        return results[0]
+    if what == 'cka':
+        raise UserError('--from_json: cka compares the networks of one file; give one')
+    for file, header in zip(files, headers, strict=True):
+        if header != headers[0]:
+            differing = ' and '.join(', '.join(columns) for columns in (headers[0], header))
+            raise UserError(f'--from_json: {files[0]} and {file} have other columns: {differing}')
     names = [of['name'] for result in results for of in result['checkpoints']]
-    for file, result in zip(files, results, strict=True):
+    if len(names) > MOST:
+        raise UserError(f'--from_json: {len(names)} networks; a figure takes {MOST}')
+    for result, folder in zip(results, told_apart(files), strict=True):
         for of in result['checkpoints']:
-            of['name'] += f' ({file.parent.name})' if names.count(of['name']) > 1 else ''
-    return results[0] | {'checkpoints': [of for result in results for of in result['checkpoints']]}
+            of['name'] += f' ({folder})' if names.count(of['name']) > 1 else ''
+    numbers = {key: either([result.get(key) for result in results]) for key in results[0].keys() & COUNTS}
+    return results[0] | numbers | {'checkpoints': [of for result in results for of in result['checkpoints']]}
+
+
+def told_apart(files: list[Path]) -> list[str]:
+    """The files by the names of their folders, or by as much more as they need."""
+    for name in (lambda file: file.parent.name, lambda file: str(file.parent), str):
+        if len(set(names := [name(file) for file in files])) == len(files):
+            return names
+    raise UserError('--from_json: a file is given twice')
+
+
+def either(values: list) -> object:
+    """Numbers of several results as a title tells them: those that differ are `120 or 500`."""
+    if isinstance(values[0], dict):
+        return {key: either([value[key] for value in values]) for key in values[0]}
+    different = list(dict.fromkeys(values))
+    return ' or '.join(map(str, different)) if len(different) > 1 else different[0]
 
 
 def rounded(value: object) -> object:
@@ -304,6 +356,10 @@ def show(study: ModuleType, result: dict, path: Path, again: bool) -> None:
         try:
             study.draw(result, path.with_suffix('.png'))
             info(f'figure in {path}.png')
+        except (LookupError, TypeError, ValueError) as error:
+            if not again:
+                raise
+            raise UserError('--from_json: numbers are missing there; no figure can be drawn') from error
         except ImportError:
             info('no figure: matplotlib is not installed; pip install matplotlib, then --from_json draws one')
 

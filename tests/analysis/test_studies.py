@@ -1,5 +1,6 @@
 """Every study by its program: each kind of network, two ranks, drawn again, and mistakes in one line."""
 
+import argparse
 import functools
 import json
 import re
@@ -97,6 +98,32 @@ def test_two_ranks(what, alone, images, tmp_path, monkeypatch):
     assert (tmp_path / f'{what}.json').read_bytes() == file.read_bytes()
 
 
+def test_options_behind_a_path(images, files, tmp_path):
+    """They are of one network, and of the random one behind it."""
+    nets = ['--checkpoint', f'a={files["tuned"]},cls_token=true,mean=0.5 0.5 0.25', 'b=random']
+    args = analyse.parsed(line_of('cka', images, tmp_path, *nets, 'c=random,model=mirl_vit_tiny,depth=1'))
+    a, b, c = analyse.networks(argparse.Namespace(**vars(args) | analyse.FIXED), 2)
+    assert [len(of.core.blocks) for of in (a, b, c)] == [2, 2, 1]
+    assert [of.args.global_pool for of in (a, b, c)] == [False, False, True]
+    assert list(a.args.mean) == list(b.args.mean) == [0.5, 0.5, 0.25]
+
+
+def test_several_files(tmp_path, capsys):
+    """Networks of one name are told apart; results that do not go together are one line."""
+    for place, ratios, count in (('a/x', [0, 0.5], 8), ('b/x', [0, 0.5], 9), ('c/x', [0, 0.9], 8)):
+        (tmp_path / place).mkdir(parents=True)
+        network = {'name': 'net', 'top1': [50.0, 20.0], 'error': [1.0, 1.0]}
+        result = {'what': 'occlusion', 'ratios': ratios, 'images': count, 'checkpoints': [network]}
+        (tmp_path / place / 'occlusion.json').write_text(json.dumps(result))
+    a, b, c = (tmp_path / place / 'x/occlusion.json' for place in 'abc')
+    both = analyse.joined('occlusion', [a, b])
+    assert [of['name'] for of in both['checkpoints']] == [f'net ({a.parent})', f'net ({b.parent})']
+    assert both['images'] == '8 or 9'
+    out = ['--output_dir', str(tmp_path / 'out')]
+    for files, words in (([a, c], 'have other columns'), ([a, a], 'twice'), ([a] * 9, 'a figure takes 8')):
+        assert words in one_line(capsys, 'occlusion', '--from_json', *map(str, files), *out)
+
+
 def test_all_are_tested():
     """Here, or in a file of its own."""
     assert {*FLAGS, 'knn'} == {*analyse.STUDIES}
@@ -124,6 +151,15 @@ def one_line(capsys, *line: str) -> str:
         ('attention', ['a=random,model=a2mim_resnet_tiny'], 'a: ResNet has no attention'),
         ('cka', ['{tuned}', '--pairs', '3'], '--pairs is a flag of interactions, not of cka'),
         ('fourier', ['{tuned}', '--amp_dtype', 'bf16'], 'unknown argument --amp_dtype: it belongs to main_finetune'),
+        ('fourier', ['x/y={tuned}'], 'a name is without / , : and #'),
+        ('fourier', ['{tuned}', '--from_json', 'a.json'], '--from_json draws what was computed, --checkpoint computes'),
+        ('occlusion', ['{tuned},cls_token=true'], r'needs all weights of a classifier: .*2 missing.*norm\.weight'),
+        ('occlusion', ['{tuned},cls_token=yes'], "cls_token: expected true or false, got 'yes'"),
+        (
+            'cka',
+            ['{tuned}', 'b=random,model=localmim_swin_tiny'],
+            ': error: localmim_swin_tiny: window_size 7 does not',
+        ),
     ],
 )
 def test_mistakes(images, files, tmp_path, capsys, what, flags, words):

@@ -68,6 +68,7 @@ def curves(
     """
     fig = Figure(figsize=(1.3 * WIDTH, 1.2 * HEIGHT), layout='constrained')
     ax = fig.subplots()
+    lines = {name: ordered(*line) for name, line in lines.items()}
     draw_lines(ax, {name: line[:2] for name, line in lines.items()})
     for number, (x, y, error) in enumerate(lines.values()):
         if error is not None:
@@ -79,6 +80,12 @@ def curves(
     ax.grid(alpha=0.3)
     legend(fig, 3)
     finish(fig, path, title)
+
+
+def ordered(x: Sequence[float], *columns: Sequence[float] | None) -> list[Sequence[float] | None]:
+    """The points of a line from the smallest x to the largest."""
+    places = sorted(range(len(x)), key=x.__getitem__)
+    return [column and [column[place] for place in places] for column in (x, *columns)]
 
 
 def draw_lines(ax: Axes, lines: Lines) -> None:
