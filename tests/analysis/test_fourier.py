@@ -181,6 +181,15 @@ def test_convolutions(name):
     assert all(torch.equal(found[block], output) for block, output in blocks.items())
 
 
+def test_in_float32_under_autocast():
+    create, _ = NETWORKS['registers']
+    network, imgs = create().eval(), torch.randn(2, 3, 64, 64)
+    plain = features.collect(network, imgs)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = features.collect(network, imgs)
+    assert all(torch.equal(maps, plain[name]) for name, maps in found.items())
+
+
 def test_blocks_that_norm_what_they_add():
     sizes = dict(img_size=32, patch_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4)
     network = swin_transformer_v2.SwinTransformerV2(**sizes)

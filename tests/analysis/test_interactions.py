@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,21 @@ def test_samples_as_published():
             m = interactions.order_of(of_order['ratio'], grid)
             contexts = interactions.sample_contexts(pairs, grid, m, known['contexts'], 1000 * k + m + 1 + seed)
             assert (m, sha256(contexts)) == (of_order['order'], of_order['sha256'])
+
+
+def test_seeds_as_published():
+    """Of the study's samples, by the place of the image, and for each order anew."""
+    known = golden('analysis/interactions_samplers.json')
+    grid, ratios = known['grid'], [0, 0.05, 0.5, 1]
+    args = Namespace(**{name: known[name] for name in ('seed', 'pairs', 'contexts', 'radius')}, orders=ratios)
+    for image in known['images']:
+        pairs = interactions.sample_pairs(grid, known['pairs'], known['radius'], image['pair_seed'])
+        expected = [of for of in image['contexts'] if of['ratio'] in ratios]
+        for of_order, (order, *found) in zip(expected, study.samples(args, grid, image['image']), strict=True):
+            assert order == of_order['order']
+            contexts = interactions.sample_contexts(pairs, grid, order, known['contexts'], of_order['seed'])
+            theirs = interactions.distinct_sets(pairs, contexts, grid)
+            assert all(np.array_equal(x, y) for x, y in zip(found, theirs, strict=True))
 
 
 def published(kind):
@@ -115,6 +131,15 @@ def test_occlusion_as_published():
         assert off < 1e-5
 
 
+def test_occlusion_evaluates():
+    """A network in training mode, which it is in afterwards."""
+    network = network_of(golden('analysis/occlusion.json'), torch.float32)
+    imgs, keep = torch.from_numpy(filled_images(4, 64)), torch.rand(2, 4, 16) > 0.5
+    plain = occlusion.occluded(network, imgs, keep)
+    assert torch.equal(occlusion.occluded(network.train(), imgs, keep), plain)
+    assert all(module.training for module in network.modules())
+
+
 class Counting(nn.Module):
     """A linear network of the pixels' sum in each quarter, which counts its forwards and remembers how it was run."""
 
@@ -126,14 +151,15 @@ class Counting(nn.Module):
     def forward(self, imgs):
         self.images += len(imgs)
         out = imgs.mean(1).unflatten(2, (2, -1)).unflatten(1, (2, -1)).mean((2, 4)).flatten(1) @ self.weight
-        self.precision.add((out.dtype, self.training, torch.is_grad_enabled()))
+        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        self.precision.add((out.dtype, self.training, torch.is_grad_enabled(), tf32))
         return out
 
 
 def test_only_different_sets_are_forwarded():
     """Of an image at the defaults 110,250 instead of 130,000: without others, and with all, those of a pair coincide.
 
-    In float32 under autocast too.
+    In evaluation mode and plain float32, of a network in training mode and under autocast too.
     """
     pairs, model, img = interactions.sample_pairs(14, 50, 2, 0), Counting(), torch.randn(3, 28, 28)
     for ratio in (0, 0.05, 0.5, 1):
@@ -141,6 +167,7 @@ def test_only_different_sets_are_forwarded():
         contexts = interactions.sample_contexts(pairs, 14, m, 50, m + 1)
         with torch.autocast('cpu', torch.bfloat16):
             found = interactions.interactions(model, img, 2, pairs, contexts, 14)
+        assert model.precision == {(torch.float32, False, False, False)}
         players = len(np.unique(pairs))
         assert model.images == {0: 1 + players + 50, 1: 1 + players + 50}.get(ratio, 10_000)
         assert model.images in (10_000, *range(110, 141))
@@ -159,7 +186,6 @@ def test_only_different_sets_are_forwarded():
                 I = v[True, True] - v[True, False] - v[False, True] + v[False, False]  # noqa: E741
                 assert abs(of_pair - I) < 1e-6
             model.images, model.precision = 0, set()
-    assert model.precision <= {(torch.float32, False, False)}
     assert model.training
 
 
@@ -210,7 +236,7 @@ def test_classes_of_a_head(capsys):
 
 def test_first_image_of_each_class():
     split = named.Split(named.Files([f'{i}.png' for i in range(12)]), np.arange(12) % 4, list('abcd'), [])
-    assert [*named.some(split, 0, 4, first=True).images] == ['0.png', '1.png', '2.png', '3.png']
+    assert [*named.some(split, 0, 6, first=True).images] == [f'{i}.png' for i in range(6)]
     few = [[*named.some(split, seed, 2, first=True, draw_classes=True).images] for seed in range(4)]
     assert all(set(files) < {'0.png', '1.png', '2.png', '3.png'} for files in few)
     assert len(set(map(tuple, few))) > 1, 'which classes is drawn'

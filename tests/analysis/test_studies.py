@@ -74,7 +74,7 @@ def test_study(what, alone, tmp_path, capsys):
     ]
     told = capsys.readouterr().out
     analyse.main(analyse.parsed([what, '--from_json', str(file), '--output_dir', str(tmp_path)]))
-    table, _ = capsys.readouterr().out.split('figure in')
+    table = capsys.readouterr().out.partition('figure in')[0]
     assert [line.split()[0] for line in table.splitlines()[1:]] == ['vit', 'swin', 'resnet']
     assert f'numbers in {file.with_suffix("")}.json\n{table}' in told
     assert {path.name for path in tmp_path.iterdir()} == FIGURES[what]

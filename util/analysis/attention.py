@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from util.analysis.features import evaluating
+from util.analysis.features import exact
 from util.errors import UserError
 from util.nn.models import fuse_attention
 
@@ -68,9 +68,8 @@ def look(model: nn.Module, imgs: Tensor) -> dict[str, Looks]:
         handles.append(module.register_forward_pre_hook(partial(observer.enter, name)))
         handles.append(module.register_forward_hook(observer.leave))
     try:
-        no_autocast = torch.autocast(imgs.device.type, enabled=False)
-        with torch.no_grad(), no_autocast, evaluating(model), fused(model), observer:
-            model(imgs)
+        with exact(model), fused(model), observer:
+            model(imgs.to(next(model.parameters())))
     finally:
         for handle in handles:
             handle.remove()
@@ -130,7 +129,9 @@ class Observer(TorchFunctionMode):
             self.see(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def see(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_, scale=None, **__):
+    def see(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_, scale=None, **more):
+        if more.get('is_causal') or more.get('enable_gqa'):
+            raise UserError(f'{self.name}: attention that is causal, or shares keys among heads, is not known here')
         if query.shape[-2] == 1 < key.shape[-2]:  # one token, such as a class, gathers what the others are
             return
         logits = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -142,8 +143,8 @@ class Observer(TorchFunctionMode):
         padded = -(-self.side // side) * side  # what windows of this size cover the map with
         if queries != keys or side**2 != tokens or windows * tokens != padded**2:
             raise UserError(
-                f'{self.name}: attention of {queries} queries to {keys} keys in {windows} windows of a map of '
-                f'{self.side} x {self.side}: distances are known among the patches of square maps and windows alone'
+                f'{self.name}: attention of {queries} queries to {keys} keys in {windows} windows: '
+                f'distances are known among the patches of square maps and windows alone'
             )
         logits = logits.reshape(-1, heads, keys, keys)
         parts = [reduced(part, self.prefix) for part in logits.split(max(1, CHUNK // logits[0].numel()))]

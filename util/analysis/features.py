@@ -50,17 +50,17 @@ def stream(
     `loader`: batches (imgs [N, 3, H, W], labels [N], ...), as the network takes them, or as `normalise` does.
     `feature`: 'pooled', which is what the head is given, and of a block the mean of its patch tokens or map; or 'cls',
     the class token. `layers`: 'last', which has one name, that of the feature; with 'all', the names of the blocks
-    come before it. Evaluation mode, no autocast; each module's mode is restored, the hooks are removed.
+    come before it. As `exact` has it; each module's mode is restored, the hooks are removed.
     Raises UserError for a network that has no class token, or whose blocks give something else.
     """
     if feature == 'cls' and getattr(model, 'cls_token', None) is None:
         raise UserError(f'a {type(model).__name__} has no class token: --feature pooled')
     device = next(model.parameters()).device
     modules = block_names(model) if layers == 'all' else {}
-    with evaluating(model), captured(modules, lambda name, x: vector(model, name, x, feature)) as of_blocks:
+    with captured(modules, lambda name, x: vector(model, name, x, feature)) as of_blocks:
         for imgs, labels, *_ in loader:
             imgs = imgs.to(device, non_blocking=True)
-            with torch.autocast(device.type, enabled=False):
+            with exact(model):
                 last = before_head(model, normalise(imgs) if normalise else imgs, feature)
             yield {name: of_blocks[name] for name in modules} | {feature: last}, labels
 
@@ -132,26 +132,26 @@ def widths(model: nn.Module, img_size: int, layers: str, feature: str) -> dict[s
 # maps at all depths
 
 
-@torch.no_grad()
 def collect(
     model: nn.Module, imgs: Tensor, halves: bool = True, reduce: Callable[[Tensor], Tensor] = lambda maps: maps
 ) -> dict[str, Tensor]:
     """{point: map [N, C, h, w]} of images [N, 3, H, W], as the network takes them, in the order of depth.
 
     Points: `embed`, what the first block of a ViT is given, and of tokens always the patches alone; `patch_embed` of a
-    window transformer; `stem` of a convolutional network, with its max-pool. Then the states of the residual stream:
-    blocks.0.attn after attention, blocks.0.mlp after the MLP; one, blocks.0, without `halves`, and where a block has no
-    halves, or norms what they add instead of what they are given (SwinV2). Mergings are points of their own, such as
-    layers.1.downsample. `reduce` is applied to each map at once; what it gives is kept in place of the map. Evaluation
-    mode, no autocast; modes are restored, hooks removed. Raises UserError for a network whose blocks give no maps.
+    window transformer, as the module of that name gives it; `stem` of a convolutional network, with its max-pool. Then
+    the states of the residual stream: blocks.0.attn after attention, blocks.0.mlp after the MLP; one, blocks.0, without
+    `halves`, and where a block has no halves, or norms what they add instead of what they are given (SwinV2). Mergings
+    are points of their own, such as layers.1.downsample. `reduce` is applied to each map at once; what it gives is kept
+    in place of the map. As `exact` has it; modes are restored, hooks removed. Raises UserError for a network whose
+    blocks give no maps.
     """
     found = {}
 
     def keep(point: str, output: Tensor) -> None:
         found[point] = reduce(as_map(model, point, output, imgs.shape))
 
-    with evaluating(model), residual_stream(model, halves, keep), torch.autocast(imgs.device.type, enabled=False):
-        model(imgs)
+    with exact(model), residual_stream(model, halves, keep):
+        model(imgs.to(next(model.parameters())))
     return found
 
 

@@ -163,11 +163,15 @@ def heat_maps(path: Path, title: str, panels: Sequence[HeatMap]) -> None:
 def heads(path: Path, title: str, panels: Mapping[str, Mapping[str, Heads]]) -> None:
     """For each quantity a row of panels, one for each network: a dot for each head, a line for their mean.
 
-    What uniform attention would give is dashed.
+    What uniform attention would give is dashed. A network without layers has no panel, but keeps its colour.
     """
-    fig, axes = grid([len(networks) for networks in panels.values()], 1.1 * SMALL, SMALL)
-    for of_quantity, (quantity, networks) in zip(axes, panels.items(), strict=True):
-        for number, (ax, (name, (values, uniform))) in enumerate(zip(of_quantity, networks.items(), strict=True)):
+    shown = {
+        quantity: [(number, name, *of) for number, (name, of) in enumerate(networks.items()) if of[0]]
+        for quantity, networks in panels.items()
+    }
+    fig, axes = grid([*map(len, shown.values())], 1.1 * SMALL, SMALL)
+    for of_quantity, (quantity, networks) in zip(axes, shown.items(), strict=True):
+        for ax, (number, name, values, uniform) in zip(of_quantity, networks, strict=True):
             colour, layers = COLOURS[number % 8], range(1, len(values) + 1)
             for layer, of_heads in zip(layers, values, strict=True):
                 ax.scatter([layer] * len(of_heads), of_heads, s=9, color=colour, alpha=0.4, linewidths=0)
@@ -186,9 +190,9 @@ def heads(path: Path, title: str, panels: Mapping[str, Mapping[str, Heads]]) -> 
 def grid(counts: Sequence[int], width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
     """A figure with groups of so many panels of this size in inches; each group begins a row.
 
-    A row has four panels, or more where that is nearer to a square.
+    A row has at most four panels; five are three and two.
     """
-    columns = max(min(4, max(counts)), math.ceil(math.sqrt(max(counts))))
+    columns = math.ceil(max(counts) / math.ceil(max(counts) / 4))
     rows = [math.ceil(count / columns) for count in counts]
     fig = Figure(figsize=(width * columns + 0.8, height * sum(rows) + 0.4), layout='constrained')
     cells = fig.add_gridspec(sum(rows), columns)

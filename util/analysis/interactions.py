@@ -137,7 +137,7 @@ def of_sets(
         kind = str(weight.dtype).removeprefix('torch.')
         raise UserError(f'interactions need a network in float32, not in {kind}: its rounding is larger than they are')
     device = weight.device
-    kept, places, img = uploaded(sets, device), uploaded(places, device), img.to(device)
+    kept, places, img = uploaded(sets, device), uploaded(places, device), img.to(weight)
     with exact(model):
         rewards = [REWARDS[reward](model(hide(img, keep)).double(), int(label)) for keep in kept.split(batch_size)]
     both, with_i, with_j, neither = torch.cat(rewards)[places].unbind(2)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from util.analysis.features import evaluating
+from util.analysis.features import exact
 from util.analysis.interactions import hide
 
 
@@ -15,12 +15,11 @@ def kept_cells(order: Tensor, ratios: Sequence[float]) -> Tensor:
     return torch.stack([place >= round(ratio * order.shape[1]) for ratio in ratios])
 
 
-@torch.no_grad()
 def occluded(model: nn.Module, imgs: Tensor, keep: Tensor) -> Tensor:
     """Logits [ratios, N, C] of normalised images [N, 3, H, W] with only these cells, `keep` bool [ratios, N, n].
 
-    One forward for all ratios, in evaluation mode.
+    One forward for all ratios, as `exact` has it.
     """
     sets = keep.to(imgs.device).flatten(0, 1)
-    with evaluating(model):
+    with exact(model):
         return model(hide(imgs.repeat(len(keep), 1, 1, 1), sets)).unflatten(0, keep.shape[:2])

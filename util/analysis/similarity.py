@@ -45,8 +45,9 @@ class Gram:
 
     def rankme(self, eps: float = EPS) -> float:
         """What `rankme` gives for all features at once."""
-        squares = torch.linalg.eigvalsh(self.products)[-int(self.count) :]  # the others are 0, but for rounding
-        return rank_of(squares.clamp(min=0).sqrt(), eps)
+        squares = torch.linalg.eigvalsh(self.products)
+        rounding = len(squares) * torch.finfo(squares.dtype).eps * squares[-1]  # what should be 0 is up to this
+        return rank_of(squares.where(squares > rounding, 0)[-int(self.count) :].sqrt(), eps)
 
 
 # --------------------------------------------------------------------------

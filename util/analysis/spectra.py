@@ -27,7 +27,9 @@ def log_amplitudes(maps: Tensor) -> Tensor:
     matrices with a table of cosines and sines, and no transform of which one line is kept.
     """
     maps = centred_square(maps if maps.dtype == torch.float64 else maps.float())
-    cosines, sines = (maps.flatten(2) @ diagonal(maps.shape[-1], maps)).chunk(2, dim=-1)  # [N, C, ceil(h / 2)]
+    with torch.autocast(maps.device.type, enabled=False):
+        products = maps.flatten(2) @ diagonal(maps.shape[-1], maps)
+    cosines, sines = products.chunk(2, dim=-1)  # [N, C, ceil(h / 2)]
     return (torch.hypot(cosines, sines) + EPS).log().mean(dim=1, dtype=torch.float64)
 
 

@@ -421,8 +421,9 @@ def some(
 ) -> Split:
     """At most `per_class` images of each class, and `most` in all, as evenly from the classes as can be.
 
-    Drawn from the seed, or, with `first`, the first ones of each class; in the order of the split. Where some classes
-    have one more, or fewer images than classes are taken, it is those that come first, or with `draw_classes` any.
+    Drawn from the seed, in the order of the split; or, with `first`, the first image of each class, then the second, in
+    that order, so that fewer are the beginning of more. Where some classes have one more, or fewer images than classes
+    are taken, it is those that come first, or with `draw_classes` any.
     """
     labels, classes = split.labels, np.arange(len(split.classes))
     order = np.arange(len(labels)) if first else rng.generator(seed, rng.CHOICE).permutation(len(labels))
@@ -431,5 +432,6 @@ def some(
     order = order[labels[order].argsort(kind='stable')]  # class by class
     number = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])  # of each image within its class
     turns = np.lexsort((classes[labels[order]], number))  # one of each class in turn
-    chosen = np.sort(order[turns[: (number < (per_class or len(order))).sum()][:most]])
+    chosen = order[turns[: (number < (per_class or len(order))).sum()][:most]]
+    chosen = chosen if first else np.sort(chosen)
     return split._replace(images=split.images.take(chosen), labels=labels[chosen])

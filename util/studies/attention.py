@@ -77,20 +77,18 @@ def draw(result: dict, path: Path) -> None:
     """A dot for each head over depth: distance, with that of uniform attention, and mutual information."""
     from util.analysis import figures
 
-    networks = [network for network in result['checkpoints'] if network['layers']]
-
     def panel(quantity: str, uniform: bool) -> dict:
         return {
             network['name']: (
                 [layer[quantity] for layer in network['layers']],
                 [layer['uniform'] for layer in network['layers']] if uniform else None,
             )
-            for network in networks
+            for network in result['checkpoints']
         }
 
     panels = {
         'attention distance (px)': panel('distance', uniform=True),
         'normalised mutual information': panel('mutual_information', uniform=False),
     }
-    counts = sorted({network['images'] for network in networks})
-    figures.heads(path, f'{" or ".join(map(str, counts))} images', panels)
+    counts = sorted({network['images'] for network in result['checkpoints'] if network['layers']})
+    figures.heads(path, f'where heads look, {" or ".join(map(str, counts))} images', panels)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from util.analysis import features, spectra
 from util.errors import UserError
 from util.log import info
-from util.studies.common import Job, Network, described, rows
+from util.studies.common import Job, Network, described, rows, tell_cost
 
 HELP = 'fourier: frequencies and variance of the feature maps after every half-block'
 SPLITS = {'val': 1024}
@@ -28,6 +28,7 @@ def compute(job: Job) -> dict:
     """Spectra and variance at each point. Raises UserError for a network without maps before any image is read."""
     every = [points(network) for network in job.networks]
     for network, shapes in zip(job.networks, every, strict=True):
+        tell_cost(network, len(job.splits['val'].images))
         for note in notes(network.core, shapes):
             info(f'{network.name}: {note}')
     results = []
@@ -149,7 +150,8 @@ def draw(result: dict, path: Path) -> None:
         name: {point['point']: (point['frequencies'], point['relative_log_amplitude']) for point in of_points}
         for name, of_points in networks.items()
     }
-    figures.spectra(path, 'Relative log amplitude of feature maps', curves)
+    images = ' or '.join(map(str, sorted({network['images'] for network in result['checkpoints']})))
+    figures.spectra(path, f'relative log amplitude of feature maps, {images} images', curves)
     panels = {
         label: {
             name: ([p['depth'] for p in of_points], [math.nan if p[key] is None else p[key] for p in of_points])
@@ -159,4 +161,5 @@ def draw(result: dict, path: Path) -> None:
     }
     bands = {name: [p['kind'] for p in of_points] for name, of_points in networks.items()}
     depth = path.with_stem(f'{path.stem}-depth')
-    figures.over_depth(depth, 'High frequencies and variance of feature maps', panels, bands)
+    figures.over_depth(depth, f'high frequencies and variance of feature maps, {images} images', panels, bands)
+    info(f'figure in {depth}')

@@ -64,7 +64,7 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def choose(split: Split, args: argparse.Namespace) -> Split:
-    """The first image of each class, then the second."""
+    """The first image of each class, then the second: a run with more of them goes on after one with fewer."""
     return named.some(split, args.seed, settled(args).images or SPLITS['val'], first=True, draw_classes=True)
 
 

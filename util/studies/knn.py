@@ -15,7 +15,7 @@ from util.analysis import features, probes, similarity
 from util.data.datasets import Split
 from util.log import counted, info
 from util.resources import size
-from util.studies.common import Job, Network, check_read, described, share, writing
+from util.studies.common import Job, Network, check_read, described, share, tell_cost, writing
 
 HELP = 'knn: nearest neighbours, linear probe, effective rank'
 SPLITS = {'train': None, 'val': None}
@@ -37,6 +37,7 @@ def compute(job: Job) -> dict:
     """Nearest neighbours, linear probe and rank of the features of each network, from one extraction."""
     args, device, found, splits = job.args, job.device, job.networks, job.splits
     for network in found:
+        tell_cost(network, sum(len(split.images) for split in splits.values()))
         info(memory(args, network, splits))
     if max(args.k) > len(splits['train'].images):
         info(f'--k {max(args.k)}: of {len(splits["train"].images)} training images all vote')

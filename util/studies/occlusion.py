@@ -68,4 +68,6 @@ def draw(result: dict, path: Path) -> None:
     from util.analysis import figures
 
     lines = {of['name']: (result['ratios'], of['top1'], of['error']) for of in result['checkpoints']}
-    figures.curves(path, f'{result["images"]} images', 'share of hidden cells', 'top-1 (%)', lines)
+    figures.curves(
+        path, f'accuracy under occlusion, {result["images"]} images', 'share of hidden cells', 'top-1 (%)', lines
+    )
