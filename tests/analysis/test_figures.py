@@ -33,7 +33,7 @@ def drawn(tmp_path, monkeypatch):
 
 
 def labels(fig: Figure) -> list[str]:
-    return [text.get_text() for legend in fig.legends for text in legend.get_texts()]
+    return [text.get_text().replace('\n', '') for legend in fig.legends for text in legend.get_texts()]
 
 
 def test_depth_and_its_bands(drawn):
@@ -51,6 +51,16 @@ def test_bands_of_all(drawn):
     lines = {name: ([0, 1], wave(2)) for name in NAMES}
     fig = drawn(figures.over_depth, {'variance': lines}, {name: ['embed', 'attn'] for name in NAMES})
     assert labels(fig) == [*NAMES, 'attention']
+
+
+def test_eight_long_names(drawn):
+    """The legend takes as much height as it needs, and leaves the curves theirs."""
+    names = [f'{number}_of_a_network_with_a_name_that_does_not_end_before_the_figure_does' for number in range(8)]
+    fig = drawn(figures.curves, 'order', 'strength', {name: ([1, 0], [2, 3], [1, 0]) for name in names})
+    assert labels(fig) == names
+    [ax] = fig.axes
+    assert ax.get_position().height * fig.get_figheight() > 2
+    assert [list(line.get_ydata()) for line in ax.lines] == 8 * [[3, 2]]
 
 
 def test_curves(drawn):
