@@ -16,7 +16,6 @@ from util import start  # noqa: F401
 
 # isort: split
 import argparse
-import contextlib
 import json
 import re
 from functools import partial
@@ -32,7 +31,7 @@ from util.log import info
 from util.nn.linear_probe import last_layer
 from util.studies import attention, cka, fourier, interactions, knn, occlusion
 from util.studies.common import OF_FILE, Job, Network, writing
-from util.weights import check_finite, file_of, load_published
+from util.weights import Report, check_finite, file_of, load_published
 
 STUDIES = {
     module.__name__.rpartition('.')[2]: module for module in (knn, interactions, fourier, cka, attention, occlusion)
@@ -184,38 +183,58 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
     if path == RANDOM and not (args.model or source.origin):
         raise UserError(f'--checkpoint {RANDOM}: of which network? give --model NAME, or {RANDOM},model=NAME')
     source.notices.clear()
+    args = settings(source, args)
+    classes_of_file = (source.origin and source.origin.classes) or None
+    outputs = len(classes_of_file or []) or classes
+    if path == RANDOM:
+        args.probe = None
+        core, digest, trained = main_finetune.checked_classifier(args, outputs), None, False
+        told = [f'{args.model}, random weights of --seed {args.seed}']
+    else:
+        with source.expected(args):
+            core, report = loaded(source, args, outputs)
+        digest = path.partition('#sha256=')[2] or digests.sum_of(file_of(path))
+        trained = not any(key.startswith(f'{last_layer(core)}.') for key in report.missing)
+        told = [str(report), *source.notices]
+    for line in told:
+        info(f'{name}: {line}')
+    core.eval().requires_grad_(False)  # with parameters that a network hands on, FLOPs could not be counted
+    return Network(name, path.partition('#')[0], digest, args, core, told[0], classes_of_file, trained)
+
+
+def settings(source: checkpoint.Source, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of a network, completed by its file."""
     given = args.model_kwargs
     if source.path:
         args = source.complete(args, get_args_parser(args.what), (*OF_FILE, 'global_pool'))
-    method = main_finetune.find_method(args.model)
     if source.origin and source.origin.stage in ('pretrain', 'segment', 'detect'):
+        method = main_finetune.find_method(args.model)
         args.model_kwargs = build.encoder_kwargs(method, args.model, args.model_kwargs) | given
     if 'feature' in args:
         args.global_pool = args.feature == 'pooled'
-    args.probe = source.origin.args.get('probe') if source.origin and path != RANDOM else None  # fine-tuning's flag
-    classes_of_file = (source.origin and source.origin.classes) or None
-    with source.expected(args) if path != RANDOM else contextlib.nullcontext():
-        core = main_finetune.checked_classifier(args, len(classes_of_file or []) or classes)
-        if path == RANDOM:
-            report, digest, trained = f'{args.model}, random weights of --seed {args.seed}', None, False
-        else:
-            load = partial(load_published, source=source.container, ema=args.use_ema, label=source.path)
-            report = load(core)
-            if STUDIES[args.what].NEEDS_HEAD and (other := main_finetune.other_head(core, report)):
-                core = main_finetune.checked_classifier(args, other)
-                report = load(core)
-            digest = path.partition('#sha256=')[2] or digests.sum_of(file_of(path))
-            finite(core, source.path)
-            trained = not any(key.startswith(f'{last_layer(core)}.') for key in report.missing)
-            if STUDIES[args.what].NEEDS_HEAD and trained and report.missing:
-                of_token = any(key.startswith('fc_norm.') for key in report.missing)
-                hint = '; is its head that of the class token? then cls_token=true behind its path' if of_token else ''
-                raise UserError(f'{args.what} needs all weights of a classifier: {report}{hint}')
-    for line in (report, *source.notices):
-        if path != RANDOM or line == report:  # what a file was trained with is nothing to random weights
-            info(f'{name}: {line}')
-    core.eval().requires_grad_(False)  # with parameters that a network hands on, FLOPs could not be counted
-    return Network(name, path.partition('#')[0], digest, args, core, str(report), classes_of_file, trained)
+    args.probe = source.origin.args.get('probe') if source.origin else None  # fine-tuning's flag
+    return args
+
+
+def loaded(source: checkpoint.Source, args: argparse.Namespace, outputs: int) -> tuple[nn.Module, Report]:
+    """The classifier with the weights of a file; where its answers count, with as many outputs as the file has.
+
+    Raises UserError for a file that has a head, but lacks other weights that lead to it.
+    """
+    load = partial(load_published, source=source.container, ema=args.use_ema, label=source.path)
+    core = main_finetune.checked_classifier(args, outputs)
+    report = load(core)
+    needs_head = STUDIES[args.what].NEEDS_HEAD
+    if needs_head and (other := main_finetune.other_head(core, report)):
+        core = main_finetune.checked_classifier(args, other)
+        report = load(core)
+    finite(core, source.path)
+    lacks_head = any(key.startswith(f'{last_layer(core)}.') for key in report.missing)
+    if needs_head and report.missing and not lacks_head:
+        of_token = any(key.startswith('fc_norm.') for key in report.missing)
+        hint = '; is its head that of the class token? then cls_token=true behind its path' if of_token else ''
+        raise UserError(f'{args.what} needs all weights of a classifier: {report}{hint}')
+    return core, report
 
 
 def finite(core: nn.Module, path: str) -> None:

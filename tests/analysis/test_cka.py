@@ -174,7 +174,7 @@ def test_networks_are_compared(images, tmp_path, capsys):
         assert torch.allclose(torch.tensor(pair['cka']).double(), whole, atol=1e-5)
         assert torch.allclose(torch.tensor(pair['deviation_over_batches']).double(), parts.std(0), atol=1e-5)
     with pytest.raises(UserError, match='--from_json: cka compares the networks of one file; give one'):
-        analysed(images, tmp_path, '--from_json', *[str(tmp_path / 'cka.json')] * 2)
+        analyse.main(analyse.parsed(['cka', '--from_json', *[str(tmp_path / 'cka.json')] * 2]))
 
 
 def test_batches_of_images_that_cannot_be_read(images, tmp_path, capsys):
