@@ -22,7 +22,7 @@ from util.errors import UserError, listed, printable, run_main
 from util.weights import Report, check_free, export, file_of, load_published
 
 OPENING_TIMM = """
-timm 1.0.16 or newer opens this folder, without any other code:
+timm 1.0.26 or newer opens this folder, without any other code:
 
 ```python
 import timm
