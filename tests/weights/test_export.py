@@ -207,7 +207,7 @@ def test_alone_in_a_new_process(tmp_path):
         'import sys, timm, torch; network = timm.create_model("local-dir:out", pretrained=True).eval(); '
         'assert "util" not in sys.modules; transform = timm.data.resolve_model_data_config(network); '
         'answers = network(torch.load("images.pt")).tolist(); '
-        'print(answers, transform["input_size"], network.pretrained_cfg["label_names"])'
+        'print(answers, tuple(transform["input_size"]), network.pretrained_cfg["label_names"])'
     )
     line = [sys.executable, '-I', '-W', 'ignore', '-c', code]
     told = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)

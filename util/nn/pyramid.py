@@ -54,6 +54,8 @@ def as_maps(network: nn.Module, indices: Indices, norm: Callable[[int], nn.Modul
         raise ValueError(f'out_indices {list(indices)} must rise and be from 0 to {count - 1}')
     infos = [network.feature_info[i] for i in indices]
     network.prune_intermediate_layers(list(indices), prune_norm=True, prune_head=True)
+    if isinstance(getattr(getattr(network, 'head', None), 'norm', None), nn.Module):
+        network.head.norm = nn.Identity()  # timm before 1.0.31 leaves it there, and no map passes it
     network.map_indices, network.own_norms = list(indices), norm is not None
     network.widths, network.strides = [info['num_chs'] for info in infos], [info['reduction'] for info in infos]
     if norm:
