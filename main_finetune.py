@@ -345,14 +345,18 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
         if not wanted and (other := other_head(core, report)):
             num_classes = other
             core, report = load(num_classes)
-    lacks_head = any(name.startswith(f'{last_layer(core)}.') for name in report.missing)
-    if report.missing and (head or wanted or not lacks_head) and head is not False:
+    if report.missing and (head or wanted or not lacks_head(core, report)) and head is not False:
         what = f'classifier{f" of {wanted} classes" if wanted else ""}' + ' of the class token' * (not args.global_pool)
         raise UserError(f'{source.path} has no {what}: {report}')
     if lacks_head or head is False:
         take_head_off(core)
         num_classes = 0
     return Loaded(core, report, kwargs, num_classes)
+
+
+def lacks_head(core: nn.Module, report: Report) -> bool:
+    """Whether the head, or a part of it, stays as initialised."""
+    return any(name.startswith(f'{last_layer(core)}.') for name in report.missing)
 
 
 def other_head(core: nn.Module, report: Report) -> int:

@@ -28,7 +28,6 @@ from util import agreement, build, checkpoint, config, digests, dist, resources
 from util.data import datasets, named
 from util.errors import CheckpointError, UserError, run_main
 from util.log import info
-from util.nn.linear_probe import last_layer
 from util.studies import attention, cka, fourier, interactions, knn, occlusion
 from util.studies.common import OF_FILE, Job, Network, writing
 from util.weights import Report, check_finite, file_of, load_published
@@ -89,10 +88,10 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments. WHAT comes first, since it decides which flags there are."""
     what = argv[0] if argv and argv[0] in STUDIES else None
     parser = get_args_parser(what)
-    for word in (config.underscored(word).partition('=')[0] for word in argv):
-        others = [name for name in STUDIES if word not in parser.flags and word in get_args_parser(name).flags]
-        if word.startswith('--') and what and others:
-            raise UserError(f'{word} is a flag of {" and ".join(others)}, not of {what}')
+    flags = [config.underscored(word).partition('=')[0] for word in argv if what and word.startswith('--')]
+    for flag in [flag for flag in flags if flag not in parser.flags]:
+        if others := [name for name in STUDIES if flag in get_args_parser(name).flags]:
+            raise UserError(f'{flag} is a flag of {" and ".join(others)}, not of {what}')
     args = parser.parse(argv, stage='finetune')
     if not what:
         raise UserError(f'{args.what} comes first: analyse.py {args.what} --checkpoint ...')
@@ -104,6 +103,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def check_names(args: argparse.Namespace) -> None:
+    """Raise UserError for no checkpoints, too many, or two of one name."""
     if not 1 <= len(args.checkpoint) <= MOST:
         raise UserError(f'--checkpoint takes 1 to {MOST} checkpoints, got {len(args.checkpoint)}')
     names = [parts(text)[0] for text in args.checkpoint]
@@ -194,7 +194,7 @@ def network(name: str, path: str, source: checkpoint.Source, args: argparse.Name
         with source.expected(args):
             core, report = loaded(source, args, outputs)
         digest = path.partition('#sha256=')[2] or digests.sum_of(file_of(path))
-        trained = not any(key.startswith(f'{last_layer(core)}.') for key in report.missing)
+        trained = not main_finetune.lacks_head(core, report)
         told = [str(report), *source.notices]
     for line in told:
         info(f'{name}: {line}')
@@ -229,8 +229,7 @@ def loaded(source: checkpoint.Source, args: argparse.Namespace, outputs: int) ->
         core = main_finetune.checked_classifier(args, other)
         report = load(core)
     finite(core, source.path)
-    lacks_head = any(key.startswith(f'{last_layer(core)}.') for key in report.missing)
-    if needs_head and report.missing and not lacks_head:
+    if needs_head and report.missing and not main_finetune.lacks_head(core, report):
         of_token = any(key.startswith('fc_norm.') for key in report.missing)
         hint = '; is its head that of the class token? then cls_token=true behind its path' if of_token else ''
         raise UserError(f'{args.what} needs all weights of a classifier: {report}{hint}')

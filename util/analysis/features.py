@@ -1,4 +1,4 @@
-"""What a network makes of images: one vector for each, before its head or after every block, by hooks."""
+"""What a network makes of images, by hooks: a vector for each, before its head or after every block; or its maps."""
 
 import contextlib
 from collections import defaultdict

@@ -121,8 +121,8 @@ def interactions(
 
     The mean over the pair's contexts S [P, S, m] of v(S+i+j) - v(S+i) - v(S+j) + v(S), where v is the reward that
     the network gives to the label when only these cells are shown. Each different cell set is forwarded once,
-    `batch_size` of them at a time. No autocast, no TF32; the reward is in float64. Raises
-    UserError for weights of 16 bits.
+    `batch_size` of them at a time. As `exact` has it; the reward is in float64. Raises UserError for weights of 16
+    bits.
     """
     sets, places = distinct_sets(pairs, contexts, grid)
     return of_sets(model, img, label, sets, places, reward, batch_size)

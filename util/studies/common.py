@@ -1,4 +1,15 @@
-"""What all studies share: the networks, the images, and one row of numbers for each image, from all ranks."""
+"""What all studies share: the networks, the images, and one row of numbers for each image, from all ranks.
+
+A study is a module of this room with
+    HELP                     its line in --help
+    SPLITS                   {split that it reads: how many images of it by default, or None for all}
+    NEEDS_HEAD               whether it asks for answers, so that a head must be trained
+    add_flags(add)           declares flags of its own
+    compute(job) -> dict     plain data: {'checkpoints': [described(network) | ..., ...], ...}
+    table(result)            header and rows, from that data alone
+    draw(result, path)       the figure in `path`, and others beside it
+and where it differs from the others, `DEFAULTS` of common flags, and `choose(split, args)`, which images it takes.
+"""
 
 import argparse
 import contextlib

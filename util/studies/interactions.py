@@ -78,8 +78,9 @@ def compute(job: Job) -> dict:
     if args.seed + 1000 * count >= SEEDS:
         raise UserError(f'--seed {args.seed}: the generators of pairs take none above {SEEDS - 1000 * count}')
     given = [(network, grid_of(network), head_labels(job, network)) for network in job.networks]
+    forwards = {grid: sum(len(sets) for _, sets, _ in samples(args, grid, 0)) for _, grid, _ in given}
     for network, grid, _ in given:
-        tell_cost(network, count, sum(len(sets) for _, sets, _ in samples(args, grid, 0)))
+        tell_cost(network, count, forwards[grid])
     results = [of_network(job, args, *each) for each in given]
     return {'images': count, 'pairs': args.pairs, 'contexts': args.contexts, 'checkpoints': results}
 
