@@ -345,10 +345,11 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
         if not wanted and (other := other_head(core, report)):
             num_classes = other
             core, report = load(num_classes)
-    if report.missing and (head or wanted or not lacks_head(core, report)) and head is not False:
+    headless = lacks_head(core, report)
+    if report.missing and (head or wanted or not headless) and head is not False:
         what = f'classifier{f" of {wanted} classes" if wanted else ""}' + ' of the class token' * (not args.global_pool)
         raise UserError(f'{source.path} has no {what}: {report}')
-    if lacks_head or head is False:
+    if headless or head is False:
         take_head_off(core)
         num_classes = 0
     return Loaded(core, report, kwargs, num_classes)
