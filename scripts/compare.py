@@ -6,8 +6,8 @@ Examples:
     python scripts/compare.py --data_path photos --methods mirl deep=mirl:depth=16 mixmae:lr=2e-3 random --seeds 0 1 2
     python scripts/compare.py --output_dir runs/compare --data_path photos --report   # draw what is there
 
-A method is [LABEL=]NAME[:KEY=VALUE,...]. NAME is one of the short names below or a --model that has recipes. A KEY is an
-option of the model or a flag of main_pretrain.py; finetune.KEY is one of main_finetune.py. `random` stands for the
+A method is [LABEL=]NAME[:KEY=VALUE,...]. NAME is one of the short names below or a --model that has recipes. A KEY is
+an option of the model or a flag of main_pretrain.py; finetune.KEY is one of main_finetune.py. `random` stands for the
 networks of all methods with random weights. Call it again to go on, or to add methods, seeds and shares of labels.
 """
 
@@ -307,6 +307,7 @@ def asked(args: Namespace, plan: dict) -> Comparison:
         data=data,
         budget=dict(zip(('kind', 'amount'), args.budget, strict=True)),
         points=args.points,
+        finetune_points=args.finetune_points,
         judge_images=args.judge_images,
         common=common(args),
         labelled=labelled(args),
