@@ -1,4 +1,4 @@
-"""Figures as PNG or SVG files. The one file that imports matplotlib: import it late, and do without where it is missing."""
+"""Figures as PNG or SVG files. The one importer of matplotlib: import it late, and do without where it lacks."""
 
 import math
 import textwrap
@@ -227,7 +227,7 @@ def share_range(axes: Sequence[Axes], low: float | None = None) -> None:
 
 
 class Panel(NamedTuple):
-    """Lines with the spread of y to both sides, as bars or as a band; `base`: dotted, in the colour of its network.
+    """Lines with the spread of y to both sides, as bars or as a band; `base`: thin, in the colour of its network.
 
     All panels name all networks, in the same order: one without points keeps its colour.
     """
@@ -264,34 +264,34 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
         else:
             draw_band(ax, x, y, error, colour)
         if panel.base and name in panel.base:
-            ax.plot(*panel.base[name][:2], ':', color=colour, linewidth=1)
+            ax.plot(*panel.base[name][:2], color=colour, linewidth=1, alpha=0.45)
     if panel.ticks:
         ax.set_xscale('log')
         ax.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         ax.minorticks_off()
-    ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    ax.set(xlabel=panel.xlabel, ylabel=wrapped(panel.ylabel, 40))
     ax.grid(alpha=0.3)
 
 
 def gains(path: Path, title: str, panels: Mapping[str, Gains]) -> None:
     """A panel for each quantity, in it a row for each network, the first on top.
 
-    A large mark for the mean, a small dot for each seed; the range of the random weights is grey. All are what is
+    A mark for the mean, a stroke for each seed; the range of the random weights is grey. All are what is
     gained over the mean of the random weights.
     """
     names = {name: wrapped(name, 24) for rows in panels.values() for name in rows}
-    lines = sum(max(2, 1 + label.count('\n')) for label in names.values())
-    fig = Figure(figsize=(WIDTH * len(panels), 0.19 * lines + 1), layout='constrained')
+    row = max(0.32, 0.17 + 0.15 * max(label.count('\n') for label in names.values()))
+    fig = Figure(figsize=(WIDTH * (0.45 + 0.55 * len(panels)), row * len(names) + 0.7), layout='constrained')
     for ax, (quantity, rows) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         ax.axvline(0, color='0.4', linewidth=0.8)
         for number, (of_seeds, of_random) in enumerate(rows.values()):
             if of_seeds and of_random:
                 ax.plot([min(of_random), max(of_random)], [-number] * 2, color='0.8', linewidth=9, zorder=0)
                 colour = dict(color=COLOURS[number % 8], linestyle='')
-                ax.plot(of_seeds, [-number] * len(of_seeds), '.', markersize=4, alpha=0.6, **colour)
+                ax.plot(of_seeds, [-number] * len(of_seeds), '|', markersize=14, **colour)
                 ax.plot(sum(of_seeds) / len(of_seeds), -number, markersize=7, **marker(number) | colour)
-        ax.set_yticks([-number for number in range(len(rows))], [names[name] for name in rows])
-        ax.set(xlabel=wrapped(quantity, 40), ylim=(0.4 - len(rows), 0.6))
+        ax.set_yticks([-number for number in range(len(rows))], [names[name] for name in rows], ma='right')
+        ax.set(xlabel=wrapped(quantity, 46), ylim=(0.4 - len(rows), 0.6))
         ax.grid(alpha=0.3, axis='x')
         ax.label_outer()
     finish(fig, path, title)

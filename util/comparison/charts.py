@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from util.comparison.scores import (
-    main_ways, many, mean, name_of, number, of, random_of, scored, share_text, spread, values, ways,
-)  # fmt: skip
+from util.comparison import scores
+from util.comparison.scores import many, mean, name_of, number, of, scored, spread, values
 
 MOST = 120  # points of a curve
 PICTURE = 1000  # pixels: the widest of a method's pictures
@@ -59,7 +58,7 @@ def judged(results: dict, folder: Path) -> Group:
     rows, files = [], []
     points = [p for method in many(results, 'methods') for run in many(method, 'runs') for p in many(run, 'points')]
     factor, letter = unit(max(values(points, 'flops'), default=1))
-    for way in main_ways(results):
+    for way in scores.main_ways(results):
         rows.append([])
         for cost, label in AXES.items():
             by = factor if cost == 'flops' else 1
@@ -81,7 +80,7 @@ def judged(results: dict, folder: Path) -> Group:
 def over(results: dict, method: dict, keys: Sequence[str], cost: str, by: float) -> tuple[list, list, list]:
     """(costs, means, spreads) of the points of a method; at cost 0 its random weights."""
     x, y, errors = [], [], []
-    of_random = values(random_of(results, method), *keys)
+    of_random = values(scores.random_of(results, method), *keys)
     runs = [many(run, 'points') for run in many(method, 'runs')]
     for place in range(max(map(len, runs), default=0)):
         points = [points[place] for points in runs if len(points) > place]
@@ -99,24 +98,24 @@ def gained(results: dict, folder: Path) -> Group:
     """What each method gains over random weights, a panel for each way of judging."""
     from util.analysis import figures
 
-    def differences(method: dict, way) -> tuple[list, list]:
+    def differences(method: dict, way: scores.Way) -> tuple[list, list]:
         own, random = scored(results, method, way)
         middle = mean(random) or 0
         return ([x - middle for x in own], [x - middle for x in random]) if own and random else ([], [])
 
     panels, files = {}, []
-    for way in ways(results):
+    for way in scores.ways(results):
         rows = by_method(results, lambda method, way=way: differences(method, way))
         if filled(rows):
-            title = f'{way.name}: points of top-1 gained'
+            title = f'{way.name}: gain (points)'
             files.append((title, folder / f'gain-{"-".join(way.keys)}.svg'))
             figures.gains(files[-1][1], '', {title: rows})
             panels[title] = rows
     if panels:
         figures.gains(folder / 'gains.png', '', panels)
     caption = (
-        'Points of top-1 above the mean of random weights, at the end of the budget. Small dots: seeds; large: their '
-        'mean; grey: the range of random weights. If all dots lie to the right of the grey, the two are told apart.'
+        'Points of top-1 above the mean of random weights, at the end of the budget. Strokes: seeds; mark: their '
+        'mean; grey: the range of random weights. If all strokes lie right of the grey, the two are told apart.'
     )
     return Group('Gain over random weights', caption, files)
 
@@ -125,12 +124,14 @@ def labelled(results: dict, folder: Path) -> Group:
     """Fine-tuned top-1 over the share of labels, if there are several."""
     from util.analysis import figures
 
-    shares = {100 * share: way for share, way in zip(sorted(many(results, 'labels')), ways(results), strict=False)}
+    shares = {
+        100 * share: way for share, way in zip(sorted(many(results, 'labels')), scores.ways(results), strict=False)
+    }
 
     def line(method: dict, whose: int) -> tuple[list, list, list]:
-        scores = {x: scored(results, method, way)[whose] for x, way in shares.items()}
-        scores = {x: of_seeds for x, of_seeds in scores.items() if of_seeds}
-        return list(scores), [*map(mean, scores.values())], [*map(spread, scores.values())]
+        found = {x: scored(results, method, way)[whose] for x, way in shares.items()}
+        found = {x: of_seeds for x, of_seeds in found.items() if of_seeds}
+        return list(found), [*map(mean, found.values())], [*map(spread, found.values())]
 
     lines, base = (by_method(results, lambda method, whose=whose: line(method, whose)) for whose in (0, 1))
     files = []
@@ -141,7 +142,7 @@ def labelled(results: dict, folder: Path) -> Group:
         )
         figures.small_multiples(files[0][1], '', [[panel]], key=False)
     caption = (
-        'At the end of the budget. Bars: standard deviation; dotted: random weights of the network of that colour.'
+        'At the end of the budget. Bars: standard deviation; thin lines: random weights of the network of that colour.'
     )
     return Group('Accuracy over the share of labels', caption, files)
 
@@ -166,7 +167,9 @@ def learnt(results: dict, folder: Path) -> Group:
         if line[0]:
             files.append((f'loss of {name}', folder / f'loss-{place}.svg'))
             alone = {other: line if other == name else ([], [], []) for other in losses}
-            figures.small_multiples(files[-1][1], '', [[figures.Panel('epoch', 'loss', alone, bars=False)]], key=False)
+            figures.small_multiples(
+                files[-1][1], '', [[figures.Panel('epoch', f'loss of {name}', alone, bars=False)]], key=False
+            )
     caption = (
         'Mean over seeds; bands: standard deviation. Explained: the share of the spread of its target that a method '
         'predicts, 1 for perfect, 0 for no better than a constant. Targets differ between methods, and losses too: '

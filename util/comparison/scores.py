@@ -153,9 +153,12 @@ def in_words(found: Verdict, results: dict) -> str:
     if not found.best:
         return 'No score yet.'
     words = []
-    if found.told or found.equal:
-        apart = f'not told apart from it: {", ".join(found.equal)}' if found.equal else 'told apart from all others'
-        words.append(f'{found.best} is best ({found.score} %), {apart}.')
+    if found.equal:
+        words.append(
+            f'{found.best} has the highest mean ({found.score} %), not told apart from {", ".join(found.equal)}.'
+        )
+    elif found.told:
+        words.append(f'{found.best} is best ({found.score} %), told apart from all others.')
     for lead, names in (
         ('Better than random weights', found.above),
         ('Not told apart from random weights', found.unclear),
@@ -178,8 +181,8 @@ def rule(results: dict) -> str:
     odds, methods = math.comb(2 * seeds, seeds) // 2, len(many(results, 'methods'))
     made = (2 * methods - 1) * len(ways(results))
     words.append(
-        f'With {seeds} against {seeds} seeds that happens by chance in one of {odds} comparisons of two that are '
-        f'equal; {made} are made here, so about {made / odds:.0f} may be chance.'
+        f'With {seeds} against {seeds} seeds that happens by chance in one of {odds} comparisons: were all equal, '
+        f'about {made / odds:.0f} of the {made} that are made here would be told apart.'
     )
     return ' '.join(words)
 
@@ -223,7 +226,9 @@ def markdown(results: dict) -> str:
     """The table, the best bold and what is not told apart from it with a star, and the verdicts."""
 
     def marked(found: Verdict, name: str, score: str) -> str:
-        return f'**{score}**' if name == found.best else f'{score} \\*' if name in found.equal else score
+        return (
+            f'**{score}**' if name == found.best and score != '-' else f'{score} \\*' if name in found.equal else score
+        )
 
     header, *rows = ([cell.replace('|', '\\|') for cell in row] for row in table(results, marked))
     lines = [f'| {" | ".join(row)} |' for row in (header, ['---'] + ['--:'] * (len(header) - 1), *rows)]
