@@ -188,9 +188,10 @@ def free_memory() -> int:
     return min(int(available[1]) * 1024 if available else 0, memory_limit()[0] - of_ours)
 
 
-def peak_memory() -> int:
-    """The most bytes of memory that this process has had at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+def peak_memory(usage: resource.struct_rusage | None = None) -> int:
+    """The most bytes of memory that this process has had at once, or the one whose usage is given."""
+    usage = usage or resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def room_of_shm() -> tuple[float, str]:
