@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from engine_finetune import LossOf, evaluate, forward, train_one_epoch
-from main_pretrain import find_method
+from main_pretrain import due, find_method
 from util import agreement, build, checkpoint, config, dist, dry_run, predictions, resources, rng
 from util.config import AT_LEAST_1, SHARE, Switch, number
 from util.data import augment, datasets, named
@@ -85,6 +85,13 @@ def get_args_parser() -> config.Parser:
         at_resume='same',
         help='share of every class that validates, where there is no val/; drawn from --seed',
     )
+    add(
+        '--label_share',
+        type=number(float, above=0, most=1),
+        default=1.0,
+        at_resume='same',
+        help='share of the training images that is used, evenly from all classes; drawn from --seed',
+    )
 
     add = partial(parser.add_argument, heading='Loss')
     add(
@@ -98,6 +105,13 @@ def get_args_parser() -> config.Parser:
 
     add = partial(parser.add_argument, heading='Evaluation')
     add('--eval', action=Switch, help='only evaluate the checkpoint of --resume')
+    add(
+        '--test_freq',
+        type=AT_LEAST_1,
+        default=1,
+        at_resume='free',
+        help='epochs between evaluations; the last epoch has one',
+    )
     add('--eval_size', type=AT_LEAST_1, of_network=True, help='image side in pixels; default: --input_size')
     add(
         '--crop_pct',
@@ -377,6 +391,7 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
     config.check_common_args(args)
     config.check_schedule(args)
     train, val = named.labelled_splits(args, ('train', 'val'))
+    train = named.label_share(train, args.label_share, args.seed)
     num_classes = args.nb_classes or len(train.classes)
     if augment.mixes(args) and args.batch_size % 2:
         raise UserError(
@@ -413,17 +428,18 @@ def main(args: argparse.Namespace) -> dry_run.Estimate | None:
 
         for epoch in run.epochs():
             stats = train_one_epoch(training, run, batches, epoch, loss_of)
-            run.save_before_evaluation(epoch)
-            networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
-            tests = {
-                name: evaluate(network, val_batches, training.normalise, training.amp_dtype, absent)
-                for name, network in networks.items()
-            }
-            report(tests['test'], val_batches.dataset.reader)
-            run.keep_best(epoch, networks, tests, 'acc1')
-            info(f'Max accuracy: {run.record["best_acc1"]:.2f}%')
             values = {f'train_{name}': value for name, value in stats.items()}
-            values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
+            if due(epoch, args.test_freq, args.epochs):
+                run.save_before_evaluation(epoch)
+                networks = {'test': core} | ({'test_ema': ema.module} if ema else {})
+                tests = {
+                    name: evaluate(network, val_batches, training.normalise, training.amp_dtype, absent)
+                    for name, network in networks.items()
+                }
+                report(tests['test'], val_batches.dataset.reader)
+                run.keep_best(epoch, networks, tests, 'acc1')
+                info(f'Max accuracy: {run.record["best_acc1"]:.2f}%')
+                values |= {f'{name}_{key}': value for name, test in tests.items() for key, value in test.items()}
             params = sum(p.numel() for p in core.parameters() if p.requires_grad)
             run.after_epoch(epoch, **values, n_parameters=params)
         info(f'done; best accuracy {run.record["best_acc1"]:.2f}%; checkpoints and logs are in {args.output_dir}')

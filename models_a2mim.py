@@ -493,6 +493,7 @@ MODELS: dict[str, dict] = {
     'a2mim_vit_tiny':       dict(A2MIM_VIT,      mask_layer=0, loss='l1',       fft_weight=0.1, mask_patch_size=8),
     'a2mim_resnet_tiny':    dict(A2MIM_CNN,      mask_layer=3, loss='focal_l1', fft_weight=0.5, mask_patch_size=8),
     'a2mim_convnext_pico':  dict(A2MIM_CONVNEXT, mask_layer=3, loss='focal_l1', fft_weight=0.0),
+    'simmim_vit_tiny':      dict(SIMMIM_VIT, mask_patch_size=8),
     'simmim_swin_pico':     dict(SIMMIM, mask_patch_size=16),
 
     'a2mim_vit_small':      dict(A2MIM_VIT,      mask_layer=0, loss='l1',       fft_weight=0.1, fft_focal=True),

@@ -391,7 +391,7 @@ def report(
         times=times.scaled(args.batch_size / n, waits=n == args.batch_size or not args.num_workers),
         loader=min(dist.gather(speed)),
         steps=(args.epochs - run.first_epoch) * training.sampler.steps - run.first_step,
-        tests=(args.epochs - run.first_epoch) * (len(data['val'].images) if 'val' in data else 0),
+        tests=evaluations(args, run.first_epoch) * (len(data['val'].images) if 'val' in data else 0),
         test_s=times.last / n * test_share(training, costs, pixels),
     )
     tell_speed(training, estimate, costs, n)
@@ -399,6 +399,12 @@ def report(
     tell_hours(training, estimate)
     dist.cleanup()
     return estimate
+
+
+def evaluations(args: argparse.Namespace, first_epoch: int) -> int:
+    """How many are left: one every --test_freq epochs, where there is such a flag, and one after the last."""
+    every = getattr(args, 'test_freq', 1)
+    return math.ceil(args.epochs / every) - first_epoch // every
 
 
 def test_share(training: Training, costs: Costs, pixels: float | None) -> float:

@@ -195,6 +195,19 @@ def test_shares_that_cannot_be(data):
     named.check_same_share(args, {'seed': 1})
 
 
+def test_a_share_of_the_labels(data):
+    """Evenly from all classes, one of each at least, the same for a seed."""
+    whole = splits_of(data)[0]
+    assert named.label_share(whole, 1, 0) is whole
+    for share, each in ((0.2, 2), (0.01, 1)):
+        some = named.label_share(whole, share, 0)
+        assert [some.labels.tolist().count(label) for label in range(3)] == [each] * 3
+        assert all(f'class{label}/' in file for file, label in zip(*some[:2], strict=True))
+        assert some.notes[0].endswith(f'; --label_share {share} takes {3 * each} of them')
+    assert list(some.images) == list(named.label_share(whole, 0.01, 0).images)
+    assert list(some.images) != list(named.label_share(whole, 0.01, 1).images)
+
+
 # --------------------------------------------------------------------------
 # names that are kept
 

@@ -36,7 +36,7 @@ OURS = """
 OURS_PRETRAIN = 'no_norm_pix_loss interpolation=bilinear vis_freq=5 knn_freq=5 knn_data=a knn_images=9,9'
 OURS_FINETUNE = """
     val_share=0.1 eval_logits=present use_ema no_use_ema ema_decay=0.9 ema_warmup_epochs=1 ema_warmup_ratio=0.5
-    eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce predictions=a.csv
+    eval_size=40 crop_pct=0.9 repeated_aug=2 criterion=bce predictions=a.csv label_share=0.5 test_freq=2
 """
 OLD = [('pretrain', word) for word in f'{MAE} {MAE_PRETRAIN} {OURS} {OURS_PRETRAIN}'.split()]
 OLD += [('finetune', word) for word in f'{MAE} {MAE_FINETUNE} {OURS} {OURS_FINETUNE}'.split()]
@@ -239,7 +239,7 @@ FREE = """
     data_retries print_freq save_freq save_freq_steps keep_last vis_freq resume finetune download start_epoch
     batch_size accum_iter effective_batch_size compile grad_checkpoint channels_last max_bad_steps dist_on_itp
     dist_eval resplit max_bad_images given predictions init init_ema finetune_ema knn_freq knn_data knn_images
-    dry_run check_data compile_mode
+    dry_run check_data compile_mode test_freq
 """
 
 
@@ -254,7 +254,7 @@ def test_roles_at_resume():
     pretrain, finetune = roles('pretrain'), roles('finetune')
     assert pretrain.keys() == finetune.keys() == {'same', 'warn', 'free'}
     assert pretrain['same'] == both | {'mask_ratio', 'norm_pix_loss'}
-    assert finetune['same'] == both | {'val_share', 'repeated_aug', 'probe'}
+    assert finetune['same'] == both | {'val_share', 'label_share', 'repeated_aug', 'probe'}
     assert pretrain['free'] | finetune['free'] == set(FREE.split())
     assert roles('segment')['same'] == both - {'decoder'} | {'eval_freq', 'reduce_zero_label'}
     network = 'rel_pos neck box_head norm rpn_depth width box_only detector_kwargs'

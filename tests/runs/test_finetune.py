@@ -79,6 +79,21 @@ def test_fine_tuning_starts_from_the_encoder(images, tmp_path):
     assert all(pretrained['encoder'][n].data_ptr() == pretrained['model'][n].data_ptr() for n in names)
 
 
+def test_evaluations_now_and_then(images, tmp_path):
+    """--test_freq leaves evaluations out, not the last one; training, of a share of the labels, is the same."""
+    flags = ['--batch_size', '16', '--epochs', '3', '--warmup_epochs', '1', '--lr', '1e-3', '--label_share', '0.5']
+    often = train('finetune', images, tmp_path / 'often', *flags)
+    seldom = train('finetune', images, tmp_path / 'seldom', *flags, '--test_freq', '2')
+    assert all(torch.equal(a, b) for a, b in zip(often['model'].values(), seldom['model'].values(), strict=True))
+    logs = [
+        [json.loads(text) for text in (tmp_path / name / 'log.txt').read_text().splitlines()]
+        for name in ('often', 'seldom')
+    ]
+    assert [['test_acc1' in line for line in log] for log in logs] == [[True] * 3, [False, True, True]]
+    assert logs[0][2]['test_acc1'] == logs[1][2]['test_acc1']
+    assert often['step'] == 2  # of 33 images, half of 66
+
+
 def test_evaluate_is_the_plain_average(images):
     files, labels, *_ = datasets.labelled_files(images, 'val')
     dataset = datasets.ImageFiles(files, labels, augment.eval_transform(32, 0.875), 0)

@@ -1,11 +1,12 @@
-"""Figures as PNG files. The one file that imports matplotlib: import it late, and do without where it is missing."""
+"""Figures as PNG or SVG files. The one importer of matplotlib: import it late, and do without where it lacks."""
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
@@ -23,6 +24,7 @@ Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {network: (dept
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]  # {network: (x, y, error)}
 Spectra = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {point: (frequencies in units of pi, values)}
 Heads = tuple[Sequence[Sequence[float]], Sequence[float] | None]  # values [layers][heads], and of a uniform head
+Gains = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {network: (of each seed, of each of random weights)}
 HeatMap = tuple[str, Sequence[str], str, Sequence[str], Sequence[Sequence[float]]]  # (name, layers) twice, cells
 
 # --------------------------------------------------------------------------
@@ -71,9 +73,7 @@ def curves(
     lines = {name: ordered(*line) for name, line in lines.items()}
     draw_lines(ax, {name: line[:2] for name, line in lines.items()})
     for number, (x, y, error) in enumerate(lines.values()):
-        if error is not None:
-            low, high = ([value + sign * e for value, e in zip(y, error, strict=True)] for sign in (-1, 1))
-            ax.fill_between(x, low, high, color=COLOURS[number % 8], alpha=0.15, linewidth=0)
+        draw_band(ax, x, y, error, COLOURS[number % 8])
     if ticks:
         ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
@@ -91,9 +91,21 @@ def ordered(x: Sequence[float], *columns: Sequence[float] | None) -> list[Sequen
 def draw_lines(ax: Axes, lines: Lines) -> None:
     """Of many points 25 at most have a marker, other ones for each network."""
     for number, (name, (depths, values)) in enumerate(lines.items()):
-        every = math.ceil(len(values) / 25)
-        style = dict(marker=MARKERS[number % 8], color=COLOURS[number % 8], linestyle=DASHES[number % 4])
+        every = math.ceil(len(values) / 25) or 1
+        style = marker(number) | dict(color=COLOURS[number % 8], linestyle=DASHES[number % 4])
         ax.plot(depths, values, markersize=4, linewidth=1.3, markevery=(number % every, every), label=name, **style)
+
+
+def marker(number: int) -> dict[str, str]:
+    """From the ninth network on other ones, hollow, as colours come again."""
+    turns, place = divmod(number, 8)
+    return dict(marker=MARKERS[(place + turns) % 8], markerfacecolor='white' if turns else COLOURS[place])
+
+
+def draw_band(ax: Axes, x: Sequence[float], y: Sequence[float], error: Sequence[float] | None, colour: str) -> None:
+    if error:
+        low, high = ([value + sign * e for value, e in zip(y, error, strict=True)] for sign in (-1, 1))
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def draw_dots(ax: Axes, lines: Lines) -> None:
@@ -211,6 +223,81 @@ def share_range(axes: Sequence[Axes], low: float | None = None) -> None:
 
 
 # --------------------------------------------------------------------------
+# a line or a row for each method of a comparison
+
+
+class Panel(NamedTuple):
+    """Lines with the spread of y to both sides, as bars or as a band; `base`: thin, in the colour of its network.
+
+    All panels name all networks, in the same order: one without points keeps its colour.
+    """
+
+    xlabel: str
+    ylabel: str
+    lines: Curves
+    bars: bool = True
+    base: Curves | None = None
+    ticks: Mapping[float, str] | None = None  # {x: its label}, for an axis of x in powers
+
+
+def small_multiples(path: Path, title: str, rows: Sequence[Sequence[Panel]], key: bool = True) -> None:
+    """Rows of panels, with a legend below them if `key`."""
+    columns = max(map(len, rows))
+    fig = Figure(figsize=(WIDTH * columns, 0.9 * HEIGHT * len(rows)), layout='constrained')
+    for axes, panels in zip(fig.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        for ax, panel in zip(axes, panels, strict=False):
+            draw_panel(ax, panel)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+    if key:
+        legend(fig, 2 * columns)
+    finish(fig, path, title)
+
+
+def draw_panel(ax: Axes, panel: Panel) -> None:
+    lines = {name: ordered(*line) for name, line in panel.lines.items()}
+    draw_lines(ax, {name: line[:2] for name, line in lines.items()})
+    for number, (name, (x, y, error)) in enumerate(lines.items()):
+        colour = COLOURS[number % 8]
+        if panel.bars:
+            ax.errorbar(x, y, error, fmt='none', ecolor=colour, elinewidth=1, capsize=2.5, alpha=0.7)
+        else:
+            draw_band(ax, x, y, error, colour)
+        if panel.base and name in panel.base:
+            ax.plot(*panel.base[name][:2], color=colour, linewidth=1, alpha=0.45)
+    if panel.ticks:
+        ax.set_xscale('log')
+        ax.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+        ax.minorticks_off()
+    ax.set(xlabel=panel.xlabel, ylabel=wrapped(panel.ylabel, 40))
+    ax.grid(alpha=0.3)
+
+
+def gains(path: Path, title: str, panels: Mapping[str, Gains]) -> None:
+    """A panel for each quantity, in it a row for each network, the first on top.
+
+    A mark for the mean, a stroke for each seed; the range of the random weights is grey. All are what is
+    gained over the mean of the random weights.
+    """
+    names = {name: wrapped(name, 24) for rows in panels.values() for name in rows}
+    row = max(0.32, 0.17 + 0.15 * max(label.count('\n') for label in names.values()))
+    fig = Figure(figsize=(WIDTH * (0.45 + 0.55 * len(panels)), row * len(names) + 0.7), layout='constrained')
+    for ax, (quantity, rows) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        ax.axvline(0, color='0.4', linewidth=0.8)
+        for number, (of_seeds, of_random) in enumerate(rows.values()):
+            if of_seeds and of_random:
+                ax.plot([min(of_random), max(of_random)], [-number] * 2, color='0.8', linewidth=9, zorder=0)
+                colour = dict(color=COLOURS[number % 8], linestyle='')
+                ax.plot(of_seeds, [-number] * len(of_seeds), '|', markersize=14, **colour)
+                ax.plot(sum(of_seeds) / len(of_seeds), -number, markersize=7, **marker(number) | colour)
+        ax.set_yticks([-number for number in range(len(rows))], [names[name] for name in rows], ma='right')
+        ax.set(xlabel=wrapped(quantity, 46), ylim=(0.4 - len(rows), 0.6))
+        ax.grid(alpha=0.3, axis='x')
+        ax.label_outer()
+    finish(fig, path, title)
+
+
+# --------------------------------------------------------------------------
 # all figures
 
 
@@ -227,8 +314,11 @@ def legend(fig: Figure, columns: int) -> None:
 
 
 def finish(fig: Figure, path: Path, title: str) -> None:
-    fig.suptitle(wrapped(title, int(9 * fig.get_figwidth())))
-    fig.savefig(path, dpi=DPI)
+    """The title, if there is one, and the file: PNG or SVG by its name. An SVG is light, as its texts are texts."""
+    if title:
+        fig.suptitle(wrapped(title, int(9 * fig.get_figwidth())))
+    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': path.name}):
+        fig.savefig(path, dpi=DPI, metadata={'Date': None} if path.suffix == '.svg' else None)
 
 
 def wrapped(text: str, width: int) -> str:

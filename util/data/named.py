@@ -435,3 +435,13 @@ def some(
     chosen = order[turns[: (number < (per_class or len(order))).sum()][:most]]
     chosen = chosen if first else np.sort(chosen)
     return split._replace(images=split.images.take(chosen), labels=labels[chosen])
+
+
+def label_share(train: Split, share: float, seed: int) -> Split:
+    """A share of the training images, at least one of each class, and a note of how many."""
+    if share == 1:
+        return train
+    most = max(len(np.unique(train.labels)), round(share * len(train.labels)))
+    found, first, rest = some(train, seed, most), *train.notes[:1], train.notes[1:]
+    note = f'{first}; --label_share {share:g} takes {len(found.images)} of them'
+    return found._replace(notes=[note, *rest])
