@@ -79,7 +79,13 @@ def get_args_parser() -> config.Parser:
     )
     add('--seeds', nargs='+', type=config.AT_LEAST_0, default=[0, 1, 2], help='of all runs')
     share = config.number(float, above=0, most=1)
-    add('--labels', nargs='+', type=share, default=[1.0], help='shares of the labels that fine-tuning has')
+    add(
+        '--labels',
+        nargs='*',
+        type=share,
+        default=[1.0],
+        help='shares of the labels to fine-tune with; none: no fine-tuning',
+    )
     points = config.number(int, 1, MOST)
     add('--points', type=points, default=2, help='how often a pretraining is judged, the last time at its end')
     help = 'at how many of these, the last ones, it is fine-tuned, too; default: all'
