@@ -18,7 +18,7 @@ from util.run_folder import alive, wait_until
 
 SAVES = 'import signal, sys; signal.signal(15, lambda *_: (time.sleep({}), print("saved"), sys.exit(75)))'
 DEAF = 'import signal; signal.signal(15, signal.SIG_IGN)'
-WAITS = 'open(name, "w").write(str(os.getpid())); os.rename(name, name + ".pid"); time.sleep(60)'
+WAITS = 'open(name, "w").write(str(os.getpid())); os.rename(name, name + ".pid"); time.sleep(60); os._exit(0)'
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +44,15 @@ def test_slots(tmp_path, capfd):
     """Two at once, each alone in its slot; and what needs others runs after them."""
     note = 'print(os.environ["SLOT"], {!r}, file=open("order", "a"), flush=True)'
     work = [note.format('begins'), 'time.sleep(0.05)', note.format('ends')]
-    meet = ['open(f"{os.getpid()}.here", "w")', 'while sum(n.endswith(".here") for n in os.listdir()) < 2: pass']
+    meet = [
+        'open(f"{os.getpid()}.here", "w")',
+        'while sum(n.endswith(".here") for n in os.listdir()) < 2: time.sleep(0.01)',
+    ]
     tasks = [Job(f'first/{i}', python(*meet, *work)) for i in range(2)]
-    tasks += [Job('middle', python(*work)), Job('last', python('print(open("order").read())'), ('first/0', 'middle'))]
+    tasks += [
+        Job('middle', python('time.sleep(0.3)', *work)),
+        Job('last', python('print(open("order").read())'), ('first/0', 'middle')),
+    ]
     assert set(states(run(tasks, tmp_path)).values()) == {'done'}
     busy, most = set(), 0
     for line in (tmp_path / 'order').read_text().splitlines():
@@ -220,6 +226,13 @@ def test_time_left(tmp_path, monkeypatch):
     assert queue.time_left() == 'about 10 s left'
     queue.at_once = 1
     assert queue.time_left() == 'about 20 s left'
+
+
+def test_what_a_program_leaves_behind_is_ended(tmp_path):
+    left = ['name = "left"', f'if not os.fork(): {WAITS}', 'while not os.path.exists("left.pid"): time.sleep(0.01)']
+    assert run([Job('a', python(*left))], tmp_path)['a'].state == 'done'
+    wait_until(lambda: ended(tmp_path, 'left'), 5)
+    assert ended(tmp_path, 'left')
 
 
 def test_told_once_a_minute(tmp_path, monkeypatch, capfd):

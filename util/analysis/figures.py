@@ -280,13 +280,14 @@ def gains(path: Path, title: str, panels: Mapping[str, Gains]) -> None:
     gained over the mean of the random weights.
     """
     names = {name: wrapped(name, 24) for rows in panels.values() for name in rows}
-    row = max(0.32, 0.17 + 0.15 * max(label.count('\n') for label in names.values()))
+    row = max(0.32, 0.23 + 0.17 * max(label.count('\n') for label in names.values()))
     fig = Figure(figsize=(WIDTH * (0.45 + 0.55 * len(panels)), row * len(names) + 0.7), layout='constrained')
     for ax, (quantity, rows) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         ax.axvline(0, color='0.4', linewidth=0.8)
         for number, (of_seeds, of_random) in enumerate(rows.values()):
             if of_seeds and of_random:
-                ax.plot([min(of_random), max(of_random)], [-number] * 2, color='0.8', linewidth=9, zorder=0)
+                low, high = min(of_random), max(of_random)
+                ax.barh(-number, high - low, 0.4, left=low, color='0.8', edgecolor='0.8', linewidth=0.8, zorder=0)
                 colour = dict(color=COLOURS[number % 8], linestyle='')
                 ax.plot(of_seeds, [-number] * len(of_seeds), '|', markersize=14, **colour)
                 ax.plot(sum(of_seeds) / len(of_seeds), -number, markersize=7, **marker(number) | colour)

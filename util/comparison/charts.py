@@ -21,7 +21,7 @@ class Group(NamedTuple):
     title: str
     caption: str
     files: list[tuple[str, Path]]
-    key: bool = True  # whether colours mean methods
+    key: bool = True  # whether they need a key of the methods' marks
 
 
 def unit(value: float) -> tuple[float, str]:
@@ -117,7 +117,7 @@ def gained(results: dict, folder: Path) -> Group:
         'Points of top-1 above the mean of random weights, at the end of the budget. Strokes: seeds; mark: their '
         'mean; grey: the range of random weights. If all strokes lie right of the grey, the two are told apart.'
     )
-    return Group('Gain over random weights', caption, files)
+    return Group('Gain over random weights', caption, files, key=False)
 
 
 def labelled(results: dict, folder: Path) -> Group:

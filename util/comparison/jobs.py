@@ -174,6 +174,8 @@ class Running:
         pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not pid:
             return None
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # what it left behind, as a rule nothing
+            os.killpg(pid, signal.SIGKILL)
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
         stopped = code and (signals.requested() or code in (STOPPED, 130) or -code in signals.ASKING)
         state = 'stopped' if stopped else 'failed' if code else 'done'
@@ -296,7 +298,7 @@ class Queue:
             wait_until(self.collect, END_S)
         finally:
             for child in self.running.values():
-                os.killpg(child.process.pid, signal.SIGKILL)
+                os.kill(child.process.pid, signal.SIGKILL)
             wait_until(self.collect, END_S)
 
 

@@ -57,14 +57,19 @@ summary { cursor: pointer; font-weight: 600 }
 @media print { body { max-width: none; font-size: 11px } .wide { overflow: visible } }
 """
 SIGNS = {'o': '●○', 's': '■□', '^': '▲△', 'D': '◆◇', 'v': '▼▽', '<': '◀◁', '>': '▶▷', 'P': '✚✛'}  # full, hollow
+LIGHTER = (  # what a page need not have of a drawing: what stands before and about it, names of groups, far digits
+    (r'^.*?(?=<svg )|<metadata>.*?</metadata>|<!--.*?-->', ''),
+    (r'<g id="[^"]*">', '<g>'),
+    (r'font-family: [^;"]*', 'font-family: DejaVu Sans, Verdana, sans-serif'),
+    (r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r'(\.\d)\d+', r'\1', found[0])),
+    (r'\s*\n\s*', ' '),
+)
 LIMITS = (
-    'Networks are small and budgets are short: with more of either the order may change, and large networks gain most.',
-    'Learning rates and other hyperparameters were tuned with small budgets, or are those of a recipe; none of them '
-    'is the best that a method can reach.',
-    'It is one data set. A method that wins here may lose on other pictures, other sizes or another task.',
-    'Seeds change the weights, masks and order of images, not the split: how much another split would change is not '
-    'in the spread.',
-    'Times and memory are of this machine, where several runs may have shared it.',
+    'Whether the order stays the same with larger networks, longer budgets or longer fine-tuning.',
+    'The best that a method can reach: learning rates and masks are those of a recipe, tuned with a small budget.',
+    'Other data: a method that wins here may lose on other images, other sizes or another task.',
+    'How much another split of the data would change: a seed changes weights, masks and the order of images alone.',
+    'Exact times: minutes, images/s and memory are of this machine, where several runs may have shared it.',
 )
 
 
@@ -133,10 +138,9 @@ def image(path: Path, alt: str) -> str:
     """The file itself, inside the page: a drawing as SVG, in which texts can be found, or a picture."""
     if path.suffix == '.svg':
         drawing = path.read_text(encoding='utf-8')
-        drawing = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->', '', drawing[drawing.index('<svg') :], flags=re.DOTALL)
-        drawing = re.sub(r'<g id="[^"]*">', '<g>', re.sub(r'font-family: [^;\"]*', 'font-family: sans-serif', drawing))
-        drawing = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r'(\.\d)\d+', r'\1', found[0]), drawing)
-        return drawing.replace('<svg ', f'<svg role="img" aria-label="{escape(alt)}" ', 1).replace('\n', ' ')
+        for pattern, instead in LIGHTER:
+            drawing = re.sub(pattern, instead, drawing, flags=re.DOTALL)
+        return drawing.replace('<svg ', f'<svg role="img" aria-label="{escape(alt)}" ', 1)
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/webp;base64,{data}">'
 
@@ -208,24 +212,8 @@ def verdict_box(results: dict) -> str:
     lead = '' if of(results, 'finished') else f'<p><b>Not finished: {done} of {counted(len(runs), "run")} done.</b></p>'
     said = ''.join(f'<li><b>{escape(way)}</b>: {escape(words)}</li>' for way, words in scores.sentences(results))
     note = f'<p class="soft">{escape(scores.rule(results))}</p>'
-    lead += f'<p>{escape(overall(results))}</p><ul>{said}</ul>'
+    lead += f'<p>{escape(scores.overall(results))}</p><ul>{said}</ul>'
     return f'<section class="verdict"><h2>Verdict</h2>{lead}{note}</section>'
-
-
-def overall(results: dict) -> str:
-    """What holds over all ways of judging."""
-    found, names = scores.verdicts(results), [name_of(method) for method in many(results, 'methods')]
-    if not all(verdict.best for verdict in found):
-        return 'Scores are still missing.'
-    beating = [name for name in names if all(name in verdict.above for verdict in found)]
-    who = 'Every method beats' if beating == names else f'{", ".join(beating) or "None"} alone beat'
-    words = f'{who} random weights by every way of judging.'
-    if len(names) == 1:
-        return words
-    first, *others = {verdict.best for verdict in found}
-    apart = '' if any(verdict.equal for verdict in found) else ', told apart from all others'
-    lead = 'No method has the highest mean' if others else f'{first} has the highest mean'
-    return f'{lead} by every way of judging{"" if others else apart}. {words}'
 
 
 def failures(results: dict) -> str:
@@ -258,8 +246,7 @@ def accuracy(results: dict, marks: dict[str, str]) -> str:
         about = ', '.join([str(of(method, 'model') or ''), *options])
         row = [name_cell(method, marks, about), cell(scores.epochs_text(method))]
         for way, said in zip(scores.ways(results), found, strict=True):
-            best = name_of(method) == said.best and bool(said.told or said.equal)
-            kind = 'best' if best else 'equal' if name_of(method) in said.equal else ''
+            kind = scores.standing(said, name_of(method))
             row.append(score_cell(*scored(results, method, way), kind, scores.gain(results, method, way)))
         rows.append(row)
     note = (
@@ -272,7 +259,7 @@ def accuracy(results: dict, marks: dict[str, str]) -> str:
 
 
 def score_cell(own: Sequence[float], random: Sequence[float], kind: str, gained: float | None) -> str:
-    below = [f'random {spread_text(random)}']
+    below = [f'random {spread_text(random)}'] if random else []
     below += [] if gained is None else [f'{gained:+.1f}{"" if scores.order(own, random) else ", not told apart"}']
     return cell(f'{spread_text(own)}{" ≈" if kind == "equal" else ""}', *below, kind=kind)
 
@@ -290,8 +277,8 @@ def costs(results: dict, marks: dict[str, str]) -> str:
     rows, way = [], scores.main_ways(results)[0]
     for method in many(results, 'methods'):
         runs = many(method, 'runs')
-        minutes = mean(values(runs, 'minutes'))
         ends = [scores.last_point(results, method, run) for run in runs]
+        minutes = mean(values(ends, 'minutes'))
         row = [name_cell(method, marks)]
         row += [cell(engineering(of(method, 'parameters'))), cell(engineering(of(method, 'flops', 'image')))]
         row += [cell(engineering(of(method, 'flops', 'pretrain'), 'FLOPs')), cell(amount(minutes))]
@@ -301,8 +288,9 @@ def costs(results: dict, marks: dict[str, str]) -> str:
         rows.append(row)
     note = (
         f'<p class="soft">Means over seeds. Parameters: of the network that is fine-tuned. FLOPs an image, minutes, '
-        f'images/s and memory: of pretraining. Rank: the effective rank of the features. A point: of top-1 gained over '
-        f'random weights, {escape(way.name)}; in brackets where the two are not told apart, - where none is gained.</p>'
+        f'images/s and memory: of pretraining. Rank: RankMe, the effective rank of the features. A point: of top-1 '
+        f'gained over random weights, {escape(way.name)}; in brackets where the two are not told '
+        'apart, - where none is gained.</p>'
     )
     return section('Cost', note, grid(header, rows))
 
@@ -320,7 +308,7 @@ def a_point(results: dict, method: dict, way: scores.Way, cost: float | None) ->
 
 
 def figures(group: charts.Group, marks: dict[str, str]) -> str:
-    key = ''.join(f'<li>{mark} {escape(name)}</li>' for name, mark in marks.items())
+    key = ''.join(f'<li>{mark} {escape(name)}</li>' for name, mark in marks.items() if group.key)
     shown = ''.join(f'<figure>{image(path, alt)}</figure>' for alt, path in group.files)
     one = ' one' if len(group.files) == 1 else ''
     note = f'<p class="soft">{escape(group.caption)}</p>'

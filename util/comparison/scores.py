@@ -144,6 +144,28 @@ def verdict(results: dict, way: Way) -> Verdict:
     return Verdict(way.name, best, text(own.get(best, [])), *lists)
 
 
+def standing(found: Verdict, name: str) -> str:
+    """'best', 'equal' where it is not told apart from the best, or ''."""
+    best = name == found.best and bool(found.told or found.equal)
+    return 'best' if best else 'equal' if name in found.equal else ''
+
+
+def overall(results: dict) -> str:
+    """What holds over all ways of judging."""
+    found, names = verdicts(results), [name_of(method) for method in many(results, 'methods')]
+    if not all(verdict.best for verdict in found):
+        return 'Scores are still missing.'
+    beating = [name for name in names if all(name in verdict.above for verdict in found)]
+    who = 'Every method beats' if beating == names else f'{", ".join(beating) or "None"} alone beat'
+    words = f'{who} random weights by every way of judging.' if of(results, 'random') else ''
+    if len(names) == 1:
+        return words
+    first, *others = {verdict.best for verdict in found}
+    apart = '' if any(verdict.equal for verdict in found) else ', told apart from all others'
+    lead = 'No method has the highest mean' if others else f'{first} has the highest mean'
+    return f'{lead} by every way of judging{"" if others else apart}. {words}'
+
+
 def sentences(results: dict) -> list[tuple[str, str]]:
     """(way of judging, what is to be said of it in words), for each."""
     return [(found.way, in_words(found, results)) for found in verdicts(results)]
@@ -163,7 +185,7 @@ def in_words(found: Verdict, results: dict) -> str:
         ('Better than random weights', found.above),
         ('Not told apart from random weights', found.unclear),
         ('Worse than random weights', found.below),
-        ('Not known yet', found.unknown),
+        ('Not known yet against random weights', found.unknown if of(results, 'random') else []),
     ):
         every = len(names) == len(many(results, 'methods')) > 1
         words += [f'{lead}: {"every method" if every else ", ".join(names)}.'] if names else []
@@ -179,7 +201,7 @@ def rule(results: dict) -> str:
     if seeds < 2:
         return ' '.join([*words, 'There is one seed here: nothing can be told apart.'])
     odds, methods = math.comb(2 * seeds, seeds) // 2, len(many(results, 'methods'))
-    made = (2 * methods - 1) * len(ways(results))
+    made = (methods - 1 + (methods if of(results, 'random') else 0)) * len(ways(results))
     words.append(
         f'With {seeds} against {seeds} seeds that happens by chance in one of {odds} comparisons: were all equal, '
         f'about {made / odds:.0f} of the {made} that are made here would be told apart.'
@@ -211,13 +233,13 @@ Mark = Callable[[Verdict, str, str], str]  # (verdict, method, its score) -> the
 
 def table(results: dict, marked: Mark = lambda found, name, score: score) -> list[list[str]]:
     """A header and a row for each method: epochs, and by each way of judging its score and that of random weights."""
-    found, seeds = verdicts(results), len(many(results, 'seeds'))
-    rows = [['method', 'epochs', *(title for way in ways(results) for title in (way.name, 'random'))]]
+    found, seeds, random = verdicts(results), len(many(results, 'seeds')), bool(of(results, 'random'))
+    rows = [['method', 'epochs', *(title for way in ways(results) for title in [way.name, 'random'][: 1 + random])]]
     for method in many(results, 'methods'):
         row = [name_of(method), epochs_text(method)]
         for way, said in zip(ways(results), found, strict=True):
-            own, random = (text(scores, seeds) for scores in scored(results, method, way))
-            row += [marked(said, name_of(method), own), random]
+            own, of_random = (text(scores, seeds) for scores in scored(results, method, way))
+            row += [marked(said, name_of(method), own), of_random][: 1 + random]
         rows.append(row)
     return rows
 
@@ -226,12 +248,11 @@ def markdown(results: dict) -> str:
     """The table, the best bold and what is not told apart from it with a star, and the verdicts."""
 
     def marked(found: Verdict, name: str, score: str) -> str:
-        return (
-            f'**{score}**' if name == found.best and score != '-' else f'{score} \\*' if name in found.equal else score
-        )
+        kind = standing(found, name)
+        return f'**{score}**' if kind == 'best' else f'{score} \\*' if kind == 'equal' else score
 
     header, *rows = ([cell.replace('|', '\\|') for cell in row] for row in table(results, marked))
     lines = [f'| {" | ".join(row)} |' for row in (header, ['---'] + ['--:'] * (len(header) - 1), *rows)]
     said = [f'- **{way}**: {words}' for way, words in sentences(results)]
     note = 'Top-1 in %, mean ± standard deviation over seeds. Bold: the best; \\*: not told apart from it.'
-    return '\n'.join([*lines, '', note, rule(results), '', *said, ''])
+    return '\n'.join([*lines, '', note, '', overall(results), '', *said, '', rule(results), ''])
