@@ -212,6 +212,7 @@ def test_unfinished(tmp_path, found):
     report.write(found, tmp_path)
     page = Page((tmp_path / 'report.html').read_text())
     assert 'Not finished: ' in page.text
+    assert 'nan' not in page.text
     assert scores.markdown(found)
 
 
