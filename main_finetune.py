@@ -341,7 +341,7 @@ def network_of(source: checkpoint.Source, args: argparse.Namespace, head: bool |
     """
     method, kwargs, stage = find_method(args.model), args.model_kwargs, source.origin and source.origin.stage
     if stage in ('pretrain', 'segment', 'detect'):
-        kwargs = build.encoder_kwargs(method, args.model, kwargs)
+        kwargs = build.encoder_kwargs(method, args.model, kwargs, stage)
     options = {'img_size': args.input_size} | ({} if args.global_pool else {'global_pool': 'token'})
     container = fold_probe(source.container)
     wanted = args.nb_classes or len((source.origin and source.origin.classes) or []) or None

@@ -57,7 +57,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
 def create_classifier(args: argparse.Namespace) -> nn.Module:
     """The classifier that the pretraining model becomes, of two classes; its weights are to be replaced."""
     method = find_method(args.model)
-    options = build.encoder_kwargs(method, args.model, args.model_kwargs)
+    options = build.encoder_kwargs(method, args.model, args.model_kwargs, 'pretrain')
     make = method.create_classifier
     return build.construct(make, args.model, num_classes=2, img_size=args.input_size, model_kwargs=options)
 

@@ -16,9 +16,9 @@ images, its own (mask 1) or its partner's (mask 0), and is scored there alone, s
 
 What is released does not mix. The mask is shared, attention between the two images is cut exactly, and all else works
 on single tokens or inside a cell, so no number of one image ever meets one of the other. Pairing every image with
-itself gives the same loss and gradients. The objective is: encode the intact image in two complementary groups of cells
-that do not see each other, then predict each from the other. The paper's embeddings that tell the two images apart are
-not in the released code, nor here.
+itself (`pairing='self'`) gives the same loss and gradients, up to rounding. The objective is: encode the intact image
+in two complementary groups of cells that do not see each other, then predict each from the other. The paper's
+embeddings that tell the two images apart are not in the released code, nor here.
 """
 
 import math
@@ -130,8 +130,9 @@ class MixMAE(MixMIMEncoder):
     """Mixed and masked autoencoder (paper section 3; `models_mixmim.MixMIM` in the published code).
 
     Of the L cells, int(L * ratio) are hidden; with `range_mask_ratio` > 0 the ratio is drawn for each batch from
-    [mask_ratio, mask_ratio + range_mask_ratio). Further keyword arguments are `MixMIMEncoder`'s. Raises ValueError for
-    a ratio that hides nothing or everything.
+    [mask_ratio, mask_ratio + range_mask_ratio). `pairing` says what the partner of image i is: image N-1-i (`'flip'`,
+    the published one) or image i itself (`'self'`, which mixes nothing). Further keyword arguments are
+    `MixMIMEncoder`'s. Raises ValueError for a ratio that hides nothing or everything, and another `pairing`.
     """
 
     mask_scope = 'batch'
@@ -146,8 +147,10 @@ class MixMAE(MixMIMEncoder):
         norm_pix_loss: bool = True,
         mask_ratio: float = 0.5,
         range_mask_ratio: float = 0.0,
+        pairing: str = 'flip',
         **encoder,
     ):
+        check_choice('pairing', pairing, ('flip', 'self'))
         super().__init__(mlp_ratio=mlp_ratio, **encoder)
         check_heads(decoder_dim, decoder_num_heads, 'decoder_dim')
         if range_mask_ratio < 0:
@@ -157,6 +160,7 @@ class MixMAE(MixMIMEncoder):
             num_hidden, what = int(self.num_cells * ratio), f'cells of {self.cell_size} pixels a side'
             check_mask_ratio(ratio, num_hidden, self.num_cells, what, smaller)
         self.norm_pix_loss, self.mask_ratio, self.range_mask_ratio = norm_pix_loss, mask_ratio, range_mask_ratio
+        self.pairing = pairing
 
         self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -189,9 +193,13 @@ class MixMAE(MixMIMEncoder):
     # --------------------------------------------------------------------------
     # mixing, decoder, loss
 
+    def partners(self, x: Tensor) -> Tensor:
+        """Of each image in x [N, ...] its partner's: image N-1-i's, or with `pairing='self'` its own."""
+        return x.flip(0) if self.pairing == 'flip' else x
+
     def mix(self, imgs: Tensor, mask: Tensor) -> Tensor:
-        """Image i with the hidden cells of image N-1-i in place of its own; the middle one of an odd N stays whole."""
-        return torch.where(patch_mask_to_pixels(mask, self.cell_size).bool(), imgs.flip(0), imgs)
+        """Image i with its partner's cells in place of its hidden ones; the middle one of an odd N stays whole."""
+        return torch.where(patch_mask_to_pixels(mask, self.cell_size).bool(), self.partners(imgs), imgs)
 
     def forward_decoder(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, L, D] of mixed images -> un-mixed and decoded: image i's and its partner's, [N, L, E] each."""
@@ -205,7 +213,7 @@ class MixMAE(MixMIMEncoder):
 
     def assemble(self, own: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
         """What two passes decoded, [N, L, E] each -> of each image all cells, each from the pass that had it hidden."""
-        return torch.where(mask.bool().unsqueeze(-1), own, partner.flip(0))
+        return torch.where(mask.bool().unsqueeze(-1), own, self.partners(partner))
 
     def forward_pred(self, x: Tensor) -> Tensor:
         """Decoded cells [N, L, E] -> their pixels [N, L, P]."""
@@ -254,7 +262,7 @@ class MixMAE(MixMIMEncoder):
             preds = [self.forward_pred(x).float() for x in decoded]
 
         images = []
-        for original, pred, mask in zip((imgs, imgs.flip(0)), preds, (plan.mask, 1 - plan.mask), strict=True):
+        for original, pred, mask in zip((imgs, self.partners(imgs)), preds, (plan.mask, 1 - plan.mask), strict=True):
             scales = pixel_scales(original, mask, self.cell_size, self.norm_pix_loss)
             pictures = {kind: unpatchify(pred * std + mean, self.cell_size) for kind, (mean, std) in scales.items()}
             images.append(first_panels(original, patch_mask_to_pixels(mask, self.cell_size), pictures))

@@ -209,7 +209,7 @@ def settings(source: checkpoint.Source, args: argparse.Namespace) -> argparse.Na
         args = source.complete(args, get_args_parser(args.what), (*OF_FILE, 'global_pool'))
     if source.origin and source.origin.stage in ('pretrain', 'segment', 'detect'):
         method = main_finetune.find_method(args.model)
-        args.model_kwargs = build.encoder_kwargs(method, args.model, args.model_kwargs) | given
+        args.model_kwargs = build.encoder_kwargs(method, args.model, args.model_kwargs, source.origin.stage) | given
     if 'feature' in args:
         args.global_pool = args.feature == 'pooled'
     args.probe = source.origin.args.get('probe') if source.origin else None  # fine-tuning's flag

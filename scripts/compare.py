@@ -6,8 +6,8 @@ Examples:
     python scripts/compare.py --data_path photos --methods mirl deep=mirl:depth=16 mixmae:lr=2e-3 random --seeds 0 1 2
     python scripts/compare.py --output_dir runs/compare --data_path photos --report   # draw what is there
 
-A method is [LABEL=]NAME[:KEY=VALUE,...]. NAME is one of the short names below or a --model that has recipes. A KEY is an
-option of the model or a flag of main_pretrain.py; finetune.KEY is one of main_finetune.py. `random` stands for the
+A method is [LABEL=]NAME[:KEY=VALUE,...]. NAME is one of the short names below or a --model that has recipes. A KEY is
+an option of the model or a flag of main_pretrain.py; finetune.KEY is one of main_finetune.py. `random` stands for the
 networks of all methods with random weights. Call it again to go on, or to add methods, seeds and shares of labels.
 """
 
@@ -31,9 +31,10 @@ import torch
 
 import main_finetune
 import main_pretrain
+from scripts.analyse import MOST
 from scripts.benchmark import Costs, costs, costs_of, machine
 from util import build, config, digests, optim, resources
-from util.comparison import jobs, report, results
+from util.comparison import jobs, report, results, scores
 from util.comparison.plan import Comparison, Method
 from util.data import named
 from util.errors import UserError, closest, program, run_main
@@ -56,16 +57,9 @@ GROWING = ('patch_size', 'mask_patch_size')  # options that --enlarge multiplies
 COMMON = ('data_path', 'dataset', 'num_workers', 'device', 'bad_images', 'max_bad_images', 'max_pixels', 'mean', 'std')
 NETWORK = ('model', 'model_kwargs', 'input_size', 'mean', 'std')  # flags of a network without a checkpoint
 KINDS = ('epochs', 'flops', 'minutes')  # of a budget
-SAME = (
-    'dataset',
-    'val_share',
-    'budget',
-    'points',
-    'finetune_epochs',
-    'judge_images',
-    'enlarge',
-    'pretrain',
-    'finetune',
+SAME = (  # flags that every call for an output folder must have alike
+    *('dataset', 'val_share', 'budget', 'points', 'finetune_points', 'finetune_epochs', 'judge_images'),
+    *('enlarge', 'pretrain', 'finetune'),
 )
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 
@@ -85,13 +79,17 @@ def get_args_parser() -> config.Parser:
     )
     add('--seeds', nargs='+', type=config.AT_LEAST_0, default=[0, 1, 2], help='of all runs')
     share = config.number(float, above=0, most=1)
-    add('--labels', nargs='+', type=share, default=[1.0], help='shares of the labels that fine-tuning has')
     add(
-        '--points',
-        type=config.AT_LEAST_1,
-        default=2,
-        help='how often a pretraining is judged, the last time at its end',
+        '--labels',
+        nargs='*',
+        type=share,
+        default=[1.0],
+        help='shares of the labels to fine-tune with; none: no fine-tuning',
     )
+    points = config.number(int, 1, MOST)
+    add('--points', type=points, default=2, help='how often a pretraining is judged, the last time at its end')
+    help = 'at how many of these, the last ones, it is fine-tuned, too; default: all'
+    add('--finetune_points', type=points, default=MOST, help=help)
     add('--finetune_epochs', type=config.AT_LEAST_1, help="with all labels; default: the recipe's")
     add(
         '--judge_images',
@@ -219,7 +217,7 @@ def method(text: str, args: Namespace, data: dict, epochs: int | None) -> Method
     pretrain = settled('pretrain', recipes[0], pairs_of(args.pretrain, '--pretrain') | own, args)
     images = len(named.training_images(before := meaning('pretrain', pretrain, args)).images)
     pretrain = smaller_batch(label, 'pretrain', pretrain, images, args)
-    encoder = build.encoder_kwargs(main_pretrain.find_method(model), model, before.model_kwargs)
+    encoder = build.encoder_kwargs(main_pretrain.find_method(model), model, before.model_kwargs, 'pretrain')
     encoder = {key: str(value).replace(' ', '') for key, value in encoder.items()}
     finetune = settled('finetune', recipes[1], encoder | pairs_of(args.finetune, '--finetune') | tuned, args)
     finetune = smaller_batch(label, 'finetune', finetune, data['train'], args)
@@ -307,6 +305,7 @@ def asked(args: Namespace, plan: dict) -> Comparison:
         data=data,
         budget=dict(zip(('kind', 'amount'), args.budget, strict=True)),
         points=args.points,
+        finetune_points=args.finetune_points,
         judge_images=args.judge_images,
         common=common(args),
         labelled=labelled(args),
@@ -364,6 +363,10 @@ def where(args: Namespace, at_once: int) -> dict:
     }
 
 
+def keep(args: Namespace, plan: dict) -> None:
+    digests.replace(args.output_dir / 'plan.json', json.dumps(plan, indent=1).encode())
+
+
 @resources.program
 def main(args: Namespace) -> None:
     """Run what is not done yet, and write the report."""
@@ -377,20 +380,24 @@ def main(args: Namespace) -> None:
         info(f'{one.name}: {one.model}, {one.parameters:,} parameters; pretraining: {flops}')
     prepare(args.output_dir)
     plan['epochs'] |= {one.name: one.epochs for one in comparison.methods}
-    began, listed = time.monotonic(), comparison.jobs()
+    keep(args, plan)
+    began, listed, stopped = time.monotonic(), comparison.jobs(), None
     try:
         if not args.report:
             jobs.run(listed, comparison.runs, at_once, lambda slot: environment(args, at_once, slot))
-    finally:  # when it is stopped, too
-        plan['wall_s'] += time.monotonic() - began
-        digests.replace(args.output_dir / 'plan.json', json.dumps(plan, indent=1).encode())
-        ended = jobs.outcomes(listed, comparison.runs)
-        found = results.collected(comparison, ended) | where(args, at_once) | {'wall_h': plan['wall_s'] / 3600}
-        digests.replace(args.output_dir / 'results.json', json.dumps(found, indent=1).encode())
-        report.write(found, args.output_dir)
-        info(f'report in {args.output_dir}/report.html, numbers in {args.output_dir}/results.json')
-    for line in report.table(found):
-        info(line)
+    except SystemExit as stop:  # asked to
+        stopped = stop
+    plan['wall_s'] += time.monotonic() - began
+    keep(args, plan)
+    ended = jobs.outcomes(listed, comparison.runs)
+    found = results.collected(comparison, ended) | where(args, at_once) | {'wall_h': plan['wall_s'] / 3600}
+    digests.replace(args.output_dir / 'results.json', json.dumps(found, indent=1).encode())
+    report.write(found, args.output_dir)
+    for row in scores.table(found):
+        info('  '.join(row))
+    info(f'report in {args.output_dir}/report.html, numbers in {args.output_dir}/results.json')
+    if stopped:
+        raise stopped
     if failed := [name for name, outcome in ended.items() if outcome.state == 'failed']:
         raise UserError(f'{counted(len(failed), "program")} failed, the first: {failed[0]}: {ended[failed[0]].why}')
 

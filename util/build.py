@@ -64,9 +64,10 @@ def options_of(make: Callable[..., nn.Module]) -> set[str]:
     return own.union(*(inspect.signature(cls.__init__).parameters for cls in classes))
 
 
-def encoder_kwargs(method: ModuleType, name: str, model_kwargs: dict) -> dict:
-    """Of the options of pretraining, a segmenter or a detector those that its encoder and the classifier have too."""
-    others = {*HEAD_OPTIONS, *MAP_OPTIONS, *options_of(getattr(method, name))} - options_of(method.create_classifier)
+def encoder_kwargs(method: ModuleType, name: str, model_kwargs: dict, stage: str) -> dict:
+    """Of the options of a stage, pretrain, segment or detect, those that its encoder and the classifier have too."""
+    heads = HEAD_OPTIONS if stage == 'segment' else ()  # `channels` of a ResNet that is no segmenter are its own
+    others = {*heads, *MAP_OPTIONS, *options_of(getattr(method, name))} - options_of(method.create_classifier)
     others |= {'window_size'} if '_vit_' in name else set()  # a ViT has windows in a detector alone
     return {option: value for option, value in model_kwargs.items() if option not in others}
 

@@ -113,6 +113,14 @@ def test_util_studies_is_for_analyse_alone(path):
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_util_comparison_is_for_compare_alone(path):
+    """And what runs programs knows nothing of methods and reports."""
+    rooms = [module for module in imports(path) if inside(module, 'util.comparison')]
+    inner = inside(name_of(path), 'util.comparison') and path.name != 'jobs.py'
+    assert not rooms or inner or path.name == 'compare.py'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_util_weights_has_one_door(path):
     if not inside(name_of(path), 'util.weights'):
         assert not [module for module in imports(path) if module.startswith('util.weights.')]

@@ -1,19 +1,21 @@
 """Every recipe: resolves through its own main, says where it comes from, and holds the published values."""
 
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from golden import golden
-from recipes import OWN, PROGRAMS, launch_on, learning_rates, published, resolve, resolved_values, stage_of
+from recipes import OWN, PROGRAMS, launch_on, learning_rates, network, published, resolve, resolved_values, stage_of
 from torch import nn
 from training import MAINS
 
 import main_finetune
 import main_pretrain
 import models_mirl
-from util import config, optim
+from util import build, config, optim
+from util.config import README
 from util.errors import UserError, run_main
 from util.recipes import RECIPES, load_recipe, recipes_for
 from util.weights import load_published
@@ -187,20 +189,57 @@ def test_every_method_has_recipes_for_cifar10():
 @pytest.mark.parametrize('path', sorted(RECIPES.glob(f'*{OWN}pretrain.yaml')), ids=lambda path: path.stem)
 def test_recipes_for_cifar10(path):
     """Each says that its figures are ours. What suits ImageNet alone is off. One's encoder is the other's."""
-    network = {}
+    networks, kwargs = {}, {}
     for stage in MAINS:
         name = path.stem.replace('pretrain', stage)
         got = resolved_values(name)
         assert got['accuracy'].startswith('not published; ')
         assert load_recipe(RECIPES / f'{name}.yaml')[0]['source'] == 'ours'
-        assert (got['lr'], got['input_size'], got['mean']) == (2e-3, 32, [0.4914, 0.4822, 0.4465])
+        assert (got['batch_size'], got['mean']) == (64, [0.4914, 0.4822, 0.4465])
+        assert got['warmup_epochs'] == got['epochs'] / 10
+        assert resolve(name, '--epochs', '8').warmup_epochs == 0.8
         if stage == 'finetune':
             assert (got['aa'], got['reprob'], got['crop_pct']) == ('none', 0, 1)
         args = resolve(name)
-        network[stage] = (
+        kwargs[stage] = args.model_kwargs
+        networks[stage] = (
             main_pretrain.create_model(args) if stage == 'pretrain' else main_finetune.create_classifier(args, 10)
         )
-    assert not load_published(network['finetune'], network['pretrain'].encoder_state_dict()).resized
+    assert not load_published(networks['finetune'], networks['pretrain'].encoder_state_dict()).resized
+    method = main_pretrain.find_method(args.model)
+    assert kwargs['finetune'] == build.encoder_kwargs(method, args.model, kwargs['pretrain'], 'pretrain')
+
+
+def test_small_networks_are_of_one_size():
+    """What is trained with labels: the four ViTs are the same but for positions and patches, the others as large."""
+    names = [path.stem for path in RECIPES.glob(f'*{OWN}finetune.yaml')]
+    networks = {name.partition(OWN)[0]: network(name) for name in names}
+    vits = [vit for name, vit in networks.items() if '_vit_' in name]
+    assert len(vits) == 4
+    for vit in vits:
+        assert (len(vit.blocks), vit.embed_dim, vit.patch_embed.num_patches) == (8, 64, 64)
+        assert vit.blocks[0].attn.num_heads == 2
+    sizes = [sum(p.numel() for p in core.parameters()) - core.num_features * 1000 for core in networks.values()]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+ROWS = re.findall(r'^\| `(\w+)_cifar10_\*` \|(.*)\|(.*)\|.*\|$', README.read_text(encoding='utf-8'), re.MULTILINE)
+
+
+@pytest.mark.parametrize('column', range(2), ids=['64 pixels', '96 pixels'])
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row[0])
+def test_small_sizes(row, column):
+    """The README's flags for images of 64 and 96 pixels: the model takes a step, the classifier its encoder."""
+    name, flags = row[0] + OWN, row[1 + column].strip(' `').split()
+    args = resolve(f'{name}pretrain', *flags)
+    assert args.input_size == (64, 96)[column]
+    model = main_pretrain.create_model(args)
+    loss, _ = model(torch.randn(2, 3, args.input_size, args.input_size))
+    loss.backward()
+    assert loss.isfinite()
+    of_finetuning = [flag for flag in flags if not flag.startswith('mask_patch_size')]
+    classifier = main_finetune.create_classifier(resolve(f'{name}finetune', *of_finetuning), 10)
+    assert not load_published(classifier, model.encoder_state_dict()).resized
 
 
 # --------------------------------------------------------------------------

@@ -142,6 +142,7 @@ class Running:
     """A job whose program runs."""
 
     job: Job
+    slot: int
     process: subprocess.Popen
     log: Path
     printed: int  # bytes in the log from before
@@ -149,30 +150,21 @@ class Running:
     began: float
 
     @classmethod
-    def start(cls, job: Job, folder: Path, variables: dict[str, str], lock: TextIO) -> 'Running':
+    def start(cls, job: Job, slot: int, variables: dict[str, str], folder: Path, lock: TextIO) -> 'Running':
         """Raises OSError if there is no such program."""
-        log, launcher = folder / 'job.txt', os.getpid()
         argv = [sys.executable, *job.command] if job.command[0].endswith('.py') else job.command
+        first, launcher = job.share() if job.share else 0.0, os.getpid()
 
         def first_in_child() -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until another program is loaded it would only be noted
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the program is loaded it would only be noted
             signals.end_with_launcher(launcher)
 
-        first = job.share() if job.share else 0.0
-        with open(log, 'ab', buffering=0) as file:
-            file.write(f'# {now()}: {printable(shlex.join(job.command))}\n'.encode())
-            process = subprocess.Popen(
-                argv,
-                cwd=ROOT,
-                env=os.environ | variables,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                pass_fds=[lock.fileno()],
-                process_group=0,
-                preexec_fn=first_in_child,
-            )
-            return cls(job, process, log, file.tell(), first, time.monotonic())
+        with open(folder / 'job.txt', 'ab', buffering=0) as log:
+            log.write(f'# {now()}: {printable(shlex.join(job.command))}\n'.encode())
+            printed, streams = log.tell(), {'stdin': subprocess.DEVNULL, 'stdout': log, 'stderr': log}
+            more = {'env': os.environ | variables, 'pass_fds': [lock.fileno()], 'preexec_fn': first_in_child}
+            process = subprocess.Popen(argv, cwd=ROOT, process_group=0, **streams, **more)
+        return cls(job, slot, process, folder / 'job.txt', printed, first, time.monotonic())
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
@@ -182,21 +174,22 @@ class Running:
         pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not pid:
             return None
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # what it left behind, as a rule nothing
+            os.killpg(pid, signal.SIGKILL)
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
         stopped = code and (signals.requested() or code in (STOPPED, 130) or -code in signals.ASKING)
         state = 'stopped' if stopped else 'failed' if code else 'done'
-        cpu_s = usage.ru_utime + usage.ru_stime
         why = self.why(code) if state == 'failed' else ''
-        return Outcome(state, why, self.seconds(), cpu_s, resources.peak_memory(usage))
+        return Outcome(state, why, self.seconds(), usage.ru_utime + usage.ru_stime, resources.peak_memory(usage))
 
     def why(self, code: int) -> str:
-        """Why it failed: by its own line, or else by its end."""
+        """Why it failed: in its own line, or else how it ended."""
         if code < 0:
             names = {number.value: number.name for number in signal.Signals}
             return f'died by {names.get(-code, f"signal {-code}")}{resources.why_killed(-code)}'
-        with open(self.log, 'rb') as file:
-            file.seek(max(self.printed, file.seek(0, os.SEEK_END) - TAIL))
-            text = file.read().decode(errors='replace').strip()
+        with open(self.log, 'rb') as log:
+            log.seek(max(self.printed, log.seek(0, os.SEEK_END) - TAIL))
+            text = log.read().decode(errors='replace').strip()
         if lines := ERROR.findall(text):
             return one_line(lines[-1])
         return f'exit code {code}' + (f', after {one_line(text.splitlines()[-1])}' if text else '')
@@ -207,57 +200,57 @@ class Running:
 
 
 class Queue:
-    """The jobs of a call: those that have ended, those that run, in slots, and those that wait."""
+    """The jobs of a call: those that have ended, those that run, each in a slot, and those that wait."""
 
     def __init__(self, jobs: list[Job], folder: Path, at_once: int, environment: Callable, lock: TextIO):
-        self.jobs, self.folder, self.environment, self.lock = jobs, folder, environment, lock
+        self.jobs, self.folder, self.at_once, self.environment, self.lock = jobs, folder, at_once, environment, lock
         self.ended = {name: outcome for name, outcome in outcomes(jobs, folder).items() if outcome.state == 'done'}
-        self.slots: list[Running | None] = [None] * at_once
+        self.running: dict[str, Running] = {}
+        self.free = [*range(at_once)]  # slots
         self.cost, self.seconds = 0.0, 0.0  # of what was done in this call
         self.told = time.monotonic()
-
-    def running(self) -> dict[str, Running]:
-        return {child.job.name: child for child in self.slots if child}
 
     def run(self) -> None:
         """Until all have ended, or a request to stop."""
         try:
             while len(self.ended) < len(self.jobs) and not signals.requested():
                 self.start()
+                time.sleep(LOOK_S)
                 self.collect()
                 if time.monotonic() - self.told >= TOLD_EVERY:
-                    self.tell(f'{", ".join(self.running())} running')
-                time.sleep(LOOK_S)
+                    self.tell(f'{", ".join(self.running)} running')
         finally:
             self.stop()
 
     def start(self) -> None:
         """Fill the free slots with the first jobs that can be run."""
         for job in self.jobs:
-            if None not in self.slots or signals.requested():
+            if not self.free or signals.requested():
                 return
-            if job.name in self.ended or job.name in self.running():
+            if job.name in self.ended or job.name in self.running:
                 continue
             if lacking := unmet(job, self.ended):
                 self.ended[job.name] = lacking
             elif all(name in self.ended for name in job.after):
-                folder, slot = self.folder / job.name, self.slots.index(None)
+                slot, folder = min(self.free), self.folder / job.name
                 prepare(folder)
                 try:
-                    self.slots[slot] = Running.start(job, folder, self.environment(slot), self.lock)
+                    self.running[job.name] = Running.start(job, slot, self.environment(slot), folder, self.lock)
+                    self.free.remove(slot)
                 except OSError as error:
                     self.end(job, Outcome('failed', f'cannot be started: {error}'))
 
     def collect(self) -> bool:
-        """Take what has ended out of its slot; returns whether all slots are free."""
-        for slot, child in enumerate(self.slots):
-            if child and (outcome := child.outcome()):
-                self.slots[slot] = None
+        """Take what has ended out of its slot; returns whether nothing runs."""
+        for child in [*self.running.values()]:
+            if outcome := child.outcome():
+                del self.running[child.job.name]
+                self.free.append(child.slot)
                 if outcome.state == 'done':
                     self.cost += child.job.cost * (1 - child.first)
                     self.seconds += outcome.seconds
                 self.end(child.job, outcome)
-        return not any(self.slots)
+        return not self.running
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Keep what a job did, and tell. Raises StorageError."""
@@ -277,36 +270,35 @@ class Queue:
 
     def tell(self, text: str) -> None:
         self.told = time.monotonic()
-        left = '' if signals.requested() else f'; {self.time_left()}'
+        left = '' if signals.requested() or len(self.ended) == len(self.jobs) else f'; {self.time_left()}'
         info(f'{len(self.ended)} of {len(self.jobs)}: {text}{left}')
 
     def time_left(self) -> str:
-        """From the speed of the jobs of this call: all that is left in all slots, or the longest chain in one."""
-        running, cost, seconds, left = self.running(), self.cost, self.seconds, {}
+        """By the speed of this call's jobs: of all that is left in all slots, or of the longest chain in one."""
+        cost, seconds, left, ends = self.cost, self.seconds, {}, {}
         for job in self.jobs:
             share = job.share() if job.share and job.name not in self.ended else 0.0
             left[job.name] = 0.0 if job.name in self.ended else job.cost * (1 - share)
-            if job.share and job.name in running:
-                cost += job.cost * (share - running[job.name].first)
-                seconds += running[job.name].seconds()
+            if job.share and job.name in self.running:
+                cost += job.cost * (share - self.running[job.name].first)
+                seconds += self.running[job.name].seconds()
         if not (cost > 0 and seconds):
             return 'time left: not known yet'
-        speed, ends = cost / seconds, {}
         for job in self.jobs:
-            if not job.share and job.name in running:
-                left[job.name] = max(0.0, job.cost - speed * running[job.name].seconds())
+            if not job.share and job.name in self.running:
+                left[job.name] = max(0.0, job.cost - self.running[job.name].seconds() * cost / seconds)
             ends[job.name] = left[job.name] + max((ends[name] for name in job.after), default=0.0)
-        return f'about {spoken(max(sum(left.values()) / len(self.slots), *ends.values()) / speed)} left'
+        return f'about {spoken(max(sum(left.values()) / self.at_once, *ends.values()) * seconds / cost)} left'
 
     def stop(self) -> None:
         """Ask what runs to stop; what has not ended in time, or at a second Ctrl-C, is killed with its processes."""
-        for child in self.running().values():
+        for child in self.running.values():  # not Popen's methods, which would collect it without its usage
             os.kill(child.process.pid, signal.SIGTERM)
         try:
             wait_until(self.collect, END_S)
         finally:
-            for child in self.running().values():
-                os.killpg(child.process.pid, signal.SIGKILL)
+            for child in self.running.values():
+                os.kill(child.process.pid, signal.SIGKILL)
             wait_until(self.collect, END_S)
 
 

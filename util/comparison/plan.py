@@ -14,7 +14,7 @@ from util.comparison.jobs import Job
 PRETRAIN, FINETUNE, ANALYSE = 'main_pretrain.py', 'main_finetune.py', 'scripts/analyse.py'
 NEIGHBOURS = 20  # that vote
 FORWARD = 1 / 3  # of the FLOPs of a step: what a network takes without its backward
-KNN = 'knn'  # and linear probe
+KNN, PRETRAINED, RANDOM = 'knn', 'pretrain', 'random'
 
 
 class Method(NamedTuple):
@@ -60,6 +60,7 @@ class Comparison(NamedTuple):
     data: dict  # what: str; train, val, classes: numbers
     budget: dict  # kind: epochs, flops or minutes; amount
     points: int  # at which each pretraining is judged
+    finetune_points: int  # the last of these, where it is fine-tuned, too
     judge_images: int  # most of each split for k-NN and linear probe
     common: list[str]  # flags of all programs
     labelled: list[str]  # flags of those that read labels
@@ -85,38 +86,44 @@ class Comparison(NamedTuple):
             for method in self.methods:
                 found |= {job.name: job for job in self.jobs_of(method, seed)}
             for method in self.random_of().values():
-                found |= {job.name: job for job in self.judged(method, seed, None)}
+                found |= {job.name: job for job in self.random_jobs(method, seed)}
         return [*found.values()]
 
     def jobs_of(self, method: Method, seed: int) -> Iterator[Job]:
-        """A pretraining, and what judges it."""
-        name, every = f'{method.name}/seed-{seed}/pretrain', method.save_freq(self.points)
+        """A pretraining, and what judges it at each point."""
+        name, points = f'{method.name}/seed-{seed}/{PRETRAINED}', method.points(self.points)
         flags = ['--epochs', method.epochs, '--warmup_epochs', f'{method.epochs / 10:g}', '--vis_freq', method.epochs]
-        flags += ['--save_freq', every, '--keep_last', method.saved(self.points)]
+        flags += ['--save_freq', method.save_freq(self.points), '--keep_last', method.saved(self.points)]
         yield self.job(name, PRETRAIN, [*method.pretrain, *flags], seed, method.flops(method.epochs), method.epochs)
-        for epochs in method.points(self.points):
-            yield from self.judged(method, seed, epochs)
+        files = {epochs: self.runs / name / f'checkpoint-{epochs - 1}.pth' for epochs in points}
+        networks = ['--checkpoint', *(f'{epochs}={file}' for epochs, file in files.items())]
+        yield self.knn(f'{method.name}/seed-{seed}', method, seed, networks, len(points), (name,))
+        for epochs in points[-self.finetune_points :]:
+            where, start = f'{method.name}/seed-{seed}/epoch-{epochs}', ['--finetune', files[epochs]]
+            yield from self.finetuned(where, method, seed, start, (name,))
 
-    def judged(self, method: Method, seed: int, epochs: int | None) -> Iterator[Job]:
-        """k-NN and linear probe, and fine-tuning with each share of labels: after so many epochs, or random weights."""
-        pretrained = f'{method.name}/seed-{seed}/pretrain'
-        after = (pretrained,) if epochs else ()
-        where = f'{method.name}/seed-{seed}/epoch-{epochs}' if epochs else f'random/{method.name}/seed-{seed}'
-        file = self.runs / pretrained / f'checkpoint-{(epochs or 0) - 1}.pth'
+    def random_jobs(self, method: Method, seed: int) -> Iterator[Job]:
+        """What judges the same network with random weights."""
+        where = f'random/{method.name}/seed-{seed}'
+        yield self.knn(where, method, seed, ['--checkpoint', RANDOM, *method.network], 1, ())
+        # a rate that falls from layer to layer is for layers that have learnt something
+        yield from self.finetuned(where, method, seed, ['--layer_decay', 1], ())
 
+    def knn(self, where: str, method: Method, seed: int, networks: list, count: int, after: tuple[str, ...]) -> Job:
+        """k-NN and linear probe of some networks."""
         images = sum(min(self.data[split], self.judge_images) for split in ('train', 'val'))
-        of = ['--checkpoint', f'network={file}'] if epochs else ['--checkpoint', 'random', *method.network]
-        flags = [KNN, *of, '--crop_pct', method.crop_pct, '--images', self.judge_images, '--k', NEIGHBOURS]
-        yield self.job(f'{where}/{KNN}', ANALYSE, flags, seed, FORWARD * method.finetune_flops * images, after=after)
+        flags = [KNN, *networks, '--crop_pct', method.crop_pct, '--images', self.judge_images, '--k', NEIGHBOURS]
+        cost = FORWARD * method.finetune_flops * images * count
+        return self.job(f'{where}/{KNN}', ANALYSE, flags, seed, cost, after=after)
 
-        start = ['--finetune', file] if epochs else ['--layer_decay', 1]
+    def finetuned(self, where: str, method: Method, seed: int, start: list, after: tuple[str, ...]) -> Iterator[Job]:
+        """Fine-tuning with each share of the labels."""
         for share in self.labels:
-            passes, batch = self.passes(method, share)
-            seen = passes * round(share * self.data['train']) + FORWARD * self.data['val']
-            flags = [*method.finetune, *start, '--epochs', passes, '--warmup_epochs', f'{passes / 10:g}']
-            flags += [*batch_words(batch, method.micro), '--label_share', f'{share:g}', '--test_freq', passes]
-            cost = method.finetune_flops * seen
-            yield self.job(f'{where}/labels-{share:g}', FINETUNE, flags, seed, cost, passes, after)
+            epochs, batch = self.passes(method, share)
+            flags = [*method.finetune, *start, '--epochs', epochs, '--warmup_epochs', f'{epochs / 10:g}']
+            flags += [*batch_words(batch, method.micro), '--label_share', f'{share:g}', '--test_freq', epochs]
+            cost = method.finetune_flops * (epochs * share * self.data['train'] + FORWARD * self.data['val'])
+            yield self.job(f'{where}/labels-{share:g}', FINETUNE, flags, seed, cost, epochs, after)
 
     def passes(self, method: Method, share: float) -> tuple[int, int]:
         """Epochs and images of a step with a share of the labels: as many steps as with all of them."""

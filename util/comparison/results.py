@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 from util.comparison.jobs import Outcome
-
 from util.comparison.plan import KNN, Comparison, Method, read_log
 
 
@@ -53,12 +52,14 @@ def run(comparison: Comparison, method: Method, seed: int, outcomes: dict[str, O
     log, folder = read_log(comparison.runs / name), comparison.runs / name
     seconds = [line.get('time', 0.0) for line in log]
     of_gpu = max((line.get('max_mem_mib', 0) for line in log), default=0) * 2**20
+    judged = frozen(folder.parent)
     points = [
         {
             'epochs': epochs,
             'flops': method.flops(epochs),
             'minutes': sum(seconds[:epochs]) / 60 if len(log) >= epochs else None,
-            **scores(comparison, (comparison.runs / name).parent / f'epoch-{epochs}'),
+            **judged.get(str(epochs), {}),
+            'finetune': finetuned(comparison, folder.parent / f'epoch-{epochs}'),
         }
         for epochs in method.points(comparison.points)
     ]
@@ -78,11 +79,13 @@ def run(comparison: Comparison, method: Method, seed: int, outcomes: dict[str, O
 
 def random_run(comparison: Comparison, method: Method, seed: int, outcomes: dict[str, Outcome]) -> dict:
     """A network with random weights."""
-    jobs = [*comparison.judged(method, seed, None)]
+    jobs = [*comparison.random_jobs(method, seed)]
+    folder = (comparison.runs / jobs[0].name).parent
     return {
         'seed': seed,
         **state(jobs, outcomes),
-        **scores(comparison, (comparison.runs / jobs[0].name).parent),
+        **next(iter(frozen(folder).values()), {}),
+        'finetune': finetuned(comparison, folder),
         'minutes': sum(outcomes[job.name].seconds for job in jobs if job.name in outcomes) / 60,
         'commands': [shlex.join(['python', *job.command]) for job in jobs],
     }
@@ -96,21 +99,27 @@ def state(jobs: list, outcomes: dict[str, Outcome]) -> dict:
     return {'state': worst.state, 'why': worst.why}
 
 
-def scores(comparison: Comparison, folder: Path) -> dict:
-    """Top-1 in percent, by all ways of judging that have ended; the last epoch's, so that no image chose it."""
-    found: dict = {}
+def frozen(folder: Path) -> dict[str, dict]:
+    """Of each network in a study of neighbours its top-1 in percent, by k-NN and linear probe, and its rank."""
     try:
-        layer = json.loads((folder / KNN / f'{KNN}.json').read_bytes())['checkpoints'][0]['layers'][-1]
-        neighbours = next(iter(layer['knn'].values()))['top1']
-        found = {'knn': neighbours, 'probe': layer['probe']['top1'], 'rank': layer['rankme']}
-    except (OSError, ValueError):
-        pass
-    tuned = {}
-    for share in comparison.labels:
-        log = read_log(folder / f'labels-{share:g}')
-        if log and 'test_acc1' in log[-1]:
-            tuned[f'{share:g}'] = log[-1]['test_acc1']
-    return found | {'finetune': tuned}
+        found = json.loads((folder / KNN / f'{KNN}.json').read_bytes())['checkpoints']
+    except (OSError, ValueError):  # not there yet
+        return {}
+    last = {network['name']: network['layers'][-1] for network in found}
+    return {
+        name: {
+            'knn': next(iter(layer['knn'].values()))['top1'],
+            'probe': layer['probe']['top1'],
+            'rank': layer['rankme'],
+        }
+        for name, layer in last.items()
+    }
+
+
+def finetuned(comparison: Comparison, folder: Path) -> dict[str, float]:
+    """Top-1 in percent for each share of labels: the last epoch's, so that no image of validation chose it."""
+    logs = {f'{share:g}': read_log(folder / f'labels-{share:g}') for share in comparison.labels}
+    return {share: log[-1]['test_acc1'] for share, log in logs.items() if log and 'test_acc1' in log[-1]}
 
 
 def curve_point(line: dict) -> dict:
