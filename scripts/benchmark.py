@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from timm.data import create_transform
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.func import functional_call
@@ -224,15 +224,10 @@ class Costs(NamedTuple):
 
 
 def costs(args: argparse.Namespace) -> Costs:
-    """Of the pretraining model that the arguments describe."""
+    """By shapes alone: nothing is computed, and no weight is made."""
     with torch.device('meta'):
         model = main_pretrain.create_model(args).train()
     plan = model.plan_from_noise(rng.picture_noise(model, args.seed, n := 2))
-    return costs_of(model, torch.empty(n, 3, args.input_size, args.input_size), plan, loss_of=lambda out: out[0])
-
-
-def costs_of(model: nn.Module, imgs: Tensor, *others: Any, loss_of: Callable[[Any], Tensor]) -> Costs:
-    """By shapes alone, of a model on the device `meta`: nothing is computed, and no weight is made."""
     # the plain attention is counted: kernels that fuse it are not known to the counter everywhere
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -243,8 +238,9 @@ def costs_of(model: nn.Module, imgs: Tensor, *others: Any, loss_of: Callable[[An
             name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
             for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
         }
-        loss_of(functional_call(model, state, (torch.empty_like(imgs), *others))).backward()
-    return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / len(imgs))
+        loss, _ = functional_call(model, state, (torch.empty(n, 3, args.input_size, args.input_size), plan))
+        loss.backward()
+    return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / n)
 
 
 def kernels(work: Callable[[], Any], device: torch.device) -> dict[str, tuple[float, int]]:

@@ -32,11 +32,12 @@ import torch
 import main_finetune
 import main_pretrain
 from scripts.analyse import MOST
-from scripts.benchmark import Costs, costs, costs_of, machine
-from util import build, config, digests, optim, resources
+from scripts.benchmark import machine
+from util import build, config, digests, optim, resources, rng
 from util.comparison import jobs, report, results, scores
 from util.comparison.plan import Comparison, Method
 from util.data import named
+from util.dry_run import counted_flops
 from util.errors import UserError, closest, program, run_main
 from util.log import counted, info
 from util.recipes import recipes_for
@@ -224,8 +225,8 @@ def method(text: str, args: Namespace, data: dict, epochs: int | None) -> Method
 
     before, after = meaning('pretrain', pretrain, args), meaning('finetune', finetune, args)
     steps = build.epoch_batches(before, images).steps
-    cost, classifier = costs(before), classifier_costs(after, data['classes'])
-    epoch = cost.step * steps * step_images(before)
+    image_flops, (tuning_flops, parameters) = pretrain_flops(before), finetune_flops(after, data['classes'])
+    epoch = image_flops * steps * step_images(before)
     return Method(
         name=label,
         model=model,
@@ -235,9 +236,9 @@ def method(text: str, args: Namespace, data: dict, epochs: int | None) -> Method
         finetune=finetune,
         network=config.as_words({key: getattr(after, key) for key in NETWORK if getattr(after, key)}),
         crop_pct=after.crop_pct,
-        parameters=classifier.params,
-        image_flops=cost.step,
-        finetune_flops=classifier.step,
+        parameters=parameters,
+        image_flops=image_flops,
+        finetune_flops=tuning_flops,
         epoch_images=steps * step_images(before),
         epochs=epochs or epochs_of(label, args.budget, epoch, steps, before),
         finetune_epochs=args.finetune_epochs or after.epochs,
@@ -246,11 +247,18 @@ def method(text: str, args: Namespace, data: dict, epochs: int | None) -> Method
     )
 
 
-def classifier_costs(args: Namespace, classes: int) -> Costs:
-    """Of the network that is fine-tuned."""
-    with torch.device('meta'):
-        network = main_finetune.create_classifier(args, classes).train()
-    return costs_of(network, torch.empty(2, 3, args.input_size, args.input_size), loss_of=torch.Tensor.sum)
+def pretrain_flops(args: Namespace) -> float:
+    """Of a step of pretraining, for an image."""
+    core = main_pretrain.create_model(args).train()
+    plan = core.plan_from_noise(rng.picture_noise(core, args.seed, 2))
+    return counted_flops(lambda: core(torch.zeros(2, 3, args.input_size, args.input_size), plan)[0])[1] / 2
+
+
+def finetune_flops(args: Namespace, classes: int) -> tuple[float, int]:
+    """Of a step of fine-tuning, for an image; and the network's parameters."""
+    core = main_finetune.create_classifier(args, classes).train()
+    flops = counted_flops(lambda: core(torch.zeros(2, 3, args.input_size, args.input_size)).sum())[1] / 2
+    return flops, sum(param.numel() for param in core.parameters())
 
 
 def epochs_of(label: str, budget: tuple[str, float], epoch: float, steps: int, args: Namespace) -> int:

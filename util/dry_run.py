@@ -180,16 +180,20 @@ def measured_costs(training: Training, forward: Forward, batch: Batch) -> Costs:
     n = min(2, len(batch[0]))
     few, more = of_size(batch, n), of_size(batch, 2 * n)
     with alone(training):
-        # the plain attention is counted, which all devices have: kernels that fuse it are not counted everywhere
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss, _ = forward(few, 0, 0)
-            ahead = counter.get_total_flops()
-            loss.backward()
-            whole = counter.get_total_flops()
+        ahead, whole = counted_flops(lambda: forward(few, 0, 0)[0])
         kept = (kept_bytes(training, forward, more) - kept_bytes(training, forward, few)) / n
         training.optimizer.backward(forward(few, 0, 0)[0])
         training.optimizer.step()  # makes the moments
     return Costs(ahead / n, whole / n, kept)
+
+
+def counted_flops(loss_of: Callable[[], Tensor]) -> tuple[int, int]:
+    """Those of a forward, and with the backward. The plain attention is counted: not all kernels that fuse it are."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = loss_of()
+        ahead = counter.get_total_flops()
+        loss.backward()
+    return ahead, counter.get_total_flops()
 
 
 def kept_bytes(training: Training, forward: Forward, batch: Batch) -> int:

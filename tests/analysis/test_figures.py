@@ -111,3 +111,47 @@ def test_heads(drawn):
         assert dots == [(layer, value) for layer, heads in enumerate(values, 1) for value in heads]
         assert ax.lines[0].get_ydata() == pytest.approx([sum(heads) / 4 for heads in values])
     assert labels(fig) == ['mean of the heads', 'uniform attention']
+
+
+def test_small_multiples(drawn):
+    """A network without points keeps its colour; bars and bands; thin lines below; powers of x."""
+    line = ([0, 1, 2], wave(3), [0.1] * 3)
+    lines = {NAMES[0]: ([], [], []), NAMES[1]: line}
+    bars = figures.Panel('minutes', 'top-1', lines)
+    powers = figures.Panel('share', 'top-1', lines, bars=False, base={NAMES[1]: line}, ticks={1: '1 %', 10: '10 %'})
+    fig = drawn(figures.small_multiples, [[bars, powers], [bars]])
+    assert len(fig.axes) == 3
+    of_bars, of_powers, _ = fig.axes
+    assert of_bars.containers[1].lines[0] is None  # bars alone
+    assert [len(ax.collections) for ax in (of_bars, of_powers)] == [2, 1]
+    assert [drawn_line.get_color() for drawn_line in of_powers.lines if len(drawn_line.get_xdata())] == [
+        *2 * [figures.COLOURS[1]]
+    ]
+    assert (of_powers.get_xscale(), [text.get_text() for text in of_powers.get_xticklabels()]) == (
+        'log',
+        ['1 %', '10 %'],
+    )
+    assert labels(fig) == NAMES
+
+
+def test_gains(drawn):
+    """Strokes of the seeds, a mark of their mean, and exactly the range of the random weights."""
+    rows = {NAMES[0]: ([], [1.0]), NAMES[1]: ([2.0, 5.0], [-1.0, 0.5, 0.25])}
+    [ax] = drawn(figures.gains, {'gain': rows}).axes
+    _, strokes, mean = ax.lines
+    assert (list(strokes.get_xdata()), list(mean.get_xdata())) == ([2, 5], [3.5])
+    assert {*strokes.get_ydata(), *mean.get_ydata()} == {-1}
+    [bar] = ax.patches
+    assert (bar.get_x(), bar.get_width()) == (-1, 1.5)
+    assert [text.get_text().replace('\n', '') for text in ax.get_yticklabels()] == NAMES
+
+
+def test_svg_is_the_same_again(tmp_path):
+    """Its texts are texts, and nothing in it depends on the time."""
+    panel = figures.Panel('epochs', 'top-1', {'<b>': ([1], [2], [0])})
+    for folder in (tmp_path / 'a', tmp_path / 'b'):
+        folder.mkdir()
+        figures.small_multiples(folder / 'x.svg', '', [[panel]])
+    svg = (tmp_path / 'a/x.svg').read_text()
+    assert svg == (tmp_path / 'b/x.svg').read_text()
+    assert '>&lt;b&gt;<' in svg

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from training import MAINS
 
+import main_pretrain
 from scripts import analyse, compare
-from util import digests
+from util import digests, dry_run
 from util.comparison import jobs
 from util.errors import UserError
 from util.recipes import find_recipe
@@ -55,9 +56,10 @@ def in_this_process(listed, folder, at_once, environment):
 def test_a_comparison(images, tmp_path, capsys, monkeypatch):
     """Of two methods, one of which cannot be pretrained: the numbers are those of the runs, the failure is a row."""
     monkeypatch.setattr(jobs, 'run', in_this_process)
-    methods = ['--methods', 'ours=mirl:depth=4,lr=1e-3', 'mixmae:init=nowhere.pth', 'random', '--labels', '0.3', '1']
+    methods = ['--methods', 'ours=mirl:depth=4,lr=1e-3', 'mirl:depth=4,init=nowhere.pth', 'random', '--labels', '0.3']
     flags = [*methods, '--points', '2', '--finetune_points', '1']
-    assert 'programs failed, the first: mixmae-init=nowhere.pth/seed-0/pretrain: ' in said(images, tmp_path, *flags)
+    name = 'mirl-depth=4,init=nowhere.pth'
+    assert f'programs failed, the first: {name}/seed-0/pretrain: ' in said(images, tmp_path, *flags)
     output = capsys.readouterr().out
     assert '16 instead of 64 images a step in main_pretrain.py, since there are 66' in output
 
@@ -69,7 +71,7 @@ def test_a_comparison(images, tmp_path, capsys, monkeypatch):
     assert run['state'] == 'done'
     assert [point['epoch'] for point in run['curve']] == [1, 2]
     assert all({'knn', 'probe', 'rank'} < point.keys() for point in run['points'])
-    assert [[*point['finetune']] for point in run['points']] == [[], ['0.3', '1']]
+    assert [[*point['finetune']] for point in run['points']] == [[], ['0.3']]
     log = (tmp_path / 'runs/ours/seed-0/epoch-2/labels-0.3/log.txt').read_text().splitlines()
     assert run['points'][1]['finetune']['0.3'] == json.loads(log[-1])['test_acc1']
     assert ours['flops']['pretrain'] == run['points'][1]['flops'] == 2 * run['points'][0]['flops']
@@ -77,9 +79,8 @@ def test_a_comparison(images, tmp_path, capsys, monkeypatch):
     [failed] = other['runs']
     assert failed['state'] == 'failed'
     assert 'nowhere.pth' in failed['why']
-    random = {name: of['runs'][0] for name, of in found['random'].items()}
-    assert random.keys() == {'ours', other['name']}
-    assert random['ours'].keys() >= {'knn', 'probe', 'finetune'}
+    assert found['random'].keys() == {'ours'}  # both have the same
+    assert found['random']['ours']['runs'][0].keys() >= {'knn', 'probe', 'finetune'}
     page = (tmp_path / 'report.html').read_text()
     assert 'ours' in page
     assert 'nowhere.pth' in page
@@ -197,12 +198,14 @@ def test_equal_flops(images, tmp_path):
 
 
 def test_minutes_are_settled_once(images, tmp_path, monkeypatch):
-    """A second call keeps the epochs of the first, whatever the machine does now."""
+    """A second call keeps the epochs of the first, whatever the machine does now; an epoch has 4 steps of 16 images."""
     calls = []
     monkeypatch.setattr(jobs, 'run', lambda *given: calls.append(given[0]))
-    flags = ['--methods', 'mirl', '--budget', 'minutes', '0.05']
-    compare.main(parsed(images, tmp_path, *flags))
-    monkeypatch.setattr(compare.main_pretrain, 'main', None)
-    compare.main(parsed(images, tmp_path, *flags))
+    times = dry_run.Times(wait=0.0, early=0.0, last=1.0, update=0.5)
+    estimate = dry_run.Estimate(16, accum_iter=1, ranks=1, times=times, loader=1e9, steps=0, tests=0, test_s=0.0)
+    flags = ['--methods', 'mirl', '--budget', 'minutes', '1']
+    for estimated in (estimate, None):
+        monkeypatch.setattr(main_pretrain, 'main', lambda args, estimated=estimated: estimated)
+        compare.main(parsed(images, tmp_path, *flags))
     assert [job.command for job in calls[0]] == [job.command for job in calls[1]]
-    assert json.loads((tmp_path / 'plan.json').read_text())['epochs']['mirl'] > 1
+    assert json.loads((tmp_path / 'plan.json').read_text())['epochs'] == {'mirl': 10}
