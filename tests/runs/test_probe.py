@@ -233,4 +233,5 @@ def test_recipes(name):
     for other in RECIPES.glob(f'{name.removesuffix("_linprobe")}*_finetune*.yaml'):
         [trained] = map(float, re.findall(r'products: ([\d.]+) GFLOP', text_of(other.stem)))
         if resolve(other.stem).input_size == args.input_size and resolve(other.stem).model == args.model:
-            assert gflop == pytest.approx(trained / 3, rel=0.04), other
+            # the first layer's backward is half of others', which a tiny ResNet's large one shows
+            assert gflop == pytest.approx(trained / 3, rel=0.1 if own else 0.04), other
