@@ -284,6 +284,7 @@ def gains(path: Path, title: str, panels: Mapping[str, Gains]) -> None:
     fig = Figure(figsize=(WIDTH * (0.45 + 0.55 * len(panels)), row * len(names) + 0.7), layout='constrained')
     for ax, (quantity, rows) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         ax.axvline(0, color='0.4', linewidth=0.8)
+        ax.use_sticky_edges = False  # a margin beside bars, too
         for number, (of_seeds, of_random) in enumerate(rows.values()):
             if of_seeds and of_random:
                 low, high = min(of_random), max(of_random)
