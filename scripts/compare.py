@@ -31,7 +31,7 @@ import torch
 
 import main_finetune
 import main_pretrain
-from scripts.analyse import MOST
+from scripts.analyse import MOST, tell
 from scripts.benchmark import machine
 from util import build, config, digests, optim, resources, rng
 from util.comparison import jobs, report, results, scores
@@ -59,7 +59,7 @@ COMMON = ('data_path', 'dataset', 'num_workers', 'device', 'bad_images', 'max_ba
 NETWORK = ('model', 'model_kwargs', 'input_size', 'mean', 'std')  # flags of a network without a checkpoint
 KINDS = ('epochs', 'flops', 'minutes')  # of a budget
 SAME = (  # flags that every call for an output folder must have alike
-    *('dataset', 'val_share', 'budget', 'points', 'finetune_points', 'finetune_epochs', 'judge_images'),
+    *('dataset', 'val_share', 'budget', 'points', 'finetune_epochs', 'judge_images'),
     *('enlarge', 'pretrain', 'finetune'),
 )
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
@@ -401,8 +401,7 @@ def main(args: Namespace) -> None:
     found = results.collected(comparison, ended) | where(args, at_once) | {'wall_h': plan['wall_s'] / 3600}
     digests.replace(args.output_dir / 'results.json', json.dumps(found, indent=1).encode())
     report.write(found, args.output_dir)
-    for row in scores.table(found):
-        info('  '.join(row))
+    tell(scores.table(found))
     info(f'report in {args.output_dir}/report.html, numbers in {args.output_dir}/results.json')
     if stopped:
         raise stopped
