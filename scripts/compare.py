@@ -3,8 +3,9 @@
 Examples:
     python scripts/compare.py --data_path photos --val_share 0.2 --budget epochs 100 --output_dir runs/compare
     python scripts/compare.py --dataset cifar10 --download --data_path data/cifar10 --budget flops 1e15 --labels 0.01 1
-    python scripts/compare.py --data_path photos --methods mirl deep=mirl:depth=16 mixmae:lr=2e-3 random --seeds 0 1 2
-    python scripts/compare.py --output_dir runs/compare --data_path photos --report   # draw what is there
+    python scripts/compare.py --data_path photos --methods mirl deep=mirl:depth=16 mixmae:lr=2e-3 random
+    python scripts/compare.py --output_dir runs/compare --seeds 3 4   # goes on with two more seeds
+    python scripts/compare.py --output_dir runs/compare --report      # draws what is there
 
 A method is [LABEL=]NAME[:KEY=VALUE,...]. NAME is one of the short names below or a --model that has recipes. A KEY is
 an option of the model or a flag of main_pretrain.py; finetune.KEY is one of main_finetune.py. `random` stands for the
@@ -24,7 +25,7 @@ import os
 import re
 import shlex
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,9 @@ import main_finetune
 import main_pretrain
 from scripts.analyse import MOST, tell
 from scripts.benchmark import machine
-from util import build, config, digests, optim, resources, rng
+from util import build, config, digests, dist, optim, resources, rng
 from util.comparison import jobs, report, results, scores
-from util.comparison.plan import Comparison, Method
+from util.comparison.plan import RANDOM, Comparison, Method, step_images, step_words
 from util.data import named
 from util.dry_run import counted_flops
 from util.errors import UserError, closest, program, run_main
@@ -52,16 +53,19 @@ SHORT = {  # names of methods, and their networks for small pictures
     'a2mim_resnet': 'a2mim_resnet_tiny',
     'simmim_vit': 'simmim_vit_tiny',
 }
-RANDOM = 'random'
 SMALL = 'cifar10'  # in the names of the recipes for small pictures
 GROWING = ('patch_size', 'mask_patch_size')  # options that --enlarge multiplies
-COMMON = ('data_path', 'dataset', 'num_workers', 'device', 'bad_images', 'max_bad_images', 'max_pixels', 'mean', 'std')
-NETWORK = ('model', 'model_kwargs', 'input_size', 'mean', 'std')  # flags of a network without a checkpoint
 KINDS = ('epochs', 'flops', 'minutes')  # of a budget
-SAME = (  # flags that every call for an output folder must have alike
-    *('dataset', 'val_share', 'budget', 'points', 'finetune_epochs', 'judge_images'),
-    *('enlarge', 'pretrain', 'finetune'),
+COMMON = ('dataset', 'bad_images', 'max_bad_images', 'max_pixels', 'mean', 'std')  # flags of all programs
+HOW = ('device', 'num_workers')  # those that decide no number
+SAME = (  # flags that every call for an output folder has alike; a later call takes them from the first one
+    *('data_path', 'val_share', *COMMON, 'budget', 'points', 'finetune_epochs', 'judge_images', 'enlarge'),
+    *('pretrain', 'finetune'),
 )
+OURS = {  # flags of the mains that this program sets
+    *('data_path', 'output_dir', 'dataset', 'val_share', *HOW, 'epochs', 'seed', 'resume', 'save_freq', 'keep_last'),
+    *('vis_freq', 'finetune', 'label_share', 'test_freq', 'eval', 'probe', 'dry_run'),
+}
 MAINS = {'pretrain': main_pretrain, 'finetune': main_finetune}
 
 
@@ -71,41 +75,25 @@ def get_args_parser() -> config.Parser:
     add = parser.add_argument
     names = ' '.join([*SHORT, RANDOM])
     add('--methods', nargs='+', default=[*SHORT, RANDOM], metavar='METHOD', help=f'default: {names}')
-    add(
-        '--budget',
-        nargs=2,
-        default=['epochs', '100'],
-        metavar=('KIND', 'N'),
-        help='of each pretraining: epochs N, flops N or minutes N; in whole epochs, as many as come nearest',
-    )
+    help = 'of each pretraining: epochs N, flops N or minutes N; in whole epochs, as many as come nearest'
+    add('--budget', nargs=2, default=['epochs', '100'], metavar=('KIND', 'N'), help=help)
     add('--seeds', nargs='+', type=config.AT_LEAST_0, default=[0, 1, 2], help='of all runs')
-    share = config.number(float, above=0, most=1)
-    add(
-        '--labels',
-        nargs='*',
-        type=share,
-        default=[1.0],
-        help='shares of the labels to fine-tune with; none: no fine-tuning',
-    )
-    points = config.number(int, 1, MOST)
+    share, points = config.number(float, above=0, most=1), config.number(int, 1, MOST)
+    help = 'shares of the labels to fine-tune with; no share: no fine-tuning'
+    add('--labels', nargs='*', type=share, default=[1.0], help=help)
     add('--points', type=points, default=2, help='how often a pretraining is judged, the last time at its end')
     help = 'at how many of these, the last ones, it is fine-tuned, too; default: all'
     add('--finetune_points', type=points, default=MOST, help=help)
     add('--finetune_epochs', type=config.AT_LEAST_1, help="with all labels; default: the recipe's")
-    add(
-        '--judge_images',
-        type=config.AT_LEAST_1,
-        default=10_000,
-        help='most images of a split for k-NN and linear probe',
-    )
+    help = 'most images of a split for k-NN and linear probe'
+    add('--judge_images', type=config.number(int, 2), default=10_000, help=help)
     add('--enlarge', type=config.AT_LEAST_1, default=1, help="times the recipes' image and patch sizes")
     add('--pretrain', nargs='+', default=[], metavar='KEY=VALUE', help='flags of main_pretrain.py for all methods')
     add('--finetune', nargs='+', default=[], metavar='KEY=VALUE', help='flags of main_finetune.py for all methods')
-    add(
-        '--jobs', type=config.AT_LEAST_1, help='programs at a time; default: one for each GPU, or each core without one'
-    )
+    help = 'programs at a time; default: one for each GPU, or each core without one'
+    add('--jobs', type=config.AT_LEAST_1, help=help)
     add('--report', action=config.Switch, help='run nothing: write the report of what is there')
-    parser.take(finetune, *COMMON, 'download', 'val_share', 'output_dir')
+    parser.take(finetune, 'data_path', 'download', 'val_share', *COMMON, *HOW, 'output_dir')
     parser.set_defaults(output_dir=Path('runs/compare'))
     return parser
 
@@ -114,7 +102,7 @@ def get_args_parser() -> config.Parser:
 # methods
 
 
-class Words(NamedTuple):
+class Spec(NamedTuple):
     """A method as it was written."""
 
     label: str
@@ -122,61 +110,59 @@ class Words(NamedTuple):
     options: dict[str, str]
 
 
-def words(text: str) -> Words:
-    """The parts of [LABEL=]NAME[:KEY=VALUE,...]."""
-    label, name, options = re.fullmatch(r'(?:([^=:,]+)=)?([^=:,]*)(?::(.*))?', text, re.DOTALL).groups()
+def parse_method(text: str) -> Spec:
+    """The parts of [LABEL=]NAME[:KEY=VALUE,...]. Raises UserError."""
+    parts = re.fullmatch(r'(?:([^=:,]+)=)?([^=:,]+)(?::(.*))?', text, re.DOTALL)
+    if not parts:
+        raise UserError(f'--methods {text}: expected [LABEL=]NAME[:KEY=VALUE,...], and blanks between methods')
+    label, name, options = parts.groups()
     pairs = [pair.partition('=') for pair in re.split(r',(?=[\w.]+=)', options)] if options else []
     if wrong := next((key for key, equals, _ in pairs if not equals or not key), None):
         raise UserError(f'--methods {text}: expected KEY=VALUE behind the colon, got {wrong!r}')
     if name not in SHORT and not any(name in module.__all__ for module in main_pretrain.METHODS):
         known = [*SHORT, RANDOM]
         raise UserError(f'--methods {text}: unknown {name}{closest(name, known) or "; known: " + ", ".join(known)}')
-    label = re.sub(r'[^\w.=,-]', '-', label or text)
-    return Words(label, SHORT.get(name, name), {key: value for key, _, value in pairs})
+    label = re.sub(r'[^\w.=-]+', '-', label or text)  # a folder's name, which no other program takes apart
+    if label in (RANDOM, '.', '..'):
+        raise UserError(f'--methods {text}: another LABEL than {label}')
+    return Spec(label, SHORT.get(name, name), {key: value for key, _, value in pairs})
 
 
-def flags(options: dict[str, str], stage: str) -> list[str]:
-    """Options as words of a main: its flags, and the rest as --model_kwargs."""
-    known, found, others = MAINS[stage].get_args_parser().flags, [], []
+def flags_of(options: dict[str, str], stage: str) -> list[str]:
+    """Options as words of a main: its flags, and the rest as --model_kwargs. Raises UserError for what is not free."""
+    known, words, others = MAINS[stage].get_args_parser().flags, [], []
     for key, value in options.items():
-        switch = isinstance(known.get(f'--{key}'), config.Switch)
-        if switch and value in ('true', 'false'):
-            found.append(f'--{key}' if value == 'true' else f'--no_{key}')
-        elif f'--{key}' in known:
-            found += [f'--{key}', *value.split()]
+        flag = known.get(f'--{key}')
+        if key in OURS:
+            raise UserError(f'{key}={value}: compare.py sets --{key} of {program(stage)} itself')
+        if isinstance(flag, config.Switch) and value.lower() in ('true', 'false'):
+            words.append(f'--{key}' if value.lower() == 'true' else f'--no_{key}')
+        elif flag:
+            words += [f'--{key}', *(value.split() if flag.nargs else [value])]
         else:
             others.append(f'{key}={value}')
-    return found + (['--model_kwargs', *others] if others else [])
+    return words + (['--model_kwargs', *others] if others else [])
 
 
 def recipe(model: str, stage: str) -> str:
-    """The name of a model's recipe: that for small pictures, or else the first."""
+    """The name of a model's recipe: that for small pictures, or else the first. Raises UserError if it has none."""
     found = [Path(path).stem for path in recipes_for(model, stage) if not path.endswith('_linprobe.yaml')]
     if not found:
-        raise UserError(f'--methods: {model} has no recipe for {program(stage)}; {model}:config=RECIPE names another')
+        key = 'config' if stage == 'pretrain' else 'finetune.config'
+        raise UserError(f'--methods: {model} has no recipe for {program(stage)}; {model}:{key}=RECIPE names another')
     return min(found, key=lambda name: SMALL not in name)
 
 
 def pairs_of(given: list[str], flag: str) -> dict[str, str]:
-    if wrong := next((pair for pair in given if not re.match(r'[\w]+=', pair)), None):
+    if wrong := next((pair for pair in given if not re.match(r'\w+=', pair)), None):
         raise UserError(f'{flag} expects KEY=VALUE, got {wrong!r}')
     return dict(pair.split('=', 1) for pair in given)
 
 
-def settled(stage: str, name: str, options: dict[str, str], args: Namespace) -> list[str]:
-    """The words of a main for a recipe with these options."""
-    if args.enlarge > 1:
-        plain = MAINS[stage].get_args_parser().parse(['--config', name], stage=stage)
-        grown = {key: str(args.enlarge * plain.model_kwargs[key]) for key in GROWING if key in plain.model_kwargs}
-        options = {'input_size': str(args.enlarge * plain.input_size)} | grown | options
-    return ['--config', name, *flags(options, stage)]
-
-
 def common(args: Namespace) -> list[str]:
-    """The flags of all programs that were given."""
-    return config.as_words(
-        {key: value for key, value in config.plain(args).items() if key in {*COMMON} & {*args.given}}
-    )
+    """The flags of all programs, those that were given; they may run in another folder than this one."""
+    given = {key: value for key, value in config.plain(args).items() if key in COMMON and key in args.given}
+    return ['--data_path', str(args.data_path.resolve()), *config.as_words(given)]
 
 
 def labelled(args: Namespace) -> list[str]:
@@ -184,67 +170,88 @@ def labelled(args: Namespace) -> list[str]:
     return ['--val_share', f'{args.val_share:g}'] if args.val_share else []
 
 
-def meaning(stage: str, found: list[str], args: Namespace) -> Namespace:
+def parsed(stage: str, words: list[str], args: Namespace) -> Namespace:
     """What words of a main mean together with the flags of all."""
     more = labelled(args) if stage == 'finetune' else []
-    return MAINS[stage].get_args_parser().parse([*found, *common(args), *more], stage=stage)
+    return MAINS[stage].get_args_parser().parse([*words, *common(args), *more, '--device', args.device], stage=stage)
 
 
-def step_images(args: Namespace) -> int:
+def recipe_words(stage: str, name: str, options: dict[str, str], args: Namespace) -> list[str]:
+    """The words of a main for a recipe with these options, and its images enlarged."""
+    if args.enlarge > 1:
+        plain = MAINS[stage].get_args_parser().parse(['--config', name], stage=stage)
+        grown = {key: str(args.enlarge * plain.model_kwargs[key]) for key in GROWING if key in plain.model_kwargs}
+        options = {'input_size': str(args.enlarge * plain.input_size)} | grown | options
+    return ['--config', name, *flags_of(options, stage)]
+
+
+def batch_of(args: Namespace) -> int:
+    """Images of a step."""
     return args.batch_size * optim.accumulation(args)
 
 
-def smaller_batch(label: str, stage: str, found: list[str], images: int, args: Namespace) -> list[str]:
-    """The words, with a step that is at most a quarter of the images: an epoch of one step would teach little."""
-    now = meaning(stage, found, args)
-    if 4 * step_images(now) <= images:
-        return found
-    batch = 1 << max(1, images // 4).bit_length() - 1  # a power of two
-    info(f'{label}: {batch} instead of {step_images(now)} images a step in {program(stage)}, since there are {images}')
-    more = ['--effective_batch_size', str(batch)] if now.effective_batch_size else []
-    return [*found, '--batch_size', str(min(batch, now.batch_size)), *more]
+def with_fitting_step(label: str, stage: str, words: list[str], images: int, args: Namespace) -> list[str]:
+    """The words, with a step of at most a quarter of the images: an epoch of one step would teach little."""
+    now = parsed(stage, words, args)
+    batch = step_images(batch_of(now), now.batch_size, max(2, images // 4))
+    if batch == batch_of(now):
+        return words
+    info(f'{label}: {batch} instead of {batch_of(now)} images a step in {program(stage)}, since there are {images}')
+    return [*words, *step_words(batch, now.batch_size)]
 
 
-def method(text: str, args: Namespace, data: dict, epochs: int | None) -> Method:
-    """What a word of --methods stands for, and what the budget gives it, if not `epochs`, settled in an earlier call.
+def training_images(args: Namespace) -> int:
+    """How many images are pretrained on."""
+    return len(named.training_images(args).images)
 
-    Raises UserError for what cannot be.
-    """
-    label, model, options = words(text)
-    tuned = {key.removeprefix('finetune.'): value for key, value in options.items() if key.startswith('finetune.')}
-    own = {key: value for key, value in options.items() if not key.startswith('finetune.')}
-    recipes = [own.pop('config', '') or recipe(model, 'pretrain'), tuned.pop('config', '') or recipe(model, 'finetune')]
 
-    pretrain = settled('pretrain', recipes[0], pairs_of(args.pretrain, '--pretrain') | own, args)
-    images = len(named.training_images(before := meaning('pretrain', pretrain, args)).images)
-    pretrain = smaller_batch(label, 'pretrain', pretrain, images, args)
-    encoder = build.encoder_kwargs(main_pretrain.find_method(model), model, before.model_kwargs, 'pretrain')
-    encoder = {key: str(value).replace(' ', '') for key, value in encoder.items()}
-    finetune = settled('finetune', recipes[1], encoder | pairs_of(args.finetune, '--finetune') | tuned, args)
-    finetune = smaller_batch(label, 'finetune', finetune, data['train'], args)
+def words_of(spec: Spec, args: Namespace, data: dict) -> tuple[list[str], list[str], list[str]]:
+    """The names of a method's two recipes, and the words of its two programs."""
+    before = {key: value for key, value in spec.options.items() if not key.startswith('finetune.')}
+    after = {key.partition('.')[2]: value for key, value in spec.options.items() if key not in before}
+    recipes = [before.pop('config', '') or recipe(spec.model, 'pretrain')]
+    recipes.append(after.pop('config', '') or recipe(spec.model, 'finetune'))
 
-    before, after = meaning('pretrain', pretrain, args), meaning('finetune', finetune, args)
-    steps = build.epoch_batches(before, images).steps
-    image_flops, (tuning_flops, parameters) = pretrain_flops(before), finetune_flops(after, data['classes'])
-    epoch = image_flops * steps * step_images(before)
+    pretrain = recipe_words('pretrain', recipes[0], pairs_of(args.pretrain, '--pretrain') | before, args)
+    now = parsed('pretrain', pretrain, args)
+    pretrain = with_fitting_step(spec.label, 'pretrain', pretrain, training_images(now), args)
+    method = main_pretrain.find_method(spec.model)
+    network = build.encoder_kwargs(method, spec.model, now.model_kwargs, 'pretrain')
+    network = {key: str(value).replace(' ', '') for key, value in network.items()}
+    finetune = recipe_words('finetune', recipes[1], network | pairs_of(args.finetune, '--finetune') | after, args)
+    return recipes, pretrain, with_fitting_step(spec.label, 'finetune', finetune, data['train'], args)
+
+
+def described(spec: Spec, args: Namespace, data: dict) -> Method:
+    """A method with what the budget gives it. Raises UserError for what cannot be."""
+    recipes, pretrain, finetune = words_of(spec, args, data)
+    before, after = parsed('pretrain', pretrain, args), parsed('finetune', finetune, args)
+    steps, step_flops = build.epoch_batches(before, training_images(before)).steps, pretrain_flops(before)
+    tuning_flops, parameters = finetune_flops(after, data['classes'])
+    network = {'model': spec.model} | ({'model_kwargs': after.model_kwargs} if after.model_kwargs else {})
+    network |= {key: getattr(before, key) for key in ('input_size', 'mean', 'std')}
     return Method(
-        name=label,
-        model=model,
-        options=options,
+        name=spec.label,
+        model=spec.model,
+        options=spec.options,
         recipes=recipes,
         pretrain=pretrain,
         finetune=finetune,
-        network=config.as_words({key: getattr(after, key) for key in NETWORK if getattr(after, key)}),
+        network=config.as_words(network),
         crop_pct=after.crop_pct,
         parameters=parameters,
-        image_flops=image_flops,
+        image_flops=step_flops,
         finetune_flops=tuning_flops,
-        epoch_images=steps * step_images(before),
-        epochs=epochs or epochs_of(label, args.budget, epoch, steps, before),
+        epoch_images=steps * batch_of(before),
+        epochs=epochs_of(spec.label, args, before, steps, step_flops * steps * batch_of(before)),
         finetune_epochs=args.finetune_epochs or after.epochs,
-        batch=step_images(after),
+        batch=batch_of(after),
         micro=after.batch_size,
     )
+
+
+# --------------------------------------------------------------------------
+# cost
 
 
 def pretrain_flops(args: Namespace) -> float:
@@ -261,114 +268,169 @@ def finetune_flops(args: Namespace, classes: int) -> tuple[float, int]:
     return flops, sum(param.numel() for param in core.parameters())
 
 
-def epochs_of(label: str, budget: tuple[str, float], epoch: float, steps: int, args: Namespace) -> int:
-    """Whole epochs of a pretraining that come nearest to the budget; `epoch` is the FLOPs of one."""
-    kind, amount = budget
+def budget_of(given: list[str]) -> tuple[str, float]:
+    """--budget. Raises UserError."""
+    kind, amount = given
+    if kind not in KINDS:
+        raise UserError(f'--budget {kind} {amount}: {kind} is none of {", ".join(KINDS)}; e.g. --budget epochs 100')
+    try:
+        return kind, (config.AT_LEAST_1 if kind == 'epochs' else config.ABOVE_0)(amount)
+    except ArgumentTypeError as error:
+        raise UserError(f'--budget {kind} {error}') from error
+
+
+def epochs_of(label: str, args: Namespace, pretrain: Namespace, steps: int, flops: float) -> int:
+    """Whole epochs of a pretraining that come nearest to the budget; `steps` and `flops` are those of one."""
+    kind, amount = budget_of(args.budget)
     if kind == 'epochs':
-        return round(amount)
-    if kind == 'flops':
-        one = epoch
-    else:
-        estimate = main_pretrain.main(Namespace(**vars(args) | {'dry_run': True, 'output_dir': Path('runs/compare')}))
+        return int(amount)
+    one = flops
+    if kind == 'minutes':
+        torch.set_num_threads(threads(programs(args)))
+        trial = {'dry_run': True, 'output_dir': args.output_dir / 'trial'}  # which writes nothing
+        estimate = main_pretrain.main(Namespace(**vars(pretrain) | trial))
         one = steps * estimate.step_s(estimate.batch, estimate.accum_iter) / 60
     if round(amount / one) < 1:
-        raise UserError(f'--budget {kind} {amount:g}: an epoch of {label} takes {one:.3g}, more than twice as much')
+        raise UserError(f'--budget {kind} {amount:g}: a single epoch of {label} takes {one:.3g}')
     return round(amount / one)
 
 
 # --------------------------------------------------------------------------
-# the comparison
+# the comparison, and what plan.json keeps of it
 
 
-def budget(given: list[str]) -> tuple[str, float]:
-    kind, amount = given
-    if kind not in KINDS:
-        raise UserError(f'--budget: {kind} is none of {", ".join(KINDS)}; --budget epochs 100')
-    least = config.AT_LEAST_1 if kind == 'epochs' else config.ABOVE_0
-    try:
-        return kind, least(amount)
-    except config.argparse.ArgumentTypeError as error:
-        raise UserError(f'--budget {kind} {error}') from error
+def as_asked(args: Namespace, plan: dict) -> Namespace:
+    """The arguments, with what an earlier call had. Raises UserError where this call has another value."""
+    if not plan:
+        return args
+    now, then = plain(args), plan['flags']
+    if differing := next((key for key in SAME if key in args.given and now[key] != then[key]), None):
+        was, new = (config.as_flags({differing: flags[differing]}) for flags in (then, now))
+        raise UserError(
+            f'{args.output_dir} holds a comparison with {was}, not {new}: only methods, seeds, labels and '
+            f'--finetune_points may be added; take another --output_dir'
+        )
+    kept = {key: then[key] for key in SAME} | {'data_path': Path(then['data_path'])}
+    kept['given'] = sorted({*args.given, *then['given']})
+    if 'finetune_points' not in args.given:
+        kept['finetune_points'] = plan['finetune_points']
+    for key in ('methods', 'seeds', 'labels'):
+        kept[key] = list(dict.fromkeys([*plan[key], *(getattr(args, key) if key in args.given else ())]))
+    return Namespace(**vars(args) | kept)
+
+
+def plain(args: Namespace) -> dict:
+    """What plan.json keeps of the arguments."""
+    values = config.plain(args) | {'data_path': str(args.data_path.resolve())}
+    return json.loads(json.dumps({key: values[key] for key in (*SAME, 'given')}))
 
 
 def data_of(args: Namespace) -> dict:
     """What the images are, and how many."""
-    of_labels = main_finetune.get_args_parser().parse([*common(args), *labelled(args)], stage='finetune')
-    of_labels.download = args.download
-    train, val = named.labelled_splits(of_labels, ('train', 'val'))
+    flags = main_finetune.get_args_parser().parse([*common(args), *labelled(args)], stage='finetune')
+    flags.download = args.download
+    train, val = named.labelled_splits(flags, ('train', 'val'))
     what = args.data_path.resolve().name if args.dataset in named.FOLDERS else args.dataset
     return dict(what=what, train=len(train.images), val=len(val.images), classes=len(train.classes))
 
 
+def methods_of(args: Namespace, plan: dict, data: dict) -> list[Method]:
+    """Those of --methods; of an earlier call as they were then, since its runs are. Raises UserError."""
+    specs = {text: parse_method(text) for text in args.methods if text != RANDOM}
+    if not specs:
+        raise UserError(f'--methods {RANDOM}: random weights of which networks? name a method, too')
+    by_label: dict[str, str] = {}
+    for text, spec in specs.items():
+        if by_label.setdefault(spec.label, text) != text:
+            raise UserError(f'--methods: {by_label[spec.label]} and {text} have one name; LABEL=NAME tells them apart')
+    then = plan.get('described', {})
+    return [
+        Method(**then[spec.label]) if spec.label in then else described(spec, args, data) for spec in specs.values()
+    ]
+
+
 def asked(args: Namespace, plan: dict) -> Comparison:
     """The comparison that the arguments describe; `plan` has what an earlier call has settled."""
-    texts = [text for text in dict.fromkeys(args.methods) if text != RANDOM]
-    labels = [words(text).label for text in texts]
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise UserError(f'--methods: two are called {twice}; LABEL=NAME names them')
-    if not texts:
-        raise UserError(f'--methods {RANDOM}: random weights of which networks? name a method, too')
-    data = data_of(args)
+    kind, amount = budget_of(args.budget)
+    data = plan['data'] if args.report else data_of(args)
+    if plan and data != plan['data']:
+        raise UserError(
+            f'the images are not those of the runs in {args.output_dir}: {data} now, {plan["data"]} then; take another '
+            f'--output_dir'
+        )
+    workers = args.num_workers if 'num_workers' in args.given else config.default_workers(threads(programs(args)))
     return Comparison(
         data=data,
-        budget=dict(zip(('kind', 'amount'), args.budget, strict=True)),
+        budget={'kind': kind, 'amount': amount},
         points=args.points,
         finetune_points=args.finetune_points,
         judge_images=args.judge_images,
         common=common(args),
         labelled=labelled(args),
-        labels=sorted(set(args.labels)),
+        how=['--device', args.device, '--num_workers', str(workers)],
+        labels=sorted({float(f'{share:g}') for share in args.labels}),
         seeds=list(dict.fromkeys(args.seeds)),
         random=RANDOM in args.methods,
-        methods=[
-            method(text, args, data, plan['epochs'].get(label)) for text, label in zip(texts, labels, strict=True)
-        ],
+        methods=methods_of(args, plan, data),
         runs=(args.output_dir / 'runs').resolve(),
     )
 
 
-def earlier(args: Namespace) -> dict:
-    """What plan.json of the output folder says, or that of a new comparison. Raises UserError for another one."""
-    now = {key: value for key, value in config.plain(args).items() if key in SAME}
-    now = json.loads(json.dumps(now | {'data_path': str(args.data_path.resolve())}))
-    plan = read_json(args.output_dir / 'plan.json') or {'same': now, 'epochs': {}, 'wall_s': 0.0}
-    if differing := [key for key in now if plan['same'].get(key) != now[key]]:
-        key = differing[0]
-        raise UserError(
-            f'{args.output_dir} holds a comparison with --{key} {plan["same"].get(key)}, not {now[key]}: '
-            f'only methods, seeds and labels may be added; take another --output_dir'
-        )
-    return plan
-
-
-def environment(args: Namespace, at_once: int, slot: int) -> dict[str, str]:
-    """Of the programs in a slot: their GPU, or their share of the cores."""
-    threads = {'OMP_NUM_THREADS': str(max(1, config.usable_cores() // at_once))}
-    gpus = visible_gpus() if args.device.startswith('cuda') else []
-    return threads | ({'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {})
-
-
-def visible_gpus() -> list[str]:
+def visible_gpus(args: Namespace) -> list[str]:
+    """The GPUs that programs may have, as CUDA_VISIBLE_DEVICES names them; none with --device cpu."""
+    if not args.device.startswith('cuda'):
+        return []
     given = os.environ.get('CUDA_VISIBLE_DEVICES')
     return given.split(',') if given else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def where(args: Namespace, at_once: int) -> dict:
-    """The machine and the versions."""
-    device = torch.device(args.device)
-    found = machine(device)
+def programs(args: Namespace) -> int:
+    """How many run at a time."""
+    return args.jobs or len(visible_gpus(args)) or config.usable_cores()
+
+
+def threads(at_once: int) -> int:
+    """Of each of so many programs."""
+    return max(1, config.usable_cores() // at_once)
+
+
+def environment(args: Namespace, slot: int) -> dict[str, str]:
+    """Of the programs in a slot: their share of the cores, and their GPU."""
+    gpus = visible_gpus(args)
+    gpu = {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {}
+    return {'OMP_NUM_THREADS': str(threads(programs(args)))} | gpu
+
+
+def where(args: Namespace) -> dict:
+    """The machine, the versions, and the command."""
+    found, at_once = machine(torch.device(args.device)), programs(args)
     return {
         'machine': {
             'processor': None if found['gpu'] else found['device'],
             'gpu': found['device'] if found['gpu'] else None,
             'cores': found['cores'],
             'jobs': at_once,
-            'threads': max(1, found['cores'] // at_once),
+            'threads': threads(at_once),
         },
         'versions': found['versions'] | {'project': found['git']},
         'command': shlex.join(['python', 'scripts/compare.py', *sys.argv[1:]]),
         'time': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()),
     }
+
+
+def check(args: Namespace, plan: dict) -> None:
+    """Raise UserError for what no program could run with."""
+    config.check_apart('output_dir', args.output_dir, args.data_path, args.dataset)
+    folder = args.output_dir.resolve()
+    if re.search(r',\w+=|#', str(folder)):
+        raise UserError(f'--output_dir {folder}: analyse.py reads a , with a = behind it, and #, as more than a path')
+    if args.report and not plan:
+        raise UserError(f'--report: there is no comparison in {args.output_dir}')
+    dist.own_device(args.device)
+    if args.device.startswith('cuda:'):
+        raise UserError(
+            f'--device {args.device}: CUDA_VISIBLE_DEVICES={args.device[5:]} with --device cuda chooses a GPU'
+        )
 
 
 def keep(args: Namespace, plan: dict) -> None:
@@ -378,35 +440,43 @@ def keep(args: Namespace, plan: dict) -> None:
 @resources.program
 def main(args: Namespace) -> None:
     """Run what is not done yet, and write the report."""
-    args.budget = budget(args.budget)
-    config.check_apart('output_dir', args.output_dir, args.data_path, args.dataset)
-    plan = earlier(args)
+    plan = read_json(args.output_dir / 'plan.json')
+    args = as_asked(args, plan)
+    check(args, plan)
     comparison = asked(args, plan)
-    at_once = args.jobs or (len(visible_gpus()) if args.device.startswith('cuda') else config.usable_cores())
-    for one in comparison.methods:
-        flops = f'{one.epochs} epochs, {one.flops(one.epochs):.3g} FLOPs'
-        info(f'{one.name}: {one.model}, {one.parameters:,} parameters; pretraining: {flops}')
-    prepare(args.output_dir)
-    plan['epochs'] |= {one.name: one.epochs for one in comparison.methods}
-    keep(args, plan)
-    began, listed, stopped = time.monotonic(), comparison.jobs(), None
-    try:
-        if not args.report:
-            jobs.run(listed, comparison.runs, at_once, lambda slot: environment(args, at_once, slot))
-    except SystemExit as stop:  # asked to
-        stopped = stop
-    plan['wall_s'] += time.monotonic() - began
-    keep(args, plan)
+    listed = comparison.jobs()
+    for method in comparison.methods:
+        cost = f'{counted(method.epochs, "epoch")}, {method.flops(method.epochs):.3g} FLOPs'
+        info(f'{method.name}: {method.model}, {method.parameters:,} parameters; pretraining: {cost}')
+    stopped = None
+    if not args.report:
+        prepare(args.output_dir)
+        plan = {'wall_s': 0.0, 'flags': plain(args), 'data': comparison.data} | plan
+        plan |= {'methods': args.methods, 'seeds': comparison.seeds, 'labels': comparison.labels}
+        plan |= {'finetune_points': args.finetune_points, 'where': where(args)}
+        plan['described'] = {method.name: method._asdict() for method in comparison.methods}
+        keep(args, plan)
+        began = time.monotonic()
+        try:
+            jobs.run(listed, comparison.runs, programs(args), lambda slot: environment(args, slot))
+        except SystemExit as stop:  # asked to
+            stopped = stop
+        plan['wall_s'] += time.monotonic() - began
+        keep(args, plan)
     ended = jobs.outcomes(listed, comparison.runs)
-    found = results.collected(comparison, ended) | where(args, at_once) | {'wall_h': plan['wall_s'] / 3600}
-    digests.replace(args.output_dir / 'results.json', json.dumps(found, indent=1).encode())
-    report.write(found, args.output_dir)
-    tell(scores.table(found))
-    info(f'report in {args.output_dir}/report.html, numbers in {args.output_dir}/results.json')
+    show(results.collected(comparison, ended) | plan['where'] | {'wall_h': plan['wall_s'] / 3600}, args.output_dir)
     if stopped:
         raise stopped
     if failed := [name for name, outcome in ended.items() if outcome.state == 'failed']:
         raise UserError(f'{counted(len(failed), "program")} failed, the first: {failed[0]}: {ended[failed[0]].why}')
+
+
+def show(found: dict, folder: Path) -> None:
+    """Write the numbers and the report, and print the table."""
+    digests.replace(folder / 'results.json', json.dumps(found, indent=1).encode())
+    report.write(found, folder)
+    tell(scores.table(found))
+    info(f'report in {folder}/report.html, numbers in {folder}/results.json')
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import main_pretrain
 from scripts import analyse, compare
 from util import digests, dry_run
 from util.comparison import jobs
+from util.comparison.plan import Method
 from util.errors import UserError
 from util.recipes import find_recipe
 
@@ -24,9 +26,7 @@ def parsed(images, output, *more):
 
 
 def asked(images, output, *more):
-    args = parsed(images, output, *more)
-    args.budget = compare.budget(args.budget)
-    return compare.asked(args, {'epochs': {}})
+    return compare.asked(parsed(images, output, *more), {})
 
 
 def said(images, output, *more) -> str:
@@ -38,7 +38,7 @@ def said(images, output, *more) -> str:
 def in_this_process(listed, folder, at_once, environment):
     """`jobs.run` without its seconds for each program's imports; a program that fails is one that failed."""
     for job in listed:
-        name, *argv = job.command
+        name, *argv = [*job.command, *job.how]
         done = {'state': 'done', 'why': '', 'seconds': 0.0, 'cpu_s': 1.0, 'peak_bytes': 1}
         began = time.perf_counter()
         try:
@@ -56,41 +56,68 @@ def in_this_process(listed, folder, at_once, environment):
 def test_a_comparison(images, tmp_path, capsys, monkeypatch):
     """Of two methods, one of which cannot be pretrained: the numbers are those of the runs, the failure is a row."""
     monkeypatch.setattr(jobs, 'run', in_this_process)
-    methods = ['--methods', 'ours=mirl:depth=4,lr=1e-3', 'mirl:depth=4,init=nowhere.pth', 'random', '--labels', '0.3']
-    flags = [*methods, '--points', '2', '--finetune_points', '1']
-    name = 'mirl-depth=4,init=nowhere.pth'
-    assert f'programs failed, the first: {name}/seed-0/pretrain: ' in said(images, tmp_path, *flags)
+    methods = ['--methods', 'mirl:depth=4,lr=1e-3', 'broken=mirl:depth=4,init=nowhere.pth', 'random']
+    flags = [*methods, '--labels', '0.3', '--points', '2', '--finetune_points', '1']
+    assert 'programs failed, the first: broken/seed-0/pretrain: ' in said(images, tmp_path, *flags)
     output = capsys.readouterr().out
     assert '16 instead of 64 images a step in main_pretrain.py, since there are 66' in output
 
     found = json.loads((tmp_path / 'results.json').read_text())
-    ours, other = found['methods']
-    assert (ours['epochs'], ours['options'], ours['random']) == (2, {'depth': '4', 'lr': '1e-3'}, 'ours')
+    ours, broken = found['methods']
+    assert (ours['name'], ours['epochs'], ours['options']) == ('mirl-depth=4-lr=1e-3', 2, {'depth': '4', 'lr': '1e-3'})
     assert found['data'] == {'what': images.name, 'train': 66, 'val': 15, 'classes': 3}
     [run] = ours['runs']
     assert run['state'] == 'done'
     assert [point['epoch'] for point in run['curve']] == [1, 2]
     assert all({'knn', 'probe', 'rank'} < point.keys() for point in run['points'])
     assert [[*point['finetune']] for point in run['points']] == [[], ['0.3']]
-    log = (tmp_path / 'runs/ours/seed-0/epoch-2/labels-0.3/log.txt').read_text().splitlines()
+    log = (tmp_path / f'runs/{ours["name"]}/seed-0/epoch-2/labels-0.3/log.txt').read_text().splitlines()
     assert run['points'][1]['finetune']['0.3'] == json.loads(log[-1])['test_acc1']
     assert ours['flops']['pretrain'] == run['points'][1]['flops'] == 2 * run['points'][0]['flops']
+    assert run['minutes'] == pytest.approx(2 * 64 / run['images_per_s'] / 60)
     assert (tmp_path / run['pictures']).is_file()
-    [failed] = other['runs']
+    [failed] = broken['runs']
     assert failed['state'] == 'failed'
     assert 'nowhere.pth' in failed['why']
-    assert found['random'].keys() == {'ours'}  # both have the same
-    assert found['random']['ours']['runs'][0].keys() >= {'knn', 'probe', 'finetune'}
-    page = (tmp_path / 'report.html').read_text()
-    assert 'ours' in page
-    assert 'nowhere.pth' in page
+    assert found['random'].keys() == {ours['name']}  # both have the same
+    assert found['random'][ours['name']]['runs'][0].keys() >= {'knn', 'probe', 'finetune'}
+    assert 'nowhere.pth' in (tmp_path / 'report.html').read_text()
 
-    # the same comparison has the same commands; another one is refused
-    again = [job.command for job in asked(images, tmp_path, *flags).jobs()]
-    assert {tuple(command) for command in again} >= {
-        tuple(json.loads(file.read_text())['argv']) for file in tmp_path.glob('runs/**/job.json')
-    }
-    assert 'holds a comparison with --points 2, not 3' in said(images, tmp_path, *flags, '--points', '3')
+    monkeypatch.setattr(jobs, 'run', None)  # --report runs nothing, and keeps what was said of the machine
+    with pytest.raises(UserError, match='failed, the first: broken'):
+        compare.main(compare.get_args_parser().parse(['--output_dir', str(tmp_path), '--report']))
+    assert json.loads((tmp_path / 'results.json').read_text()) == found
+
+
+def test_later_calls(images, tmp_path, monkeypatch):
+    """They have what the first one had, and may add methods, seeds and labels; its commands stay the same."""
+    calls = []
+    monkeypatch.setattr(jobs, 'run', lambda *given: calls.append({job.name: job.command for job in given[0]}))
+    monkeypatch.setattr(compare, 'show', lambda found, folder: None)
+    compare.main(parsed(images, tmp_path, '--methods', 'mirl', '--mean', '0.5', '0.5', '0.5'))
+    monkeypatch.setattr(compare, 'pretrain_flops', None)  # what is known is not counted again
+
+    def again(*flags):
+        compare.main(compare.get_args_parser().parse(['--output_dir', str(tmp_path), *flags]))
+
+    again('--seeds', '1', '--labels', '0.5', '--num_workers', '3')
+    assert calls[0].items() < calls[1].items()
+    assert {name.split('/')[1] for name in calls[1]} == {'seed-0', 'seed-1'}
+    assert 'mirl/seed-0/epoch-1/labels-0.5' in calls[1]
+    assert all('0.5' in command for command in calls[1].values())  # --mean
+    for flags, line in (
+        (['--budget', 'epochs', '3'], 'holds a comparison with --budget epochs 2, not --budget epochs 3'),
+        (['--methods', 'mirl=mirl:lr=1e-3'], 'mirl and mirl=mirl:lr=1e-3 have one name'),
+    ):
+        with pytest.raises(UserError, match=re.escape(line)):
+            again(*flags)
+    data = shutil.copytree(images, tmp_path / 'data')
+    plan = json.loads((tmp_path / 'plan.json').read_text())
+    plan['flags']['data_path'] = str(data)
+    (tmp_path / 'plan.json').write_text(json.dumps(plan))
+    next(data.glob('train/*/*')).unlink()
+    with pytest.raises(UserError, match='the images are not those of the runs'):
+        again()
 
 
 # --------------------------------------------------------------------------
@@ -136,7 +163,17 @@ def test_what_a_method_means(images, tmp_path):
         8,
     )
     assert 'num_segments' not in after.model_kwargs
-    assert compare.meaning('pretrain', swin.pretrain, parsed(images, tmp_path)).input_size == 128
+    assert compare.parsed('pretrain', swin.pretrain, parsed(images, tmp_path)).input_size == 128
+
+
+def test_programs_share_cores_and_gpus(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.config, 'usable_cores', lambda: 8)
+    args = parsed(images, tmp_path, '--device', 'cpu')
+    assert (compare.programs(args), compare.environment(args, 3)) == (8, {'OMP_NUM_THREADS': '1'})
+    args.device = 'cuda'
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '2,5')
+    slots = [compare.environment(args, slot) for slot in range(3)]
+    assert slots == [{'OMP_NUM_THREADS': '4', 'CUDA_VISIBLE_DEVICES': gpu} for gpu in '252']
 
 
 def test_equal_networks_share_their_random_weights(images, tmp_path):
@@ -150,22 +187,25 @@ def test_mistakes(images, tmp_path):
     for words, line in (
         (['--methods', 'mirk'], 'unknown mirk; did you mean mirl'),
         (['--methods', 'mirl:depth'], "expected KEY=VALUE behind the colon, got 'depth'"),
-        (['--methods', 'mirl', 'mirl'], None),
-        (['--methods', 'mirl', 'mirl=mixmae'], 'two are called mirl'),
+        (['--methods', 'mirl', 'mirl=mixmae'], 'mirl and mirl=mixmae have one name'),
+        (['--methods', 'mirl,mixmae'], 'expected [LABEL=]NAME[:KEY=VALUE,...], and blanks between methods'),
+        (['--methods', 'random=mirl'], 'another LABEL than random'),
+        (['--methods', 'mirl:seed=3'], 'compare.py sets --seed of main_pretrain.py itself'),
+        (['--methods', 'mirl', '--device', 'cuda:1'], 'cuda'),
+        (['--report'], 'there is no comparison in'),
+        (['--methods', 'mirl', '--output_dir', tmp_path / 'a,b=c'], 'as more than a path'),
         (['--methods', 'random'], 'random weights of which networks'),
         (['--methods', 'mirl:dept=3'], 'has no option dept; did you mean depth'),
         (['--methods', 'mirl', '--budget', 'hours', '3'], 'hours is none of epochs, flops, minutes'),
         (['--methods', 'mirl', '--budget', 'epochs', '0.5'], 'must be a whole number'),
-        (['--methods', 'mirl', '--budget', 'flops', '1e6'], 'an epoch of mirl takes'),
+        (['--methods', 'mirl', '--budget', 'flops', '1e6'], 'a single epoch of mirl takes'),
         (['--methods', 'mirl', '--finetune', 'mixup'], "--finetune expects KEY=VALUE, got 'mixup'"),
         (['--methods', 'mixmae_huge'], 'mixmae_huge has no recipe for main_pretrain.py; mixmae_huge:config=RECIPE'),
         (['--methods', 'mirl', '--data_path', tmp_path / 'none'], 'no such folder'),
     ):
-        if line:
-            assert line in said(images, tmp_path / 'out', *words)
-            assert not (tmp_path / 'out').exists()
-        else:
-            asked(images, tmp_path, *words)
+        assert line in said(images, tmp_path / 'out', *words)
+        assert not (tmp_path / 'out').exists()
+    assert len(asked(images, tmp_path, '--methods', 'mirl', 'mirl').methods) == 1
 
 
 # --------------------------------------------------------------------------
@@ -173,13 +213,12 @@ def test_mistakes(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('epochs', 'points', 'after', 'saved'),
-    [(10, 4, [2, 4, 6, 10], 5), (5, 2, [2, 5], 3), (1, 3, [1], 1), (8, 1, [8], 1), (3, 8, [1, 2, 3], 3)],
+    ('epochs', 'points', 'after'),
+    [(10, 4, [3, 6, 9, 10]), (6, 4, [2, 4, 6]), (5, 2, [3, 5]), (1, 3, [1]), (8, 1, [8]), (3, 8, [1, 2, 3])],
 )
-def test_points(images, tmp_path, epochs, points, after, saved):
-    [method] = asked(images, tmp_path, '--methods', 'mirl', '--budget', 'epochs', str(epochs)).methods
+def test_points(epochs, points, after):
+    method = Method(*[None] * len(Method._fields))._replace(epochs=epochs)
     assert method.points(points) == after
-    assert method.saved(points) == saved  # none that is needed is removed
     assert all(point % method.save_freq(points) == 0 for point in after[:-1])
 
 
@@ -191,10 +230,30 @@ def test_equal_flops(images, tmp_path):
         assert abs(method.flops(method.epochs) - 1e11) <= one / 2
         assert one == 64 * method.image_flops  # of 66 images, 4 steps of 16
         assert comparison.passes(method, 1) == (2, 16)
-        assert comparison.passes(method, 0.1) == (8, 7)  # one step of 7 images each
-        assert comparison.passes(method, 0.001) == (8, 3)  # an image of each class
-    words = next(job.command for job in comparison.jobs() if job.name.endswith('labels-0.1'))
-    assert re.search(r'--epochs 8 .*--batch_size 7 --label_share 0.1 --test_freq 8', ' '.join(words))
+        assert comparison.passes(method, 0.1) == (8, 6)  # one step each, of an even number of 7 images
+        assert comparison.passes(method, 0.001) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ('options', 'batch', 'micro'),
+    [
+        ('mixup=0.8', 16, 16),
+        ('accum_iter=4', 16, 16),
+        ('batch_size=4,accum_iter=4', 16, 4),
+        ('batch_size=6,effective_batch_size=960', 12, 6),
+    ],
+)
+def test_the_step_is_what_was_meant(images, tmp_path, options, batch, micro):
+    """Whatever a recipe accumulates, with few images and with a share of them; mixup needs an even number."""
+    name = 'mirl:' + ','.join(f'finetune.{option}' for option in options.split(','))
+    comparison = asked(images, tmp_path, '--methods', name, '--labels', '0.11', '1')
+    [method] = comparison.methods
+    assert (method.batch, method.micro) == (batch, micro)
+    for job in comparison.jobs():
+        if job.command[0] == 'main_finetune.py':
+            args = MAINS['finetune'].get_args_parser().parse(job.command[1:], stage='finetune')
+            few = 7 // micro * micro if micro < 6 else 6
+            assert compare.batch_of(args) == (batch if args.label_share == 1 else few)
 
 
 def test_minutes_are_settled_once(images, tmp_path, monkeypatch):
@@ -206,6 +265,7 @@ def test_minutes_are_settled_once(images, tmp_path, monkeypatch):
     flags = ['--methods', 'mirl', '--budget', 'minutes', '1']
     for estimated in (estimate, None):
         monkeypatch.setattr(main_pretrain, 'main', lambda args, estimated=estimated: estimated)
+        monkeypatch.setattr(compare, 'show', lambda found, folder: None)
         compare.main(parsed(images, tmp_path, *flags))
     assert [job.command for job in calls[0]] == [job.command for job in calls[1]]
-    assert json.loads((tmp_path / 'plan.json').read_text())['epochs'] == {'mirl': 10}
+    assert calls[0][0].command[calls[0][0].command.index('--epochs') + 1] == '10'

@@ -25,7 +25,7 @@ WAITS = 'open(name, "w").write(str(os.getpid())); os.rename(name, name + ".pid")
 def quick(monkeypatch, tmp_path):
     """The programs run in a folder of the test."""
     monkeypatch.setattr(jobs, 'LOOK_S', 0.01)
-    monkeypatch.setattr(jobs, 'ROOT', tmp_path)
+    monkeypatch.chdir(tmp_path)
 
 
 def python(*code: str) -> list[str]:
@@ -117,11 +117,17 @@ def test_what_is_done_is_not_run_again(tmp_path, capfd):
     ]
 
 
-def test_a_program_of_the_repository(tmp_path):
-    (tmp_path / 'program.py').write_text('import os, sys; print(sys.executable, os.getcwd(), *sys.argv)')
-    assert run([Job('a', ['program.py', '--flag'])], tmp_path)['a'].state == 'done'
-    said = (tmp_path / 'runs/a/job.txt').read_text().splitlines()[-1]
-    assert said == f'{sys.executable} {tmp_path} program.py --flag'
+def test_a_program_of_the_repository(tmp_path, monkeypatch):
+    """It runs where the user is; words that may differ from call to call come last, and run nothing again."""
+    (tmp_path / 'code').mkdir()
+    (tmp_path / 'code/program.py').write_text('import os, sys; print(sys.executable, os.getcwd(), *sys.argv)')
+    monkeypatch.setattr(jobs, 'ROOT', tmp_path / 'code')
+    assert run([Job('a', ['program.py', '--flag'], how=('--device', 'cpu'))], tmp_path)['a'].state == 'done'
+    printed = (tmp_path / 'runs/a/job.txt').read_text().splitlines()
+    assert printed[0].endswith(': program.py --flag --device cpu')
+    assert printed[1] == f'{sys.executable} {tmp_path} {tmp_path}/code/program.py --flag --device cpu'
+    run([Job('a', ['program.py', '--flag'], how=('--device', 'cuda'))], tmp_path)
+    assert (tmp_path / 'runs/a/job.txt').read_text().splitlines() == printed
 
 
 def test_what_it_took(tmp_path):

@@ -203,7 +203,7 @@ def test_a_share_of_the_labels(data):
         some = named.label_share(whole, share, 0)
         assert [some.labels.tolist().count(label) for label in range(3)] == [each] * 3
         assert all(f'class{label}/' in file for file, label in zip(*some[:2], strict=True))
-        assert some.notes[0].endswith(f'; --label_share {share} takes {3 * each} of them')
+        assert some.notes[0].endswith(f'; --label_share {share} takes {3 * each} of these images')
     assert list(some.images) == list(named.label_share(whole, 0.01, 0).images)
     assert list(some.images) != list(named.label_share(whole, 0.01, 1).images)
 

@@ -40,10 +40,11 @@ class Job(NamedTuple):
     """A program to run."""
 
     name: str  # unique, and the folder below that of all jobs
-    command: list[str]  # argv; a .py file is of the repository, whose root all programs are run in
+    command: list[str]  # argv; a .py file is of the repository
     after: tuple[str, ...] = ()  # names of jobs that must have ended well; they come before this one in the list
     cost: float = 0.0  # FLOPs that it takes
     share: Callable[[], float] | None = None  # how much of it is done (0..1); None: unknown while it runs
+    how: tuple[str, ...] = ()  # more words of the command, which may be others in the next call
 
 
 class Outcome(NamedTuple):
@@ -152,7 +153,8 @@ class Running:
     @classmethod
     def start(cls, job: Job, slot: int, variables: dict[str, str], folder: Path, lock: TextIO) -> 'Running':
         """Raises OSError if there is no such program."""
-        argv = [sys.executable, *job.command] if job.command[0].endswith('.py') else job.command
+        program, *words = [*job.command, *job.how]
+        argv = [sys.executable, str(ROOT / program), *words] if program.endswith('.py') else [program, *words]
         first, launcher = job.share() if job.share else 0.0, os.getpid()
 
         def first_in_child() -> None:
@@ -160,10 +162,10 @@ class Running:
             signals.end_with_launcher(launcher)
 
         with open(folder / 'job.txt', 'ab', buffering=0) as log:
-            log.write(f'# {now()}: {printable(shlex.join(job.command))}\n'.encode())
+            log.write(f'# {now()}: {printable(shlex.join([program, *words]))}\n'.encode())
             printed, streams = log.tell(), {'stdin': subprocess.DEVNULL, 'stdout': log, 'stderr': log}
             more = {'env': os.environ | variables, 'pass_fds': [lock.fileno()], 'preexec_fn': first_in_child}
-            process = subprocess.Popen(argv, cwd=ROOT, process_group=0, **streams, **more)
+            process = subprocess.Popen(argv, process_group=0, **streams, **more)
         return cls(job, slot, process, folder / 'job.txt', printed, first, time.monotonic())
 
     def seconds(self) -> float:

@@ -5,6 +5,7 @@ call finds what the first has done.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +13,9 @@ from typing import NamedTuple
 from util.comparison.jobs import Job
 
 PRETRAIN, FINETUNE, ANALYSE = 'main_pretrain.py', 'main_finetune.py', 'scripts/analyse.py'
+KNN, PRETRAINED, RANDOM = 'knn', 'pretrain', 'random'
 NEIGHBOURS = 20  # that vote
 FORWARD = 1 / 3  # of the FLOPs of a step: what a network takes without its backward
-KNN, PRETRAINED, RANDOM = 'knn', 'pretrain', 'random'
 
 
 class Method(NamedTuple):
@@ -26,7 +27,7 @@ class Method(NamedTuple):
     recipes: list[str]
     pretrain: list[str]  # flags of main_pretrain.py
     finetune: list[str]  # flags of main_finetune.py
-    network: list[str]  # flags that describe the network where there is no checkpoint
+    network: list[str]  # flags that describe the pretrained network where there is no checkpoint
     crop_pct: float
     parameters: int  # of the network that is fine-tuned
     image_flops: float  # of pretraining, forward and backward
@@ -42,16 +43,12 @@ class Method(NamedTuple):
         return self.image_flops * self.epoch_images * epochs
 
     def save_freq(self, points: int) -> int:
-        return max(1, round(self.epochs / points))
+        return math.ceil(self.epochs / points)
 
     def points(self, count: int) -> list[int]:
-        """The epochs after which a pretraining is judged: the last one, and those before it as evenly as can be."""
+        """The epochs after which a pretraining is judged: at most so many, equally spaced but for the last one."""
         every = self.save_freq(count)
-        return [*[*range(every, self.epochs, every)][: count - 1], self.epochs]
-
-    def saved(self, points: int) -> int:
-        """How many numbered checkpoints a pretraining leaves."""
-        return -(-self.epochs // self.save_freq(points))
+        return [*range(every, self.epochs, every), self.epochs]
 
 
 class Comparison(NamedTuple):
@@ -64,6 +61,7 @@ class Comparison(NamedTuple):
     judge_images: int  # most of each split for k-NN and linear probe
     common: list[str]  # flags of all programs
     labelled: list[str]  # flags of those that read labels
+    how: list[str]  # flags of all programs that decide no number
     labels: list[float]  # shares of the labels to fine-tune with
     seeds: list[int]
     random: bool  # whether random weights are judged, too
@@ -92,9 +90,9 @@ class Comparison(NamedTuple):
     def jobs_of(self, method: Method, seed: int) -> Iterator[Job]:
         """A pretraining, and what judges it at each point."""
         name, points = f'{method.name}/seed-{seed}/{PRETRAINED}', method.points(self.points)
-        flags = ['--epochs', method.epochs, '--warmup_epochs', f'{method.epochs / 10:g}', '--vis_freq', method.epochs]
-        flags += ['--save_freq', method.save_freq(self.points), '--keep_last', method.saved(self.points)]
-        yield self.job(name, PRETRAIN, [*method.pretrain, *flags], seed, method.flops(method.epochs), method.epochs)
+        flags = [*warm_up(method.epochs), *method.pretrain, '--epochs', method.epochs, '--vis_freq', method.epochs]
+        flags += ['--save_freq', method.save_freq(self.points), '--keep_last', len(points)]
+        yield self.job(name, PRETRAIN, flags, seed, method.flops(method.epochs), method.epochs)
         files = {epochs: self.runs / name / f'checkpoint-{epochs - 1}.pth' for epochs in points}
         networks = ['--checkpoint', *(f'{epochs}={file}' for epochs, file in files.items())]
         yield self.knn(f'{method.name}/seed-{seed}', method, seed, networks, len(points), (name,))
@@ -104,31 +102,36 @@ class Comparison(NamedTuple):
 
     def random_jobs(self, method: Method, seed: int) -> Iterator[Job]:
         """What judges the same network with random weights."""
-        where = f'random/{method.name}/seed-{seed}'
-        yield self.knn(where, method, seed, ['--checkpoint', RANDOM, *method.network], 1, ())
+        where = f'{RANDOM}/{method.name}/seed-{seed}'
+        yield self.knn(where, method, seed, ['--checkpoint', RANDOM, *method.network], 1)
         # a rate that falls from layer to layer is for layers that have learnt something
-        yield from self.finetuned(where, method, seed, ['--layer_decay', 1], ())
+        yield from self.finetuned(where, method, seed, ['--layer_decay', 1])
 
-    def knn(self, where: str, method: Method, seed: int, networks: list, count: int, after: tuple[str, ...]) -> Job:
+    def knn(
+        self, where: str, method: Method, seed: int, networks: list, count: int, after: tuple[str, ...] = ()
+    ) -> Job:
         """k-NN and linear probe of some networks."""
         images = sum(min(self.data[split], self.judge_images) for split in ('train', 'val'))
         flags = [KNN, *networks, '--crop_pct', method.crop_pct, '--images', self.judge_images, '--k', NEIGHBOURS]
         cost = FORWARD * method.finetune_flops * images * count
         return self.job(f'{where}/{KNN}', ANALYSE, flags, seed, cost, after=after)
 
-    def finetuned(self, where: str, method: Method, seed: int, start: list, after: tuple[str, ...]) -> Iterator[Job]:
-        """Fine-tuning with each share of the labels."""
+    def finetuned(
+        self, where: str, method: Method, seed: int, start: list, after: tuple[str, ...] = ()
+    ) -> Iterator[Job]:
+        """Fine-tuning with each share of the labels; of its checkpoints the last one is kept."""
         for share in self.labels:
             epochs, batch = self.passes(method, share)
-            flags = [*method.finetune, *start, '--epochs', epochs, '--warmup_epochs', f'{epochs / 10:g}']
-            flags += [*batch_words(batch, method.micro), '--label_share', f'{share:g}', '--test_freq', epochs]
+            flags = [*warm_up(epochs), *method.finetune, *start, '--epochs', epochs, '--test_freq', epochs]
+            flags += ['--label_share', f'{share:g}', '--save_freq', epochs, '--keep_last', 1]
+            flags += step_words(batch, method.micro) if batch < method.batch else []
             cost = method.finetune_flops * (epochs * share * self.data['train'] + FORWARD * self.data['val'])
             yield self.job(f'{where}/labels-{share:g}', FINETUNE, flags, seed, cost, epochs, after)
 
     def passes(self, method: Method, share: float) -> tuple[int, int]:
         """Epochs and images of a step with a share of the labels: as many steps as with all of them."""
         labelled = max(self.data['classes'], round(share * self.data['train']))
-        batch = fitting(method.batch, method.micro, labelled)
+        batch = step_images(method.batch, method.micro, labelled)
         steps = method.finetune_epochs * max(1, self.data['train'] // method.batch)
         return max(1, round(steps / (labelled // batch))), batch
 
@@ -138,18 +141,25 @@ class Comparison(NamedTuple):
         folder = self.runs / name
         words = [program, *flags, *self.common, *(self.labelled if program != PRETRAIN else ()), '--seed', seed]
         words += ['--output_dir', folder, *(['--resume', 'auto'] if epochs else ())]
-        return Job(name, [str(word) for word in words], after, cost, epoch_share(folder, epochs) if epochs else None)
+        share = epoch_share(folder, epochs) if epochs else None
+        return Job(name, [str(word) for word in words], after, cost, share, tuple(self.how))
 
 
-def fitting(batch: int, micro: int, images: int) -> int:
-    """The images of a step, at most so many, as whole micro-steps."""
+def warm_up(epochs: int) -> list:
+    """A tenth; what stands behind it in a command goes before."""
+    return ['--warmup_epochs', f'{epochs / 10:g}']
+
+
+def step_images(batch: int, micro: int, images: int) -> int:
+    """Of a step, if there are so many images: at most `batch`, whole micro-steps, an even number, as mixup needs."""
     most = min(batch, images)
-    return most - most % micro if most > micro else most
+    most -= most % 2 if most > 1 else 0
+    return most - most % min(micro, most)
 
 
-def batch_words(batch: int, micro: int) -> list:
-    """The flags for so many images in a step."""
-    return ['--batch_size', batch] if batch <= micro else ['--batch_size', micro, '--effective_batch_size', batch]
+def step_words(batch: int, micro: int) -> list[str]:
+    """The flags for so many images in a step, whatever a recipe accumulates."""
+    return ['--batch_size', str(min(batch, micro)), '--accum_iter', '1', '--effective_batch_size', str(batch)]
 
 
 def epoch_share(folder: Path, epochs: int) -> Callable[[], float]:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import statistics
 from pathlib import Path
 
 from util.comparison.jobs import Outcome
@@ -50,14 +51,15 @@ def run(comparison: Comparison, method: Method, seed: int, outcomes: dict[str, O
     jobs = [*comparison.jobs_of(method, seed)]
     name = jobs[0].name
     log, folder = read_log(comparison.runs / name), comparison.runs / name
-    seconds = [line.get('time', 0.0) for line in log]
+    speeds = [line['images_per_s'] for line in log if line.get('images_per_s')]
+    speed = statistics.median(speeds) if speeds else None  # a resumed epoch knows its second part alone
     of_gpu = max((line.get('max_mem_mib', 0) for line in log), default=0) * 2**20
     judged = frozen(folder.parent)
     points = [
         {
             'epochs': epochs,
             'flops': method.flops(epochs),
-            'minutes': sum(seconds[:epochs]) / 60 if len(log) >= epochs else None,
+            'minutes': minutes(method, epochs, speed) if len(log) >= epochs else None,
             **judged.get(str(epochs), {}),
             'finetune': finetuned(comparison, folder.parent / f'epoch-{epochs}'),
         }
@@ -68,13 +70,18 @@ def run(comparison: Comparison, method: Method, seed: int, outcomes: dict[str, O
         'seed': seed,
         **state(jobs, outcomes),
         'curve': [curve_point(line) for line in log],
-        'images_per_s': method.epoch_images * len(log) / sum(seconds) if sum(seconds) else None,
+        'images_per_s': speed,
         'memory': of_gpu or (outcomes[name].peak_bytes if name in outcomes else None),
-        'minutes': sum(seconds) / 60 if log else None,
+        'minutes': minutes(method, len(log), speed),
         'points': points,
         'pictures': str(pictures[-1].relative_to(comparison.runs.parent)) if pictures else None,
         'commands': [shlex.join(['python', *job.command]) for job in jobs],
     }
+
+
+def minutes(method: Method, epochs: int, speed: float | None) -> float | None:
+    """Of so many epochs of pretraining, at so many images a second."""
+    return epochs * method.epoch_images / speed / 60 if speed else None
 
 
 def random_run(comparison: Comparison, method: Method, seed: int, outcomes: dict[str, Outcome]) -> dict:
@@ -117,9 +124,13 @@ def frozen(folder: Path) -> dict[str, dict]:
 
 
 def finetuned(comparison: Comparison, folder: Path) -> dict[str, float]:
-    """Top-1 in percent for each share of labels: the last epoch's, so that no image of validation chose it."""
+    """Top-1 in percent for each share of labels: the last epoch's, so that no image of validation chose it.
+
+    Of averaged weights, where a recipe keeps them.
+    """
     logs = {f'{share:g}': read_log(folder / f'labels-{share:g}') for share in comparison.labels}
-    return {share: log[-1]['test_acc1'] for share, log in logs.items() if log and 'test_acc1' in log[-1]}
+    ended = {share: log[-1] for share, log in logs.items() if log and 'test_acc1' in log[-1]}
+    return {share: line.get('test_ema_acc1', line['test_acc1']) for share, line in ended.items()}
 
 
 def curve_point(line: dict) -> dict:

@@ -442,6 +442,6 @@ def label_share(train: Split, share: float, seed: int) -> Split:
     if share == 1:
         return train
     most = max(len(np.unique(train.labels)), round(share * len(train.labels)))
-    found, first, rest = some(train, seed, most), *train.notes[:1], train.notes[1:]
-    note = f'{first}; --label_share {share:g} takes {len(found.images)} of them'
-    return found._replace(notes=[note, *rest])
+    found = some(train, seed, most)
+    note = f'--label_share {share:g} takes {len(found.images)} of these images'
+    return found._replace(notes=['; '.join([*train.notes, note])])
