@@ -331,7 +331,8 @@ def data_of(args: Namespace) -> dict:
     flags.download = args.download
     train, val = named.labelled_splits(flags, ('train', 'val'))
     what = args.data_path.resolve().name if args.dataset in named.FOLDERS else args.dataset
-    return dict(what=what, train=len(train.images), val=len(val.images), classes=len(train.classes))
+    counts = dict(train=len(train.images), val=len(val.images), classes=len(train.classes))
+    return dict(what=what, val_share=args.val_share, **counts)
 
 
 def methods_of(args: Namespace, plan: dict, data: dict) -> list[Method]:

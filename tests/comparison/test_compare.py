@@ -65,7 +65,7 @@ def test_a_comparison(images, tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / 'results.json').read_text())
     ours, broken = found['methods']
     assert (ours['name'], ours['epochs'], ours['options']) == ('mirl-depth=4-lr=1e-3', 2, {'depth': '4', 'lr': '1e-3'})
-    assert found['data'] == {'what': images.name, 'train': 66, 'val': 15, 'classes': 3}
+    assert found['data'] == {'what': images.name, 'val_share': None, 'train': 66, 'val': 15, 'classes': 3}
     [run] = ours['runs']
     assert run['state'] == 'done'
     assert [point['epoch'] for point in run['curve']] == [1, 2]

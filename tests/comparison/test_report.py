@@ -118,7 +118,7 @@ def test_told_apart_from_all():
 def test_chance(seeds, odds):
     """All orders of 2n seeds are as likely: 2 of them in (2n over n) are told apart."""
     rule = scores.rule(results() | {'seeds': list(range(seeds))})
-    assert f'one of {odds} comparisons: were all equal, about {28 / odds:.0f} of the 28' in rule
+    assert f'one of {odds} comparisons. Were all equal, about {16 / odds:.0f} of the 16' in rule
 
 
 def test_a_budget_that_was_not_reached():

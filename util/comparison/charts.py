@@ -124,9 +124,7 @@ def labelled(results: dict, folder: Path) -> Group:
     """Fine-tuned top-1 over the share of labels, if there are several."""
     from util.analysis import figures
 
-    shares = {
-        100 * share: way for share, way in zip(sorted(many(results, 'labels')), scores.ways(results), strict=False)
-    }
+    shares = {100 * float(way.keys[1]): way for way in scores.ways(results) if way.keys[0] == 'finetune'}
 
     def line(method: dict, whose: int) -> tuple[list, list, list]:
         found = {x: scored(results, method, way)[whose] for x, way in shares.items()}

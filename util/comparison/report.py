@@ -68,13 +68,16 @@ LIMITS = (
     'Whether the order stays the same with larger networks, longer budgets or longer fine-tuning.',
     'The best that a method can reach: learning rates and masks are those of a recipe, tuned with a small budget.',
     'Other data: a method that wins here may lose on other images, other sizes or another task.',
-    'How much another split of the data would change: a seed changes weights, masks and the order of images alone.',
+    'How much other images would change: a seed decides weights, masks, the order of images and which have labels.',
     'Exact times: minutes, images/s and memory are of this machine, where several runs may have shared it.',
 )
 
 
 def write(results: dict, folder: Path) -> None:
-    """Write folder/report.html, and folder/figures, which it shows; paths of pictures are relative to `folder`."""
+    """Write report.html, figures/, which it shows, and results.md, a table for documents, into the folder.
+
+    Paths of pictures are relative to it.
+    """
     figures = folder / 'figures'
     figures.mkdir(parents=True, exist_ok=True)
     try:
@@ -83,6 +86,7 @@ def write(results: dict, folder: Path) -> None:
         info('no figures in the report: matplotlib is not installed; pip install matplotlib, then call again')
         groups = []
     digests.replace(folder / 'report.html', page(results, groups, charts.pictures(results, folder)).encode())
+    digests.replace(folder / 'results.md', scores.markdown(results).encode())
 
 
 def page(results: dict, groups: Sequence[charts.Group], pictures: Sequence[tuple[str, Path]]) -> str:
@@ -240,34 +244,28 @@ def random_weights(results: dict) -> dict[str, dict]:
 
 def accuracy(results: dict, marks: dict[str, str]) -> str:
     """Each method by each way of judging, random weights below."""
-    found, rows = scores.verdicts(results), []
+    found, seeds, rows = scores.verdicts(results), len(many(results, 'seeds')), []
     for method in many(results, 'methods'):
         options = [f'{key}={value}' for key, value in (of(method, 'options') or {}).items()]
         about = ', '.join([str(of(method, 'model') or ''), *options])
         row = [name_cell(method, marks, about), cell(scores.epochs_text(method))]
         for way, said in zip(scores.ways(results), found, strict=True):
             kind = scores.standing(said, name_of(method))
-            row.append(score_cell(*scored(results, method, way), kind, scores.gain(results, method, way)))
+            row.append(score_cell(*scored(results, method, way), seeds, kind, scores.gain(results, method, way)))
         rows.append(row)
     note = (
-        '<p class="soft">Top-1 in % of the validation images, mean ± standard deviation over (seeds). Below: random '
-        'weights of the same network, and the points gained over them. Bold: the highest mean; on the same ground: '
-        'not told apart from it (≈).</p>'
+        '<p class="soft">Top-1 in % of the validation images, mean ± standard deviation over seeds; in brackets how '
+        'many, where some lack. Below: random weights of the same network, and the points gained over them. Bold: the '
+        'highest mean; on the same ground: not told apart from it (≈).</p>'
     )
     header = ['method', 'epochs', *(way.name for way in scores.ways(results))]
     return section('Accuracy at the end of the budget', note, grid(header, rows))
 
 
-def score_cell(own: Sequence[float], random: Sequence[float], kind: str, gained: float | None) -> str:
-    below = [f'random {spread_text(random)}'] if random else []
+def score_cell(own: Sequence[float], random: Sequence[float], seeds: int, kind: str, gained: float | None) -> str:
+    below = [f'random {scores.text(random, seeds)}'] if random else []
     below += [] if gained is None else [f'{gained:+.1f}{"" if scores.order(own, random) else ", not told apart"}']
-    return cell(f'{spread_text(own)}{" ≈" if kind == "equal" else ""}', *below, kind=kind)
-
-
-def spread_text(of_seeds: Sequence[float]) -> str:
-    if not of_seeds:
-        return '-'
-    return f'{mean(of_seeds):.1f}{f" ± {scores.spread(of_seeds):.1f}" if len(of_seeds) > 1 else ""} ({len(of_seeds)})'
+    return cell(f'{scores.text(own, seeds)}{" ≈" if kind == "equal" else ""}', *below, kind=kind)
 
 
 def costs(results: dict, marks: dict[str, str]) -> str:
@@ -336,6 +334,8 @@ def how_judged(results: dict) -> str:
         'Linear probe: a logistic regression on frozen features, without augmentation.',
         'k-NN: the 20 nearest training images vote, by the same frozen features.',
     )
+    shared = of(results, 'data', 'val_share')
+    ways += ('Pretraining saw the validation images, too, without labels: --val_share.',) if shared else ()
     return section('How it was judged', items(ways))
 
 

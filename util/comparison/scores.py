@@ -156,7 +156,8 @@ def overall(results: dict) -> str:
     if not all(verdict.best for verdict in found):
         return 'Scores are still missing.'
     beating = [name for name in names if all(name in verdict.above for verdict in found)]
-    who = 'Every method beats' if beating == names else f'{", ".join(beating) or "None"} alone beat'
+    who = 'Every method beats' if beating == names else f'Only these beat ({", ".join(beating)})'
+    who = who if beating else 'No method beats'
     words = f'{who} random weights by every way of judging.' if of(results, 'random') else ''
     if len(names) == 1:
         return words
@@ -200,12 +201,16 @@ def rule(results: dict) -> str:
     seeds = len(many(results, 'seeds'))
     if seeds < 2:
         return ' '.join([*words, 'There is one seed here: nothing can be told apart.'])
-    odds, methods = math.comb(2 * seeds, seeds) // 2, len(many(results, 'methods'))
-    made = (methods - 1 + (methods if of(results, 'random') else 0)) * len(ways(results))
-    words.append(
-        f'With {seeds} against {seeds} seeds that happens by chance in one of {odds} comparisons: were all equal, '
-        f'about {made / odds:.0f} of the {made} that are made here would be told apart.'
-    )
+    odds, methods = math.comb(2 * seeds, seeds) // 2, many(results, 'methods')
+    words.append(f'With {seeds} against {seeds} seeds that happens by chance in one of {odds} comparisons.')
+    if of(results, 'random'):
+        made = len(methods) * len(ways(results))
+        words.append(
+            f'Were all equal, about {made / odds:.0f} of the {made} comparisons with random weights here would be '
+            'told apart.'
+        )
+    if len(methods) > 1:
+        words.append('The best is chosen by the scores themselves: it is told apart by chance more often than that.')
     return ' '.join(words)
 
 
