@@ -28,6 +28,7 @@ import time
 from argparse import ArgumentTypeError, Namespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import main_finetune
@@ -76,7 +77,7 @@ def get_args_parser() -> config.Parser:
     names = ' '.join([*SHORT, RANDOM])
     add('--methods', nargs='+', default=[*SHORT, RANDOM], metavar='METHOD', help=f'default: {names}')
     help = 'of each pretraining: epochs N, flops N or minutes N; in whole epochs, as many as come nearest'
-    add('--budget', nargs=2, default=['epochs', '100'], metavar=('KIND', 'N'), help=help)
+    add('--budget', nargs='+', default=['epochs', '100'], metavar='KIND N', help=help)
     add('--seeds', nargs='+', type=config.AT_LEAST_0, default=[0, 1, 2], help='of all runs')
     share, points = config.number(float, above=0, most=1), config.number(int, 1, MOST)
     help = 'shares of the labels to fine-tune with; no share: no fine-tuning'
@@ -270,9 +271,9 @@ def finetune_flops(args: Namespace, classes: int) -> tuple[float, int]:
 
 def budget_of(given: list[str]) -> tuple[str, float]:
     """--budget. Raises UserError."""
+    if len(given) != 2 or given[0] not in KINDS:
+        raise UserError(f'--budget {" ".join(given)}: expected epochs N, flops N or minutes N')
     kind, amount = given
-    if kind not in KINDS:
-        raise UserError(f'--budget {kind} {amount}: {kind} is none of {", ".join(KINDS)}; e.g. --budget epochs 100')
     try:
         return kind, (config.AT_LEAST_1 if kind == 'epochs' else config.ABOVE_0)(amount)
     except ArgumentTypeError as error:
@@ -331,8 +332,9 @@ def data_of(args: Namespace) -> dict:
     flags.download = args.download
     train, val = named.labelled_splits(flags, ('train', 'val'))
     what = args.data_path.resolve().name if args.dataset in named.FOLDERS else args.dataset
+    largest = 100 * float(np.bincount(val.labels).max()) / len(val.labels)  # top-1 of always naming the same class
     counts = dict(train=len(train.images), val=len(val.images), classes=len(train.classes))
-    return dict(what=what, val_share=args.val_share, **counts)
+    return dict(what=what, val_share=args.val_share, **counts, largest=largest)
 
 
 def methods_of(args: Namespace, plan: dict, data: dict) -> list[Method]:

@@ -65,7 +65,9 @@ def test_a_comparison(images, tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / 'results.json').read_text())
     ours, broken = found['methods']
     assert (ours['name'], ours['epochs'], ours['options']) == ('mirl-depth=4-lr=1e-3', 2, {'depth': '4', 'lr': '1e-3'})
-    assert found['data'] == {'what': images.name, 'val_share': None, 'train': 66, 'val': 15, 'classes': 3}
+    assert found['data'] == {'what': images.name, 'val_share': None, 'train': 66, 'val': 15, 'classes': 3} | {
+        'largest': pytest.approx(100 / 3)
+    }
     [run] = ours['runs']
     assert run['state'] == 'done'
     assert [point['epoch'] for point in run['curve']] == [1, 2]
@@ -196,7 +198,7 @@ def test_mistakes(images, tmp_path):
         (['--methods', 'mirl', '--output_dir', tmp_path / 'a,b=c'], 'as more than a path'),
         (['--methods', 'random'], 'random weights of which networks'),
         (['--methods', 'mirl:dept=3'], 'has no option dept; did you mean depth'),
-        (['--methods', 'mirl', '--budget', 'hours', '3'], 'hours is none of epochs, flops, minutes'),
+        (['--methods', 'mirl', '--budget', 'hours', '3'], '--budget hours 3: expected epochs N, flops N or minutes N'),
         (['--methods', 'mirl', '--budget', 'epochs', '0.5'], 'must be a whole number'),
         (['--methods', 'mirl', '--budget', 'flops', '1e6'], 'a single epoch of mirl takes'),
         (['--methods', 'mirl', '--finetune', 'mixup'], "--finetune expects KEY=VALUE, got 'mixup'"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from util import digests
 from util.comparison import charts, scores
+from util.comparison.jobs import spoken
 from util.comparison.scores import many, mean, name_of, number, of, scored, values
 from util.log import counted, info
 
@@ -185,6 +186,11 @@ def engineering(value: object, of_what: str = '') -> str:
     return f'{found / factor:.3g} {letter}{of_what}'.strip()
 
 
+def hours(value: object) -> str:
+    found = number(value)
+    return '-' if found is None else spoken(3600 * found)
+
+
 # --------------------------------------------------------------------------
 # what is said
 
@@ -204,7 +210,7 @@ def facts(results: dict) -> str:
         'Budget of each pretraining': f'{given}; judged at {some(of(results, "points"), "point")}',
         'Seeds': seeds or '-',
         'Machine': '; '.join(str(part) for part in where if part),
-        'Time': f'{amount(of(results, "wall_h"))} hours, {amount(of(results, "cpu_h"))} of CPU',
+        'Time': f'{hours(of(results, "wall_h"))}, {hours(of(results, "cpu_h"))} of CPU',
         'State': f'{"finished" if of(results, "finished") else "not finished"}, {of(results, "time") or "no date"}',
     }
     return '<dl>' + ''.join(f'<div><dt>{k}</dt><dd>{escape(v)}</dd></div>' for k, v in told.items()) + '</dl>'
@@ -216,7 +222,8 @@ def verdict_box(results: dict) -> str:
     lead = '' if of(results, 'finished') else f'<p><b>Not finished: {done} of {counted(len(runs), "run")} done.</b></p>'
     said = ''.join(f'<li><b>{escape(way)}</b>: {escape(words)}</li>' for way, words in scores.sentences(results))
     note = f'<p class="soft">{escape(scores.rule(results))}</p>'
-    lead += f'<p>{escape(scores.overall(results))}</p><ul>{said}</ul>'
+    lead += ''.join(f'<p>{escape(text)}</p>' for text in (*scores.doubts(results), scores.overall(results)))
+    lead += f'<ul>{said}</ul>'
     return f'<section class="verdict"><h2>Verdict</h2>{lead}{note}</section>'
 
 
@@ -264,7 +271,8 @@ def accuracy(results: dict, marks: dict[str, str]) -> str:
 
 def score_cell(own: Sequence[float], random: Sequence[float], seeds: int, kind: str, gained: float | None) -> str:
     below = [f'random {scores.text(random, seeds)}'] if random else []
-    below += [] if gained is None else [f'{gained:+.1f}{"" if scores.order(own, random) else ", not told apart"}']
+    apart = '' if scores.order(own, random) else ', not told apart'
+    below += [] if gained is None else [f'{round(gained, 1) + 0.0:+.1f}{apart}']
     return cell(f'{scores.text(own, seeds)}{" ≈" if kind == "equal" else ""}', *below, kind=kind)
 
 
@@ -284,11 +292,14 @@ def costs(results: dict, marks: dict[str, str]) -> str:
         row += [cell(amount(mean(values(ends, 'rank'))))]
         row += [cell(a_point(results, method, way, cost)) for cost in (of(method, 'flops', 'pretrain'), minutes)]
         rows.append(row)
+    spent = values(many(results, 'methods'), 'flops', 'pretrain')
+    unequal = max(spent, default=0) > 1.2 * min(spent, default=0)
+    hint = ' The pretrainings are not equal work: --budget flops would be.' if unequal else ''
     note = (
         f'<p class="soft">Means over seeds. Parameters: of the network that is fine-tuned. FLOPs an image, minutes, '
         f'images/s and memory: of pretraining. Rank: RankMe, the effective rank of the features. A point: of top-1 '
         f'gained over random weights, {escape(way.name)}; in brackets where the two are not told '
-        'apart, - where none is gained.</p>'
+        f'apart, - where none is gained.{hint}</p>'
     )
     return section('Cost', note, grid(header, rows))
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 ALL = 'all labels'
+FEWEST = 3  # seeds of each of two that are told apart: with 2 chance alone would do it in one of 3 comparisons
+LEARNT = 0.01  # of what is hidden, that a pretraining explains at least at its end
 
 
 class Way(NamedTuple):
@@ -22,10 +24,10 @@ class Verdict(NamedTuple):
     """What one way of judging says. Names of methods; each that has scores is in one list against random weights."""
 
     way: str
-    best: str  # of the highest mean; '' if there is no score
+    best: list[str]  # of the highest mean, more than one if they are equal
     score: str  # its mean and spread
     told: list[str]  # below the best, told apart from it
-    equal: list[str]  # not told apart from the best
+    equal: list[str]  # below the best, not told apart from it
     above: list[str]  # above random weights
     unclear: list[str]  # not told apart from them
     below: list[str]
@@ -119,8 +121,8 @@ def gain(results: dict, method: dict, way: Way) -> float | None:
 
 
 def order(a: Sequence[float], b: Sequence[float]) -> int:
-    """1: every seed of `a` is above every seed of `b`; -1: below; 0: not told apart, as with fewer than 2 seeds."""
-    if min(len(a), len(b)) < 2:
+    """1: every seed of `a` is above every seed of `b`; -1: below; 0: not told apart, as with too few seeds."""
+    if min(len(a), len(b)) < FEWEST:
         return 0
     return (min(a) > max(b)) - (max(a) < min(b))
 
@@ -133,20 +135,20 @@ def verdicts(results: dict) -> list[Verdict]:
 def verdict(results: dict, way: Way) -> Verdict:
     both = {name_of(method): scored(results, method, way) for method in many(results, 'methods')}
     own = {name: scores for name, (scores, _) in both.items() if scores}
-    best = max(own, key=lambda name: mean(own[name]), default='')
-    to_best = {name: order(own[best], scores) for name, scores in own.items() if name != best}
+    best = [name for name in own if math.isclose(mean(own[name]), max(map(mean, own.values())))]
+    to_best = {name: order(own[best[0]], scores) for name, scores in own.items() if name not in best}
     to_random = {name: order(*pair) if all(pair) else None for name, pair in both.items()}
 
     def having(orders: dict, which: int | None) -> list[str]:
         return [name for name, found in orders.items() if found == which]
 
     lists = (having(to_best, 1), having(to_best, 0), *(having(to_random, which) for which in (1, 0, -1, None)))
-    return Verdict(way.name, best, text(own.get(best, [])), *lists)
+    return Verdict(way.name, best, text(own[best[0]]) if best else '-', *lists)
 
 
 def standing(found: Verdict, name: str) -> str:
     """'best', 'equal' where it is not told apart from the best, or ''."""
-    best = name == found.best and bool(found.told or found.equal)
+    best = name in found.best and bool(found.told or found.equal)
     return 'best' if best else 'equal' if name in found.equal else ''
 
 
@@ -161,27 +163,53 @@ def overall(results: dict) -> str:
     words = f'{who} random weights by every way of judging.' if of(results, 'random') else ''
     if len(names) == 1:
         return words
-    first, *others = {verdict.best for verdict in found}
-    apart = '' if any(verdict.equal for verdict in found) else ', told apart from all others'
-    lead = 'No method has the highest mean' if others else f'{first} has the highest mean'
-    return f'{lead} by every way of judging{"" if others else apart}. {words}'
+    first = [name for name in names if all(name in verdict.best for verdict in found)]
+    apart = '' if any(verdict.equal or len(verdict.best) > 1 for verdict in found) else ', told apart from all others'
+    lead = f'{first[0]} has the highest mean' if first else 'No method has the highest mean'
+    return f'{lead} by every way of judging{apart if first else ""}. {words}'
+
+
+def doubts(results: dict) -> list[str]:
+    """What a reader must know before the numbers: what chance gives, and which methods have not learnt their task."""
+    words, images, largest = [], number(of(results, 'data', 'val')), number(of(results, 'data', 'largest'))
+    if images and largest:
+        words.append(
+            f'Always naming the largest class gives {largest:.1f} %. One validation image is {100 / images:.2g} points.'
+        )
+    ends = {name_of(method): mean(values(last_epochs(method), 'explained')) for method in many(results, 'methods')}
+    if idle := [name for name, end in ends.items() if end is not None and end < LEARNT]:
+        words.append(
+            f'Pretraining explained next to nothing of what was hidden: {", ".join(idle)}. The budget is too small for '
+            'this, or the learning rate is wrong; what follows says little about the method.'
+        )
+    return words
+
+
+def last_epochs(method: dict) -> list[dict]:
+    """Of each pretraining the last epoch's numbers."""
+    return [curve[-1] for run in many(method, 'runs') if (curve := many(run, 'curve'))]
 
 
 def sentences(results: dict) -> list[tuple[str, str]]:
     """(way of judging, what is to be said of it in words), for each."""
-    return [(found.way, in_words(found, results)) for found in verdicts(results)]
+    return [(way.name, in_words(verdict(results, way), results, way)) for way in ways(results)]
 
 
-def in_words(found: Verdict, results: dict) -> str:
+def in_words(found: Verdict, results: dict, way: Way) -> str:
     if not found.best:
         return 'No score yet.'
-    words = []
-    if found.equal:
-        words.append(
-            f'{found.best} has the highest mean ({found.score} %), not told apart from {", ".join(found.equal)}.'
-        )
-    elif found.told:
-        words.append(f'{found.best} is best ({found.score} %), told apart from all others.')
+    words, leaders = [], ' and '.join(found.best)
+    if len(found.best) > 1:
+        words.append(f'{leaders} have the same mean, the highest ({found.score} %).')
+    elif found.told and not found.equal:
+        words.append(f'{leaders} is best ({found.score} %), told apart from all others.')
+    elif found.equal:
+        words.append(f'{leaders} has the highest mean ({found.score} %), not told apart from {", ".join(found.equal)}.')
+    random = {name: values(many(of_name, 'runs'), *way.keys) for name, of_name in (of(results, 'random') or {}).items()}
+    best = max((name for name in random if random[name]), key=lambda name: mean(random[name]), default=None)
+    highest = max(mean(scored(results, method, way)[0]) or 0 for method in many(results, 'methods'))
+    if best is not None and mean(random[best]) > highest:
+        words.append(f'Random weights are higher than all: those of {best}, {text(random[best])} %.')
     for lead, names in (
         ('Better than random weights', found.above),
         ('Not told apart from random weights', found.unclear),
@@ -196,11 +224,11 @@ def in_words(found: Verdict, results: dict) -> str:
 def rule(results: dict) -> str:
     """What 'told apart' means here, and how often chance alone does it."""
     words = [
-        'Two are told apart if every seed of the one is above every seed of the other and each has at least 2 seeds.'
+        f'Two are told apart if every seed of the one is above every seed of the other, and each has at least {FEWEST}.'
     ]
     seeds = len(many(results, 'seeds'))
-    if seeds < 2:
-        return ' '.join([*words, 'There is one seed here: nothing can be told apart.'])
+    if seeds < FEWEST:
+        return ' '.join([*words, f'There are {seeds} here: nothing can be told apart.'])
     odds, methods = math.comb(2 * seeds, seeds) // 2, many(results, 'methods')
     words.append(f'With {seeds} against {seeds} seeds that happens by chance in one of {odds} comparisons.')
     if of(results, 'random'):
@@ -223,7 +251,9 @@ def text(of_seeds: Sequence[float], seeds: int = 0) -> str:
     if not of_seeds:
         return '-'
     deviation = f' ± {spread(of_seeds):.1f}' if len(of_seeds) > 1 else ''
-    return f'{mean(of_seeds):.1f}{deviation}' + (f' ({len(of_seeds)})' if seeds and len(of_seeds) != seeds else '')
+    return f'{mean(of_seeds) + 0.0:.1f}{deviation}' + (
+        f' ({len(of_seeds)})' if seeds and len(of_seeds) != seeds else ''
+    )
 
 
 def epochs_text(method: dict) -> str:
@@ -260,4 +290,5 @@ def markdown(results: dict) -> str:
     lines = [f'| {" | ".join(row)} |' for row in (header, ['---'] + ['--:'] * (len(header) - 1), *rows)]
     said = [f'- **{way}**: {words}' for way, words in sentences(results)]
     note = 'Top-1 in %, mean ± standard deviation over seeds. Bold: the best; \\*: not told apart from it.'
-    return '\n'.join([*lines, '', note, '', overall(results), '', *said, '', rule(results), ''])
+    lead = ' '.join([*doubts(results), overall(results)])
+    return '\n'.join([*lines, '', note, '', lead, '', *said, '', rule(results), ''])
