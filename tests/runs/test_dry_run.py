@@ -153,7 +153,7 @@ def test_the_launcher_submits_nothing(images, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith('not submitted: pretrain on 2 x 4 cpu, partition gpu, 60 min a time, up to 1000 times again;')
     assert all(re.search(r'\d', line(out, begin)) for begin in LINES)
-    assert 'batch 4 x accum 1 x ranks 8 = 32, lr = blr 0.004 x 32 / 256 = 0.0005\n' in out
-    assert 'batch 4 x accum 8 x ranks 1 = 32, lr = blr 0.004 x 32 / 256 = 0.0005, ' in out
+    assert 'batch 4 x accum 1 x ranks 8 = 32, lr = blr 0.01 x 32 / 256 = 0.00125\n' in out
+    assert 'batch 4 x accum 8 x ranks 1 = 32, lr = blr 0.01 x 32 / 256 = 0.00125, ' in out
     assert re.search(r'^the job: \S+ h on 8 ranks as fast as here, within its 1,001 h$', out, re.M)
     assert not os.listdir(tmp_path)
