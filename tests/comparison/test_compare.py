@@ -12,12 +12,25 @@ from training import MAINS
 import main_pretrain
 from scripts import analyse, compare
 from util import digests, dry_run
-from util.comparison import jobs
+from util.comparison import jobs, report
 from util.comparison.plan import Method
 from util.errors import UserError
 from util.recipes import find_recipe
 
 SMALL = ['--num_workers', '0', '--finetune_epochs', '2', '--budget', 'epochs', '2', '--seeds', '0']
+
+
+@pytest.fixture(autouse=True)
+def uncounted(request, monkeypatch):
+    """FLOPs and parameters that take no time, where a test does not ask for `counted`."""
+    if 'counted' not in request.fixturenames:
+        monkeypatch.setattr(compare, 'pretrain_flops', lambda args: 1e8)
+        monkeypatch.setattr(compare, 'finetune_flops', lambda args, classes: (2e8, 1000))
+
+
+@pytest.fixture
+def counted():
+    """FLOPs as they are."""
 
 
 def parsed(images, output, *more):
@@ -53,7 +66,7 @@ def in_this_process(listed, folder, at_once, environment):
         digests.replace(folder / job.name / 'job.json', json.dumps(record).encode())
 
 
-def test_a_comparison(images, tmp_path, capsys, monkeypatch):
+def test_a_comparison(images, tmp_path, capsys, monkeypatch, counted):
     """Of two methods, one of which cannot be pretrained: the numbers are those of the runs, the failure is a row."""
     monkeypatch.setattr(jobs, 'run', in_this_process)
     methods = ['--methods', 'mirl:depth=4,lr=1e-3', 'broken=mirl:depth=4,init=nowhere.pth', 'random']
@@ -86,6 +99,7 @@ def test_a_comparison(images, tmp_path, capsys, monkeypatch):
     assert 'nowhere.pth' in (tmp_path / 'report.html').read_text()
 
     monkeypatch.setattr(jobs, 'run', None)  # --report runs nothing, and keeps what was said of the machine
+    monkeypatch.setattr(report, 'write', lambda found, folder: None)
     with pytest.raises(UserError, match='failed, the first: broken'):
         compare.main(compare.get_args_parser().parse(['--output_dir', str(tmp_path), '--report']))
     assert json.loads((tmp_path / 'results.json').read_text()) == found
@@ -97,7 +111,7 @@ def test_later_calls(images, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, 'run', lambda *given: calls.append({job.name: job.command for job in given[0]}))
     monkeypatch.setattr(compare, 'show', lambda found, folder: None)
     compare.main(parsed(images, tmp_path, '--methods', 'mirl', '--mean', '0.5', '0.5', '0.5'))
-    monkeypatch.setattr(compare, 'pretrain_flops', None)  # what is known is not counted again
+    monkeypatch.setattr(compare, 'described', None)  # what is known is not counted again
 
     def again(*flags):
         compare.main(compare.get_args_parser().parse(['--output_dir', str(tmp_path), *flags]))
@@ -185,7 +199,7 @@ def test_equal_networks_share_their_random_weights(images, tmp_path):
     assert not asked(images, tmp_path, '--methods', 'mirl').random_of()
 
 
-def test_mistakes(images, tmp_path):
+def test_mistakes(images, tmp_path, counted):
     for words, line in (
         (['--methods', 'mirk'], 'unknown mirk; did you mean mirl'),
         (['--methods', 'mirl:depth'], "expected KEY=VALUE behind the colon, got 'depth'"),
@@ -224,7 +238,7 @@ def test_points(epochs, points, after):
     assert all(point % method.save_freq(points) == 0 for point in after[:-1])
 
 
-def test_equal_flops(images, tmp_path):
+def test_equal_flops(images, tmp_path, counted):
     """As many whole epochs as come nearest; a share of the labels has as many steps as all of them."""
     comparison = asked(images, tmp_path, '--methods', 'mirl', 'mixmae', '--budget', 'flops', '1e11', '--labels', '0.1')
     for method in comparison.methods:
