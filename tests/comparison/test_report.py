@@ -127,6 +127,16 @@ def test_what_must_be_known_first():
     assert 'Random weights are higher than all: those of net, 70.0 ± 0.0 %.' in dict(scores.sentences(found))['k-NN']
 
 
+def test_what_is_not_known_yet():
+    """No verdict on random weights while some scores lack; a first epoch far below the mean does not flatten curves."""
+    found = results()
+    assert scores.overall(found).endswith('No method beats random weights by every way of judging.')
+    del found['random']['net']['runs'][:]
+    assert scores.overall(found) == 'first has the highest mean by every way of judging.'
+    found['methods'][0]['runs'][0]['curve'][0]['explained'] = -4.0
+    assert charts.curve(found['methods'][0], 'explained')[1][0] == pytest.approx((charts.FLOOR + 0.1 + 0.1) / 3)
+
+
 def test_told_apart_from_all():
     found = results(first=[50, 50.5, 51], second=[40, 41, 42])
     assert dict(scores.sentences(found))['k-NN'].startswith('first is best (25.2 ± 0.2 %), told apart from all others.')

@@ -10,6 +10,7 @@ from util.comparison import scores
 from util.comparison.scores import many, mean, name_of, number, of, scored, spread, values
 
 MOST = 120  # points of a curve
+FLOOR = -0.2  # of `explained` in a figure: first epochs lie far below
 PICTURE = 1000  # pixels: the widest of a method's pictures
 AXES = {'epochs': 'epochs', 'flops': 'FLOPs', 'minutes': 'minutes'}  # what a point has cost: its name
 UNITS = ((1e18, 'E'), (1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
@@ -170,8 +171,9 @@ def learnt(results: dict, folder: Path) -> Group:
             )
     caption = (
         'Mean over seeds; bands: standard deviation. Explained: the share of the spread of its target that a method '
-        'predicts, 1 for perfect, 0 for no better than a constant. Targets differ between methods, and losses too: '
-        'a lower loss, or more explained, than that of another method says nothing about which is better.'
+        f'predicts, 1 for perfect, 0 for no better than a constant, drawn from {FLOOR} on. Targets differ between '
+        'methods, and losses too: a lower loss, or more explained, than that of another method says nothing about '
+        'which is better.'
     )
     return Group('How pretraining went', caption, files)
 
@@ -182,7 +184,8 @@ def curve(method: dict, what: str) -> tuple[list, list, list]:
     for run in many(method, 'runs'):
         for row in many(run, 'curve'):
             if None not in (number(of(row, 'epoch')), number(of(row, what))):
-                by_epoch.setdefault(row['epoch'], []).append(row[what])
+                value = max(row[what], FLOOR) if what == 'explained' else row[what]
+                by_epoch.setdefault(row['epoch'], []).append(value)
     epochs = sorted(by_epoch)[:: -(-len(by_epoch) // MOST) or 1]
     return epochs, [mean(by_epoch[epoch]) for epoch in epochs], [spread(by_epoch[epoch]) for epoch in epochs]
 

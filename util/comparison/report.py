@@ -188,7 +188,7 @@ def engineering(value: object, of_what: str = '') -> str:
 
 def hours(value: object) -> str:
     found = number(value)
-    return '-' if found is None else spoken(3600 * found)
+    return spoken(3600 * found) if found else '-'
 
 
 # --------------------------------------------------------------------------

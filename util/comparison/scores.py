@@ -160,13 +160,14 @@ def overall(results: dict) -> str:
     beating = [name for name in names if all(name in verdict.above for verdict in found)]
     who = 'Every method beats' if beating == names else f'Only these beat ({", ".join(beating)})'
     who = who if beating else 'No method beats'
-    words = f'{who} random weights by every way of judging.' if of(results, 'random') else ''
+    known = of(results, 'random') and not any(verdict.unknown for verdict in found)
+    words = f'{who} random weights by every way of judging.' if known else ''
     if len(names) == 1:
         return words
     first = [name for name in names if all(name in verdict.best for verdict in found)]
     apart = '' if any(verdict.equal or len(verdict.best) > 1 for verdict in found) else ', told apart from all others'
     lead = f'{first[0]} has the highest mean' if first else 'No method has the highest mean'
-    return f'{lead} by every way of judging{apart if first else ""}. {words}'
+    return f'{lead} by every way of judging{apart if first else ""}. {words}'.strip()
 
 
 def doubts(results: dict) -> list[str]:
