@@ -357,9 +357,9 @@ def asked(args: Namespace, plan: dict) -> Comparison:
     kind, amount = budget_of(args.budget)
     data = plan['data'] if args.report else data_of(args)
     if plan and data != plan['data']:
+        now, then = (config.as_flags(of).replace('--', '') for of in (data, plan['data']))
         raise UserError(
-            f'the images are not those of the runs in {args.output_dir}: {data} now, {plan["data"]} then; take another '
-            f'--output_dir'
+            f'the images are not those of the runs in {args.output_dir}: {now}; then: {then}; take another --output_dir'
         )
     workers = args.num_workers if 'num_workers' in args.given else config.default_workers(threads(programs(args)))
     return Comparison(
@@ -370,7 +370,7 @@ def asked(args: Namespace, plan: dict) -> Comparison:
         judge_images=args.judge_images,
         common=common(args),
         labelled=labelled(args),
-        how=['--device', args.device, '--num_workers', str(workers)],
+        how=plan['how'] if args.report else ['--device', args.device, '--num_workers', str(workers)],
         labels=sorted({float(f'{share:g}') for share in args.labels}),
         seeds=list(dict.fromkeys(args.seeds)),
         random=RANDOM in args.methods,
@@ -456,7 +456,7 @@ def main(args: Namespace) -> None:
         prepare(args.output_dir)
         plan = {'wall_s': 0.0, 'flags': plain(args), 'data': comparison.data} | plan
         plan |= {'methods': args.methods, 'seeds': comparison.seeds, 'labels': comparison.labels}
-        plan |= {'finetune_points': args.finetune_points, 'where': where(args)}
+        plan |= {'finetune_points': args.finetune_points, 'how': comparison.how, 'where': where(args)}
         plan['described'] = {method.name: method._asdict() for method in comparison.methods}
         keep(args, plan)
         began = time.monotonic()

@@ -12,7 +12,7 @@ from training import MAINS
 import main_pretrain
 from scripts import analyse, compare
 from util import digests, dry_run
-from util.comparison import jobs, report
+from util.comparison import charts, jobs, report
 from util.comparison.plan import Method
 from util.errors import UserError
 from util.recipes import find_recipe
@@ -69,6 +69,7 @@ def in_this_process(listed, folder, at_once, environment):
 def test_a_comparison(images, tmp_path, capsys, monkeypatch, counted):
     """Of two methods, one of which cannot be pretrained: the numbers are those of the runs, the failure is a row."""
     monkeypatch.setattr(jobs, 'run', in_this_process)
+    monkeypatch.setattr(charts, 'draw', lambda found, folder: [])  # seconds, which a test of the page takes
     methods = ['--methods', 'mirl:depth=4,lr=1e-3', 'broken=mirl:depth=4,init=nowhere.pth', 'random']
     flags = [*methods, '--labels', '0.3', '--points', '2', '--finetune_points', '1']
     assert 'programs failed, the first: broken/seed-0/pretrain: ' in said(images, tmp_path, *flags)
@@ -97,6 +98,11 @@ def test_a_comparison(images, tmp_path, capsys, monkeypatch, counted):
     assert found['random'].keys() == {ours['name']}  # both have the same
     assert found['random'][ours['name']]['runs'][0].keys() >= {'knn', 'probe', 'finetune'}
     assert 'nowhere.pth' in (tmp_path / 'report.html').read_text()
+    assert run['commands'][0].endswith('--device cpu --num_workers 0')
+    flops, top1, _ = charts.over(found, ours, ('finetune', '0.3'), 'flops', 1)
+    assert flops == [0, ours['flops']['pretrain']]
+    assert top1[1] == run['points'][1]['finetune']['0.3']
+    assert charts.curve(ours, 'explained')[0] == [1, 2]
 
     monkeypatch.setattr(jobs, 'run', None)  # --report runs nothing, and keeps what was said of the machine
     monkeypatch.setattr(report, 'write', lambda found, folder: None)
@@ -164,8 +170,8 @@ def test_what_a_method_means(images, tmp_path):
     comparison = asked(
         images,
         tmp_path,
-        *('--methods', 'a=mirl:depth=4,num_segments=2,mask_ratio=0.5,finetune.mixup=0.8', 'localmim_swin', 'random'),
-        *('--enlarge', '2', '--pretrain', 'weight_decay=0.1', '--finetune', 'smoothing=0'),
+        *('--methods', 'a=mirl:depth=4,num_segments=2,mask_ratio=0.5,warmup_epochs=0.5,finetune.mixup=0.8'),
+        *('localmim_swin', '--enlarge', '2', '--pretrain', 'weight_decay=0.1', '--finetune', 'smoothing=0'),
     )
     mirl, swin = comparison.methods
     before = MAINS['pretrain'].get_args_parser().parse(mirl.pretrain, stage='pretrain')
@@ -179,6 +185,8 @@ def test_what_a_method_means(images, tmp_path):
         8,
     )
     assert 'num_segments' not in after.model_kwargs
+    [first, *_] = comparison.jobs()
+    assert MAINS['pretrain'].get_args_parser().parse(first.command[1:], stage='pretrain').warmup_epochs == 0.5
     assert compare.parsed('pretrain', swin.pretrain, parsed(images, tmp_path)).input_size == 128
 
 

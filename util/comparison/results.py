@@ -75,7 +75,7 @@ def run(comparison: Comparison, method: Method, seed: int, outcomes: dict[str, O
         'minutes': minutes(method, len(log), speed),
         'points': points,
         'pictures': str(pictures[-1].relative_to(comparison.runs.parent)) if pictures else None,
-        'commands': [shlex.join(['python', *job.command]) for job in jobs],
+        'commands': [shlex.join(['python', *job.command, *job.how]) for job in jobs],
     }
 
 
@@ -94,7 +94,7 @@ def random_run(comparison: Comparison, method: Method, seed: int, outcomes: dict
         **next(iter(frozen(folder).values()), {}),
         'finetune': finetuned(comparison, folder),
         'minutes': sum(outcomes[job.name].seconds for job in jobs if job.name in outcomes) / 60,
-        'commands': [shlex.join(['python', *job.command]) for job in jobs],
+        'commands': [shlex.join(['python', *job.command, *job.how]) for job in jobs],
     }
 
 

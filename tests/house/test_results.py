@@ -1,0 +1,29 @@
+"""docs/results.md has the numbers that were measured, and the recipes what was chosen by them."""
+
+import json
+import re
+
+from recipes import resolve
+from training import ROOT
+
+from scripts.compare import SHORT
+
+PAGE = (ROOT / 'docs/results.md').read_text(encoding='utf-8')
+RATES = ('1e-3', '2.5e-3', '6e-3')
+
+
+def test_rates():
+    """The best mean of k-NN and probe, where it is more than half a point above that of the middle rate."""
+    found = json.loads((ROOT / 'docs/results/rates.json').read_text(encoding='utf-8'))
+    runs = {method['name']: method['runs'][0] for method in found['methods']}
+    for name, model in SHORT.items():
+        trials = [runs[f'{name}-{rate}'] for rate in RATES]
+        scores = [[trial['points'][-1][way] for trial in trials] for way in ('knn', 'probe')]
+        explained = [trial['curve'][-1]['explained'] for trial in trials]
+        cells = [*(f'{top1:.1f}' for way in scores for top1 in way), *(f'{share:.3f}' for share in explained)]
+        assert f'| {name} | {" | ".join(cells)} |' in PAGE
+        means = [sum(both) / 2 for both in zip(*scores, strict=True)]
+        best = RATES[means.index(max(means))] if max(means) > means[1] + 0.5 else RATES[1]
+        args = resolve(f'{model}_cifar10_pretrain')
+        assert args.blr * args.batch_size / 256 == float(best)
+    assert f'took {found["cpu_h"]:.2f} hours of CPU time' in re.sub(r'\s+', ' ', PAGE)
