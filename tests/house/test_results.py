@@ -34,11 +34,11 @@ def test_rates():
     runs = {method['name']: method['runs'][0] for method in found['methods']}
     for name, model in SHORT.items():
         trials = [runs[f'{name}-{rate}'] for rate in RATES]
-        scores = [[trial['points'][-1][way] for trial in trials] for way in ('knn', 'probe')]
+        judged = [[trial['points'][-1][way] for trial in trials] for way in ('knn', 'probe')]
         explained = [trial['curve'][-1]['explained'] for trial in trials]
-        cells = [*(f'{top1:.1f}' for way in scores for top1 in way), *(f'{share:.3f}' for share in explained)]
+        cells = [*(f'{top1:.1f}' for way in judged for top1 in way), *(f'{share:.3f}' for share in explained)]
         assert f'| {name} | {" | ".join(cells)} |' in PAGE
-        means = [sum(both) / 2 for both in zip(*scores, strict=True)]
+        means = [sum(both) / 2 for both in zip(*judged, strict=True)]
         best = RATES[means.index(max(means))] if max(means) > means[1] + 0.5 else RATES[1]
         args = resolve(f'{model}_cifar10_pretrain')
         assert args.blr * args.batch_size / 256 == float(best)
