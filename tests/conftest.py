@@ -1,14 +1,13 @@
 """Shared by all tests: one thread, a folder of images, and lines to read at the end."""
 
+import os
 import signal
 
 import pytest
-import torch
-from training import make_images
 
 from util import signals
 
-torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported, which pytest-xdist's first process never needs
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # a shell's background, nohup: the tests and their runs obey
         signal.signal(number, handler)
@@ -18,6 +17,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
     """66 training images and 15 others of three classes. Tests that change files take a copy."""
+    from training import make_images
+
     return make_images(tmp_path_factory.mktemp('images'))
 
 

@@ -18,6 +18,8 @@ SEEDS = {  # top-1 of fine-tuning, of three seeds
     NASTY: [30.0, 30.5, 31.0],
 }
 
+pytestmark = pytest.mark.xdist_group('report')  # one test process, so that `written` is made once
+
 
 def run(seed: int, top1: float, **more) -> dict:
     """Half of the budget took one minute, and gave half of the score."""

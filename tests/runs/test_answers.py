@@ -17,6 +17,8 @@ SHORT = ['--batch_size', '16', '--epochs', '1', '--warmup_epochs', '0', '--lr', 
 HALF = ['--mean', '0.5', '0.5', '0.5', '--std', '0.5', '0.5', '0.5']
 BARE = ['--device', 'cpu', '--num_workers', '0']
 
+pytestmark = pytest.mark.xdist_group('answers')  # one test process, so that `tuned` is made once
+
 
 @pytest.fixture(scope='module')
 def pretrained(images, tmp_path_factory):

@@ -28,6 +28,8 @@ TINY = [
 SHORT = [*TINY, '--steps', '6', '--eval_freq', '3', '--batch_size', '4', '--lr', '1e-3']  # 2 steps a pass
 FIGURES = r'^\* (box|mask) (AP .*)$'
 
+pytestmark = pytest.mark.xdist_group('detect')  # one test process, so that `whole` is made once
+
 
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory):

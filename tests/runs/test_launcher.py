@@ -234,6 +234,7 @@ def test_local_job_is_requeued(images, tmp_path):
     assert equal_states(load(folder), train('pretrain', images, tmp_path / 'whole', *SHORT))
 
 
+@pytest.mark.faults  # three processes, each of which imports everything
 def test_local_job_of_two_ranks_ends_well(images, tmp_path):
     """Both leave their results to submitit, without which the launcher would call the job failed."""
     flags = arguments(images, tmp_path, *SHORT, '--epochs', '1', '--warmup_epochs', '0')

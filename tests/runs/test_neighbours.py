@@ -28,6 +28,8 @@ FLAGS = [*SHORT, '--epochs', '3', '--save_freq', '1', '--batch_size', '16', '--m
 KNN = ['--knn_freq', '2', '--knn_images', '48', '15']
 SCORES = ('knn_top1', 'rank', 'rank_share')
 
+pytestmark = pytest.mark.xdist_group('neighbours')  # one test process, so that `measured_run` is made once
+
 
 def scores(folder) -> dict[int, list[float]]:
     """{epoch: what was measured after it}"""

@@ -263,7 +263,7 @@ def test_a_port_in_use(images, tmp_path):
 
 def test_a_rank_that_never_comes(images, tmp_path):
     place = {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
-    line = command('pretrain', images, tmp_path, *FLAGS)
+    line = command('pretrain', images, tmp_path, *FLAGS, '--dist_timeout', '2')
     process = start(line, MASTER_PORT=str(free_port()), **place)
     _, err = process.communicate(timeout=150)
     assert process.returncode == 6

@@ -24,6 +24,8 @@ from util.run import Run
 TINY = ['--model_kwargs', 'embed_dim=24', 'num_heads=2', 'channels=16', 'aux_channels=8']
 SHORT = [*TINY, '--steps', '6', '--eval_freq', '3', '--batch_size', '4', '--lr', '1e-3']  # 2 steps a pass
 
+pytestmark = pytest.mark.xdist_group('segment')  # one test process, so that `whole` is made once
+
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory):

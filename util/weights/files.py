@@ -26,6 +26,7 @@ from util.weights.unpickle import Dropped, Refused, run
 # what an export's folder is made of (exports.py); ORIGIN is a key of the configuration: whose weights they are
 SAFETENSORS, TORCH, CONFIG, ORIGIN = 'model.safetensors', 'model.pth', 'config.json', 'trained_as'
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+HEADER = 30  # bytes before a record of a zip, and then its name
 # what a reader may raise for a malformed file
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 MALFORMED = (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError)
@@ -163,7 +164,10 @@ def read_zip(path: Path):
             folders = record.filename.split('/')
             if folders[0] != roots[0] or '..' in folders:
                 raise Refused(f'holds {printable(record.filename, 80)}, which torch.save never writes')
-        if any(r.compress_type for r in records) or sum(r.file_size for r in records) > path.stat().st_size:
+        size = path.stat().st_size
+        if not all(0 <= record.header_offset <= size - HEADER for record in records):
+            raise zipfile.BadZipFile  # outside of the file
+        if any(r.compress_type for r in records) or sum(r.file_size for r in records) > size:
             raise Refused('holds compressed or overlapping records, which torch.save never writes')
         storages: dict[str, tuple[zipfile.ZipInfo, Tensor]] = {}
 
@@ -189,7 +193,7 @@ def read_record(file: digests.Summed, record: zipfile.ZipInfo, storage: Tensor) 
     if record.header_offset < file.tell():
         raise Refused('holds overlapping records, which torch.save never writes')
     file.skip(record.header_offset - file.tell())
-    header = file.read(30)
+    header = file.read(HEADER)
     name_size, extra_size = struct.unpack_from('<2H', header, 26)
     name, _ = file.read(name_size), file.skip(extra_size)
     if header[:4] != b'PK\3\4' or name != record.orig_filename.encode():
