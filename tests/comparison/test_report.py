@@ -121,6 +121,8 @@ def test_what_must_be_known_first():
     chance, idle = scores.doubts(found)
     assert chance == 'Always naming the largest class gives 60.0 %. One validation image is 5 points.'
     assert 'of what was hidden: second. ' in idle
+    found['judge_images'] = 10
+    assert scores.doubts(found)[0].endswith('is 5 points, and 10 by linear probe and k-NN, which take 10.')
     said = dict(scores.sentences(found))
     assert said['k-NN'].startswith('first and second have the same mean, the highest (25.2 ± 0.2 %).')
     assert scores.overall(found).startswith('first has the highest mean by every way of judging. ')

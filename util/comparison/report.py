@@ -211,7 +211,8 @@ def facts(results: dict) -> str:
         'Seeds': seeds or '-',
         'Machine': '; '.join(str(part) for part in where if part),
         'Time': f'{hours(of(results, "wall_h"))}, {hours(of(results, "cpu_h"))} of CPU',
-        'State': f'{"finished" if of(results, "finished") else "not finished"}, {of(results, "time") or "no date"}',
+        'State': 'finished' if of(results, 'finished') else 'not finished',
+        'Last call': of(results, 'time') or 'no date',
     }
     return '<dl>' + ''.join(f'<div><dt>{k}</dt><dd>{escape(v)}</dd></div>' for k, v in told.items()) + '</dl>'
 

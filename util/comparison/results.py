@@ -16,6 +16,7 @@ def collected(comparison: Comparison, outcomes: dict[str, Outcome]) -> dict:
         'data': comparison.data,
         'budget': comparison.budget,
         'points': comparison.points,
+        'judge_images': comparison.judge_images,
         'labels': comparison.labels,
         'seeds': comparison.seeds,
         'finetune_epochs': max((method.finetune_epochs for method in comparison.methods), default=0),

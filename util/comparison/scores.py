@@ -174,8 +174,11 @@ def doubts(results: dict) -> list[str]:
     """What a reader must know before the numbers: what chance gives, and which methods have not learnt their task."""
     words, images, largest = [], number(of(results, 'data', 'val')), number(of(results, 'data', 'largest'))
     if images and largest:
+        judged = min(images, number(of(results, 'judge_images')) or images)
+        frozen = f', and {100 / judged:.2g} by linear probe and k-NN, which take {judged}' if judged < images else ''
         words.append(
-            f'Always naming the largest class gives {largest:.1f} %. One validation image is {100 / images:.2g} points.'
+            f'Always naming the largest class gives {largest:.1f} %. '
+            f'One validation image is {100 / images:.2g} points{frozen}.'
         )
     ends = {name_of(method): mean(values(last_epochs(method), 'explained')) for method in many(results, 'methods')}
     if idle := [name for name, end in ends.items() if end is not None and end < LEARNT]:
