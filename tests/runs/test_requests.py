@@ -32,6 +32,8 @@ MOMENTS = {  # what is running when the signal comes, and where the run is to st
     'in an evaluation': (engine_finetune.F, 'cross_entropy', 1, (1, 0)),
 }
 
+pytestmark = pytest.mark.xdist_group('requests')  # one test process, so that `finished` is made once
+
 
 @pytest.fixture(scope='module')
 def finished(images, tmp_path_factory):
