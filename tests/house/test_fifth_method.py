@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from training import ROOT, environment
 
 HERE = Path(__file__).parent / 'fifth'
 
 
+@pytest.mark.faults  # a pytest in a pytest
 def test_a_fifth_method(tmp_path, measured):
     """Through the contract and the laws of the rooms, pretraining, resume, fine-tuning, `--eval` and pictures."""
     for folder in ('util', 'scripts', 'tests'):

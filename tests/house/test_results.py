@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from recipes import resolve
 from training import ROOT
 
@@ -26,6 +27,50 @@ def test_comparison():
     assert scores.markdown(found).strip() in PAGE
     for hours in (f'{found["wall_h"]:.1f} hours', f'{found["cpu_h"]:.1f} hours of CPU time'):
         assert hours in PAGE
+
+
+QUESTIONS = (  # in words, of which file, and the two that are compared
+    ("LocalMIM's Swin: mended coordinates against published", 'coordinates', 1, 0),
+    ('MixMAE: paired with itself against mixed', 'pairing', 1, 0),
+    ('MIRL, 4 segments: 24 blocks against 12', 'depth', 1, 0),
+    ('MIRL, 2 segments: 24 blocks against 12', 'depth', 3, 2),
+    ('MIRL, 12 blocks: 4 segments against 2', 'depth', 0, 2),
+    ('MIRL, 24 blocks: 4 segments against 2', 'depth', 1, 3),
+)
+
+
+def pairs(name: str, one: int, other: int) -> list[tuple[list[float], list[float]]]:
+    """By each way of judging the seeds' top-1 of two methods of a file."""
+    found = numbers(name)
+    arms = [found['methods'][i] for i in (one, other)]
+    return [tuple(scores.scored(found, arm, way)[0] for arm in arms) for way in scores.ways(found)]
+
+
+@pytest.mark.parametrize(('words', 'name', 'one', 'other'), QUESTIONS)
+def test_differences(words, name, one, other):
+    """Of two means, bold where each seed of the one is above each of the other."""
+    cells = []
+    for a, b in pairs(name, one, other):
+        points = f'{round(scores.mean(a) - scores.mean(b), 1) + 0.0:+.1f}'
+        cells.append(f'**{points}**' if scores.order(a, b) else points)
+    assert f'| {words} | {" | ".join(cells)} |' in PAGE
+
+
+@pytest.mark.parametrize('name', ['coordinates', 'pairing', 'depth'])
+def test_questions(name):
+    """The tables are those that the command wrote."""
+    found = numbers(name)
+    assert found['finished']
+    assert found['seeds'] == [0, 1, 2]
+    assert scores.markdown(found).partition('\n\n')[0] in PAGE
+
+
+def test_merging_order_and_pairing():
+    """What the page says of them in words."""
+    for top1 in numbers('coordinates')['merging_order_mended'].values():
+        assert f'{scores.text(top1)} %' in PAGE
+    largest = max(abs(x - y) for a, b in pairs('pairing', 1, 0) for x, y in zip(a, b, strict=True))
+    assert f'no score of any seed differs by more than {largest:.2f} points' in PAGE
 
 
 def test_rates():
