@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests, making .venv first if needed.
 #
-#   scripts/test.sh              the default tests, eight to nine minutes on two cores
+#   scripts/test.sh              the default tests, about nine minutes on two cores
 #   scripts/test.sh --oldest     the same with the lower bounds of requirements.txt, in .venv-oldest
 #   scripts/test.sh --slurm      the tests on a one-node SLURM that they bring up (Debian, root)
 #   scripts/test.sh --faults     200 random kills (KILLS=10: ten) and other long trials; half an hour

@@ -71,6 +71,7 @@ def test_a_lost_rank_ends_the_run_and_is_named(number, words, images, whole, tmp
     _, err = process.communicate(timeout=5 + 5 + 30 + 110)
     seconds = time.monotonic() - began
     assert process.returncode == 1  # torchrun's, whatever its processes return
+    assert len(error_lines(err)) == 1, err
     [line] = error_lines(err)
     assert re.fullmatch(rf'rank 0: epoch \d+, after \d of 8 steps: rank 1 \(host \S+, process {victim}\) {words}', line)
     status = json.loads((tmp_path / 'status.json').read_text())

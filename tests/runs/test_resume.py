@@ -6,14 +6,13 @@ import itertools
 import json
 import random
 import shutil
-import signal
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import MIXED, SHORT, equal_states, load, run, same, start_waiting, train
+from training import MIXED, SHORT, equal_states, load, run, same, train
 
 from util import checkpoint, dist
 from util.data.datasets import EpochBatches
@@ -72,20 +71,6 @@ def test_workers_change_nothing(images, tmp_path):
     alone = train('pretrain', images, tmp_path / 'a', *PRETRAIN)
     helped = train('pretrain', images, tmp_path / 'b', *PRETRAIN, '--num_workers', '2')
     assert equal_states(alone, helped)
-
-
-@pytest.mark.faults  # of which test_kills.py has many
-def test_killed_in_mid_epoch(images, tmp_path):
-    """SIGKILL, `--resume auto`, and the same bytes."""
-    flags = [*PRETRAIN, '--batch_size', '4', '--save_freq_steps', '1']  # 8 steps an epoch
-    whole = train('pretrain', images, tmp_path / 'whole', *flags)
-    process = start_waiting(images, tmp_path / 'killed', *flags, step=5)
-    process.kill()
-    process.communicate(timeout=90)
-    assert process.returncode == -signal.SIGKILL
-    killed = load(tmp_path / 'killed')
-    assert (killed['epoch'], killed['step']) == (0, 5)
-    assert equal_states(train('pretrain', images, tmp_path / 'killed', *flags, '--resume', 'auto'), whole)
 
 
 class Killed(BaseException):
