@@ -73,6 +73,16 @@ def test_merging_order_and_pairing():
     assert f'no score of any seed differs by more than {largest:.2f} points' in re.sub(r'\s+', ' ', PAGE)
 
 
+def test_more_epochs():
+    """Of the runs that had ended, fine-tuned; and the range of random weights."""
+    runs, random = numbers('epochs')['methods'][0]['runs'], numbers('comparison')['random']['simmim_vit']['runs']
+    ended = [run['points'][-1]['finetune']['0.2'] for run in runs if run['state'] == 'done']
+    assert f'fine-tunes to {" and ".join(f"{top1:.1f}" for top1 in ended)} %' in PAGE
+    tuned = [run['finetune']['0.2'] for run in random]
+    assert f'above all random weights ({min(tuned):.1f} to {max(tuned):.1f} %)' in PAGE
+    assert min(ended) > max(tuned)
+
+
 def test_rates():
     """The best mean of k-NN and probe, where it is more than half a point above that of the middle rate."""
     found = numbers('rates')
