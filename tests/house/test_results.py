@@ -74,10 +74,13 @@ def test_merging_order_and_pairing():
 
 
 def test_more_epochs():
-    """Of the runs that had ended, fine-tuned; and the range of random weights."""
+    """Of the runs that had ended, by each way of judging; and the range of random weights."""
     runs, random = numbers('epochs')['methods'][0]['runs'], numbers('comparison')['random']['simmim_vit']['runs']
-    ended = [run['points'][-1]['finetune']['0.2'] for run in runs if run['state'] == 'done']
-    assert f'fine-tunes to {" and ".join(f"{top1:.1f}" for top1 in ended)} %' in PAGE
+    points = [run['points'][-1] for run in runs if run['state'] == 'done']
+    ended = [point['finetune']['0.2'] for point in points]
+    for words, way in (('fine-tunes to {} %', ended), ('linear probe ({})', 'probe'), ('k-NN ({})', 'knn')):
+        top1 = way if way is ended else [point[way] for point in points]
+        assert words.format(' and '.join(f'{number:.1f}' for number in top1)) in PAGE
     tuned = [run['finetune']['0.2'] for run in random]
     assert f'above all random weights ({min(tuned):.1f} to {max(tuned):.1f} %)' in PAGE
     assert min(ended) > max(tuned)

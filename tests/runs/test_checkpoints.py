@@ -19,7 +19,7 @@ import torch
 from training import equal_states, load, same, train
 
 from util import build, checkpoint, digests, resources
-from util.errors import CheckpointError, NoCheckpointError, StorageError, UserError
+from util.errors import CheckpointError, DamagedError, NoCheckpointError, StorageError, UserError
 from util.weights import read_checkpoint
 
 FLAGS = ['--batch_size', '16', '--epochs', '2', '--warmup_epochs', '0', '--save_freq_steps', '2']
@@ -71,9 +71,7 @@ def test_any_damage_is_noticed(tmp_path, measured):
         else:
             del damaged[place:]
         path.write_bytes(damaged)
-        with pytest.raises(
-            CheckpointError, match=r'is empty|is damaged: its SHA-256 is not the one in|not a checkpoint'
-        ):
+        with pytest.raises(DamagedError, match=r'is empty|is damaged: its SHA-256 is not the one in|not a checkpoint'):
             read_checkpoint(path)
         noticed += 1
     path.write_bytes(content)

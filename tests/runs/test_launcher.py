@@ -243,5 +243,6 @@ def test_local_segmentation(tmp_path):
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 'segment seed1' in done.stdout
+    assert len(list((tmp_path / 'jobs').rglob('*_result.pkl'))) == 2
     saved = load(tmp_path / 'run' / 'seed1')
     assert (saved['run']['stage'], saved['run']['effective_batch'], saved['run']['seed']) == ('segment', 4, 1)

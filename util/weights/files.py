@@ -26,7 +26,7 @@ from util.weights.unpickle import Dropped, Refused, run
 # what an export's folder is made of (exports.py); ORIGIN is a key of the configuration: whose weights they are
 SAFETENSORS, TORCH, CONFIG, ORIGIN = 'model.safetensors', 'model.pth', 'config.json', 'trained_as'
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-HEADER = 30  # bytes before a record of a zip, and then its name
+HEADER = 30  # bytes of a zip before the name of each record
 # what a reader may raise for a malformed file
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 MALFORMED = (*DAMAGE, zipfile.BadZipFile, safetensors.SafetensorError)
